@@ -1,0 +1,214 @@
+"""Records of what was measured: plain pydantic models that travel as JSON.
+
+One comparison (`Comparison`) is what the Compare page shows, what the exports contain and what a recorded run in
+`assets/runs/` holds. Every number in it was measured in that run; fields that could not be measured are None.
+"""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+Matrix = list[list[float | None]]
+
+
+class Record(BaseModel):
+    """Base of all records: unknown fields are refused, NaN and infinity travel as null."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+
+class Environment(Record):
+    """Where a number was measured."""
+
+    created: str
+    commit: str | None
+    device: str
+    cpu_threads: int
+    python: str
+    torch: str
+    transformers: str
+
+
+class ModelInfo(Record):
+    """The model as it was really loaded."""
+
+    name: str
+    hub_id: str
+    revision: str | None
+    weights: str
+    device: str
+    dtype: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class CacheReport(Record):
+    """What a cache holds, summed over the storages reachable from it (no formula except `payload_ratio`).
+
+    All sizes are bytes. `full_precision_bytes` is the 16-bit baseline: 2 bytes a cached value whatever dtype the run
+    uses. `bits_per_value` is everything held, divided by the number of cached values.
+    """
+
+    cache_class: str
+    tokens: int
+    compressed_tokens: int
+    exact_tokens: int
+    layers: int
+    compressed_layers: int
+    bytes: int
+    key_bytes: int
+    value_bytes: int
+    scale_bytes: int
+    exact_bytes: int
+    spare_bytes: int
+    shared_bytes: int
+    full_precision_bytes: int
+    bits_per_value: float
+    compression_ratio: float
+    payload_ratio: float | None
+
+
+class SideResult(Record):
+    """One of the two answers: its text, timing and memory."""
+
+    method: str
+    text: str
+    token_ids: list[int]
+    token_texts: list[str]
+    finish: Literal["stop", "length", "cancelled"]
+    time_to_first_token_ms: float | None
+    tokens_per_second: float | None
+    step_ms: list[float]
+    cache_bytes: list[int]
+    report: CacheReport
+
+
+class Divergence(Record):
+    """The first position where the two answers differ; a token text is None where that answer had ended."""
+
+    index: int
+    original: str | None
+    compressed: str | None
+
+
+class HeadScores(Record):
+    """Agreement of attention under the full and the compressed keys.
+
+    `per_head` values are [layer][query head], averaged over the measured query positions; `per_step` values are one
+    number a query position, averaged over layers and query heads. Cosines are -1 to 1, matches are fractions 0 to 1.
+    """
+
+    per_head_cosine_scores: Matrix
+    per_head_cosine_weights: Matrix
+    per_head_top1: Matrix
+    per_head_top5: Matrix
+    per_step_cosine_scores: list[float | None]
+    per_step_cosine_weights: list[float | None]
+    per_step_top1: list[float | None]
+    per_step_top5: list[float | None]
+    cosine_scores: float | None
+    cosine_weights: float | None
+    top1_match_pct: float | None
+    top5_match_pct: float | None
+    heads_at_risk_pct: float | None
+
+
+class HeadMetrics(Record):
+    """Head agreement as the cache serves attention, and over the packed positions only.
+
+    `positions` are the measured query positions: the last prompt token, then every generated token of the original
+    answer. `layer_indices` names the compressed layers, one a row of the per-head matrices.
+    """
+
+    positions: list[int]
+    packed_tokens: list[int]
+    layer_indices: list[int]
+    served: HeadScores
+    packed: HeadScores
+
+
+class TokenMetrics(Record):
+    """Teacher forcing of the original answer through a fresh compressed cache; one entry a token of that answer.
+
+    `kl` is KL(full || compressed) of the next-token distribution in nats.
+    """
+
+    kl: list[float]
+    same_top: list[bool]
+    probability_full: list[float]
+    probability_compressed: list[float]
+    mean_kl: float
+    same_top_pct: float
+
+
+class Settings(Record):
+    """Sampling settings, the same for both answers. Temperature 0 is greedy."""
+
+    max_new_tokens: int = Field(128, ge=1, le=65536)
+    temperature: float = Field(0.0, ge=0.0, le=5.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    stop: tuple[str, ...] = ()
+
+
+class Comparison(Record):
+    """One prompt answered twice: with the full cache (`original`) and with a compressed one (`compressed`)."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    environment: Environment
+    model: ModelInfo
+    prompt: str
+    chat: bool
+    prompt_tokens: int
+    settings: Settings
+    original: SideResult
+    compressed: SideResult
+    divergence: Divergence | None
+    heads: HeadMetrics | None
+    tokens: TokenMetrics | None
+    notes: list[str] = []
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the source tree (with `-dirty` where it was changed), or None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("TURBOQUANT_COMMIT")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def environment(device: torch.device | str = "cpu") -> Environment:
+    """Describe this machine and these library versions for a record."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return Environment(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        device=f"{device.type}: {name}",
+        cpu_threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=_version("torch"),
+        transformers=_version("transformers"),
+    )
