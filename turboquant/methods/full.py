@@ -1,0 +1,22 @@
+"""No compression: the model's own cache."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from turboquant.methods import Method
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Plain tensors in the model's dtype (Hugging Face's DynamicCache)."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full precision"
+    summary: ClassVar[str] = "Keys and values are stored as the model computed them. This is the reference."
+    reference: ClassVar[str] = "transformers DynamicCache"
+
+    def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
+        """Return None: nothing is quantized."""
+        return None

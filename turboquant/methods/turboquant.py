@@ -1,0 +1,293 @@
+"""TurboQuant (arXiv:2504.19874): random rotation, then an optimal scalar code for every coordinate.
+
+Two recipes share the quantizers below. `turboquant-paper` is the paper's: keys by TurboQuant_prod, values by
+TurboQuant_mse, nothing exact. `turboquant` is the one we recommend; it drops the QJL stage, which costs more than it
+gives once a softmax follows, and adds a matched norm, centred keys, exact sinks and an exact recent window.
+Rotation followed by scalar codes has a history: DRIVE and EDEN (arXiv:2105.08339, 2108.08842), QuaRot
+(arXiv:2404.00456), HIGGS (arXiv:2411.17525), RaBitQ (arXiv:2405.12497).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from turboquant.codebook import boundaries, check_bits, lloyd_max
+from turboquant.methods import BitsMethod
+from turboquant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quantizer import PackedTensor, Quantizer
+from turboquant.rotation import ROTATIONS, Rotation, RotationKind, qjl_projection, qjl_scale, random_rotation
+
+Scale = Literal["matched", "norm", "unbiased"]
+SCALES: tuple[Scale, ...] = ("matched", "norm", "unbiased")
+QJL_KINDS = ("none", "gaussian", "orthogonal")
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class PackedMSE(PackedTensor):
+    """Codes and one fp16 scale a vector; `center` is the rotated mean subtracted from all of them, if any.
+
+    Shapes: planes (batch, kv_heads, tokens, bytes) uint8; scales (batch, kv_heads, tokens) float16;
+    center (batch, kv_heads, 1, dim) float16.
+    """
+
+    shared: ClassVar[frozenset[str]] = frozenset({"center"})
+    codes: Planes
+    scales: Tensor
+    center: Tensor | None
+
+
+@dataclass(frozen=True)
+class PackedProd(PackedMSE):
+    """`PackedMSE` plus one sign bit a coordinate and the fp16 norm of the error."""
+
+    code_fields: ClassVar[tuple[str, ...]] = ("codes", "signs")
+    signs: Planes
+    error_norms: Tensor
+
+
+class TurboQuantMSE(Quantizer[PackedMSE]):
+    """TurboQuant_mse (Algorithm 1): x^ = scale * R^T codebook[argmin |R x / |x| - c|], plus the mean if centred.
+
+    The scale is the plain norm as in the paper ("norm"), the norm divided by that of the code ("matched", so that x^
+    has the length of x), or EDEN's |x|^2 / <x, x^> ("unbiased").
+
+    Args:
+        dim: Length of the vectors, at least 2.
+        bits: Bits a coordinate, 1 to 8.
+        rotation: The layer's rotation.
+        scale: Which scalar is stored with a vector.
+        center: Subtract the mean of the first block. For keys this leaves softmax unchanged, because <q, mean> is the
+            same for every token, and takes away offsets that would cost most of the bits (a key bias, for example).
+    """
+
+    def __init__(
+        self, dim: int, bits: int, rotation: Rotation, scale: Scale = "matched", center: bool = False
+    ) -> None:
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        self.dim, self.bits = dim, check_bits(bits, lowest=0)
+        self.rotation, self.scale, self.center = rotation, scale, center
+        device = rotation.matrix.device
+        self.codebook = (lloyd_max(bits, dim) if bits else torch.zeros(1)).to(device)
+        self.boundaries = boundaries(self.codebook)
+
+    def _encode(
+        self, x: Tensor, like: PackedMSE | None, valid: Tensor | None
+    ) -> tuple[Planes, Tensor, Tensor | None, Tensor]:
+        """Return planes, scales, center and the error that is left, all in the rotated space."""
+        y = self.rotation.apply(x.float())
+        center = like.center if like is not None else _mean(y, valid).half() if self.center else None
+        if center is not None:
+            y = y - center.float()
+        norms = y.norm(dim=-1, keepdim=True)
+        unit = y / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        codes = torch.bucketize(unit, self.boundaries, out_int32=True).to(torch.uint8)
+        levels = self.codebook[codes.int()]
+        if self.bits and self.scale == "matched":
+            norms = norms / levels.norm(dim=-1, keepdim=True)
+        elif self.bits and self.scale == "unbiased":
+            norms = norms / (unit * levels).sum(dim=-1, keepdim=True)
+        scales = _half(norms)
+        return pack_bits(codes, self.bits), scales.squeeze(-1), center, y - scales.float() * levels
+
+    def quantize(
+        self,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        like: PackedMSE | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> PackedMSE:
+        """Quantize vectors; see `Quantizer.quantize`."""
+        planes, scales, center, _ = self._encode(x, like, valid)
+        return PackedMSE(planes, scales, center)
+
+    def levels(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the codebook entries of unit vectors in the rotated space, without their scales."""
+        if not self.bits:
+            return self.codebook.expand(*packed.scales.shape, self.dim)
+        return self.codebook[unpack_bits(packed.codes, self.bits, self.dim).int()]
+
+    def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the vectors in float32."""
+        y = self.levels(packed) * packed.scales.float().unsqueeze(-1)
+        return self.rotation.inverse(y if packed.center is None else y + packed.center.float())
+
+    def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
+        """Rotate queries: <q, x^> = scale * <R q, codebook[codes]>, so keys are never rotated back."""
+        return self.rotation.apply(query)
+
+    def scores(
+        self, projected: Float[Tensor, "batch kv_heads queries projected"], packed: PackedMSE
+    ) -> Float[Tensor, "batch kv_heads queries tokens"]:
+        """Return inner products of rotated queries and packed keys, from the codes."""
+        scores = (projected @ self.levels(packed).mT) * packed.scales.float().unsqueeze(-2)
+        return scores if packed.center is None else scores + projected @ packed.center.float().mT
+
+    def combine(
+        self, weights: Float[Tensor, "batch kv_heads queries tokens"], packed: PackedMSE
+    ) -> Float[Tensor, "batch kv_heads queries dim"]:
+        """Return the weighted sum of packed values in the rotated space."""
+        output = (weights * packed.scales.float().unsqueeze(-2)) @ self.levels(packed)
+        return output if packed.center is None else output + weights.sum(-1, keepdim=True) * packed.center.float()
+
+    def unproject(self, output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Rotate a sum of values back."""
+        return self.rotation.inverse(output)
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """Return rotation, codebook and boundaries."""
+        return (*self.rotation.tensors, self.codebook, self.boundaries)
+
+
+class TurboQuantProd(TurboQuantMSE):
+    """TurboQuant_prod (Algorithm 2): (bits - 1)-bit codes, then one sign a coordinate of the projected error (QJL).
+
+    <q, x> is estimated, without bias, by <q, x_mse> + c |e| <S q, sign(S e)> with e = x - x_mse and c of
+    `rotation.qjl_scale` (sqrt(pi/2)/dim for Gaussian S). The methodology calls this TurboQuantV2. `bits` includes the
+    sign bit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bits: int,
+        rotation: Rotation,
+        projection: Float[Tensor, "dim dim"],
+        qjl_scale: float,
+        scale: Scale = "norm",
+        center: bool = False,
+    ) -> None:
+        super().__init__(dim, check_bits(bits) - 1, rotation, scale, center)
+        # S acts on the error before rotation; S R^T does the same on the rotated error.
+        self.projection = rotation.apply(projection)
+        self.qjl_scale = qjl_scale
+
+    def quantize(
+        self,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        like: PackedMSE | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> PackedProd:
+        """Quantize vectors; see `Quantizer.quantize`."""
+        planes, scales, center, error = self._encode(x, like, valid)
+        signs = (error @ self.projection.mT >= 0).to(torch.uint8)
+        norms = _half(error.norm(dim=-1))
+        return PackedProd(planes, scales, center, pack_bits(signs, 1), norms)
+
+    def _signs(self, packed: PackedProd) -> Tensor:
+        return unpack_bits(packed.signs, 1, self.dim).float().mul_(2).sub_(1)
+
+    def _gain(self, packed: PackedProd) -> Tensor:
+        return packed.error_norms.float() * self.qjl_scale
+
+    def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the vector whose inner product with q is the estimate."""
+        assert isinstance(packed, PackedProd)
+        correction = (self._signs(packed) @ self.projection) * self._gain(packed).unsqueeze(-1)
+        return super().dequantize(packed) + self.rotation.inverse(correction)
+
+    def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
+        """Return R q and S q, side by side."""
+        rotated = self.rotation.apply(query)
+        return torch.cat([rotated, rotated @ self.projection.mT], dim=-1)
+
+    def scores(
+        self, projected: Float[Tensor, "batch kv_heads queries projected"], packed: PackedMSE
+    ) -> Float[Tensor, "batch kv_heads queries tokens"]:
+        """Return the unbiased estimates of inner products, from codes and signs."""
+        assert isinstance(packed, PackedProd)
+        rotated, sketched = projected.split(self.dim, dim=-1)
+        correction = (sketched @ self._signs(packed).mT) * self._gain(packed).unsqueeze(-2)
+        return super().scores(rotated, packed) + correction
+
+    def combine(
+        self, weights: Float[Tensor, "batch kv_heads queries tokens"], packed: PackedMSE
+    ) -> Float[Tensor, "batch kv_heads queries dim"]:
+        """Return the weighted sum in the rotated space."""
+        assert isinstance(packed, PackedProd)
+        correction = (weights * self._gain(packed).unsqueeze(-2)) @ self._signs(packed) @ self.projection
+        return super().combine(weights, packed) + correction
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """Return rotation, codebook, boundaries and projection."""
+        return (*super().tables(), self.projection)
+
+
+def _half(x: Tensor) -> Tensor:
+    """Round to float16, saturating instead of overflowing to infinity (NaN stays NaN)."""
+    return x.clamp(max=FP16_MAX).half()
+
+
+def _mean(y: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over tokens (batch, kv_heads, 1, dim); pad tokens are left out, a row without tokens has mean 0."""
+    if valid is None:
+        return y.mean(dim=2, keepdim=True)
+    weights = valid[:, None, :, None].to(y.dtype)
+    total = torch.where(weights > 0, y, 0).sum(dim=2, keepdim=True)
+    return total / weights.sum(dim=2, keepdim=True).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class TurboQuant(BitsMethod):
+    """The recommended recipe; every field can be changed, so the paper's choices can be tried one by one."""
+
+    name: ClassVar[str] = "turboquant"
+    title: ClassVar[str] = "TurboQuant, recommended recipe"
+    summary: ClassVar[str] = (
+        "Each vector is rotated by a random Hadamard matrix and every coordinate is rounded to the optimal levels for "
+        "the density that rotation gives. Keys are centred first; a few first tokens and the most recent ones stay exact."
+    )
+    reference: ClassVar[str] = "arXiv:2504.19874, Algorithm 1, with a matched norm, centred keys, sinks and a window"
+    residual_length: int = 64
+    sink_length: int = 4
+    rotation: RotationKind = "hadamard"
+    qjl: str = "none"
+    center: bool = True
+    scale: Scale = "matched"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        for name, allowed in (("rotation", ROTATIONS), ("qjl", QJL_KINDS), ("scale", SCALES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def quantizers(
+        self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
+    ) -> tuple[TurboQuantMSE, TurboQuantMSE]:
+        """Return the key and the value quantizer of one layer."""
+        key_bits, value_bits = self.resolved_bits
+        rotation = random_rotation(self.rotation, key_dim, self.seed, layer_idx, device)
+        value_rotation = random_rotation(self.rotation, value_dim, self.seed, layer_idx, device)
+        keys: TurboQuantMSE
+        if self.qjl == "none":
+            keys = TurboQuantMSE(key_dim, key_bits, rotation, self.scale, self.center)
+        else:
+            kind: Literal["gaussian", "orthogonal"] = "gaussian" if self.qjl == "gaussian" else "orthogonal"
+            projection = qjl_projection(kind, key_dim, self.seed, layer_idx, device)
+            constant = qjl_scale(kind, key_dim)
+            keys = TurboQuantProd(key_dim, key_bits, rotation, projection, constant, self.scale, self.center)
+        return keys, TurboQuantMSE(value_dim, value_bits, value_rotation, self.scale)
+
+
+@dataclass(frozen=True)
+class TurboQuantPaper(TurboQuant):
+    """The paper's and the methodology's recipe."""
+
+    name: ClassVar[str] = "turboquant-paper"
+    title: ClassVar[str] = "TurboQuant as published"
+    summary: ClassVar[str] = (
+        "Keys spend one of their bits on the sign of a Gaussian projection of the rounding error (QJL), which makes "
+        "inner products unbiased but noisier; values are rounded plainly. Nothing stays exact."
+    )
+    reference: ClassVar[str] = "arXiv:2504.19874, Algorithms 1 and 2"
+    block_length: ClassVar[int] = 1
+    residual_length: int = 0
+    sink_length: int = 0
+    rotation: RotationKind = "qr"
+    qjl: str = "gaussian"
+    center: bool = False
+    scale: Scale = "norm"

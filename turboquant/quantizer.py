@@ -1,0 +1,141 @@
+"""The two base types that every method builds on: packed vectors, and the map to and from them.
+
+Shapes follow Hugging Face: (batch, kv_heads, tokens, head_dim).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Self = TypeVar("Self", bound="PackedTensor")
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """Compressed vectors. Every field is a tensor or a tuple of tensors with batch on axis 0.
+
+    Axis 2 of every field counts tokens, except for the fields named in `shared`, which hold one value for all tokens
+    (such as the mean that was subtracted). `code_fields` names the fields that hold codes; the rest is overhead.
+    """
+
+    shared: ClassVar[frozenset[str]] = frozenset()
+    code_fields: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], names: Sequence[str]) -> Self:
+        changes: dict[str, Any] = {}
+        for name in names:
+            value = getattr(self, name)
+            changes[name] = tuple(map(fn, value)) if isinstance(value, tuple) else None if value is None else fn(value)
+        return replace(self, **changes)
+
+    @classmethod
+    def _token_fields(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in cls.shared]
+
+    def map(self: Self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `fn` to every tensor: batch reordering, repeats and moves between devices."""
+        return self._apply(fn, [field.name for field in fields(self)])
+
+    def map_tokens(self: Self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `fn` to the tensors that have a token axis, and keep the shared ones."""
+        return self._apply(fn, self._token_fields())
+
+    def narrow(self: Self, start: int, length: int) -> Self:
+        """Return a view of `length` tokens from `start`."""
+        return self.map_tokens(lambda tensor: tensor.narrow(2, start, length))
+
+    def tensors(self, *names: str) -> list[Tensor]:
+        """Return the tensors of the named fields (of all fields when none is named)."""
+        values = [getattr(self, name) for name in names or [field.name for field in fields(self)]]
+        flat: list[Tensor] = []
+        for value in values:
+            flat += value if isinstance(value, tuple) else [] if value is None else [value]
+        return flat
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens held."""
+        return self.tensors(*self._token_fields())[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def copy_into(self: Self, target: Self, start: int) -> None:
+        """Write these tokens into `target` at token `start`, in place."""
+        names = self._token_fields()
+        for source, destination in zip(self.tensors(*names), target.tensors(*names), strict=True):
+            destination.narrow(2, start, source.shape[2]).copy_(source)
+
+    @staticmethod
+    def cat(parts: "Sequence[Self]") -> "Self":
+        """Concatenate along the token axis; shared fields are taken from the first part."""
+        first = parts[0]
+        names = first._token_fields()
+        joined = iter([torch.cat(group, dim=2) for group in zip(*(p.tensors(*names) for p in parts), strict=True)])
+        return first.map_tokens(lambda _: next(joined))
+
+
+P = TypeVar("P", bound=PackedTensor)
+
+
+class Quantizer(ABC, Generic[P]):
+    """Maps key or value vectors of one layer to packed ones and back.
+
+    Attention runs in the quantizer's own space, so that nothing is rotated back vector by vector: a query is
+    `project`-ed once, `scores` reads it against packed keys, `combine` sums packed values, and `unproject` maps that
+    sum back once. The defaults dequantize; a method overrides what it can do better.
+    """
+
+    token_group: ClassVar[int] = 1
+    """Tokens quantized together; a packed length is always a multiple of it."""
+
+    @abstractmethod
+    def quantize(
+        self,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        like: P | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> P:
+        """Quantize vectors.
+
+        Args:
+            x: The vectors, any float dtype.
+            like: What was packed before for the same rows; its shared fields (means) are used again. None for the
+                first block, from which they are computed.
+            valid: False for pad tokens, which must not enter statistics. None where every token is real.
+        """
+
+    @abstractmethod
+    def dequantize(self, packed: P) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the vectors in float32."""
+
+    def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
+        """Map queries to the space in which `scores` reads keys; once a call, not once a tile."""
+        return query
+
+    def scores(
+        self, projected: Float[Tensor, "batch kv_heads queries projected"], packed: P
+    ) -> Float[Tensor, "batch kv_heads queries tokens"]:
+        """Return inner products of projected queries and packed keys."""
+        return projected @ self.dequantize(packed).mT
+
+    def combine(
+        self, weights: Float[Tensor, "batch kv_heads queries tokens"], packed: P
+    ) -> Float[Tensor, "batch kv_heads queries dim"]:
+        """Return the weighted sum of packed values in the quantizer's own space."""
+        return weights @ self.dequantize(packed)
+
+    def unproject(self, output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Map a sum from `combine` back to the space of values."""
+        return output
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """The constant tensors this quantizer holds (codebooks, rotations), for byte counts."""
+        return ()
