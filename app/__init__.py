@@ -1,0 +1,1 @@
+"""The web app: engine, runs, charts and Streamlit components around the `turboquant` library."""

@@ -1,0 +1,1 @@
+"""The Streamlit building blocks that pages are made of."""

@@ -1,0 +1,50 @@
+"""The two answers side by side. Model text is drawn raw, never as Markdown or HTML."""
+
+from typing import Literal
+
+import streamlit as st
+
+from app.runs import Run
+from app.verdict import human_bytes, provenance
+
+Side = Literal["original", "compressed"]
+SIDES: tuple[Side, Side] = ("original", "compressed")
+_HEIGHT = 300
+
+
+def heading(side: Side, method: str) -> str:
+    """A pane's title: its colour and its words both say which side it is."""
+    if side == "original":
+        return "**:blue[:material/database: Original]** · full KV cache"
+    return f"**:violet[:material/compress: Compressed]** · `{method}`"
+
+
+def frame(side: Side, method: str, *, follow: bool = False) -> "st.delta_generator.DeltaGenerator":
+    """Draw a pane's title and return the box for its text; `follow` keeps its end in view."""
+    st.markdown(heading(side, method))
+    return st.container(border=True, height=_HEIGHT, autoscroll=follow)
+
+
+def answers(run: Run) -> None:
+    """Both finished answers with their provenance."""
+    c = run.comparison
+    for column, side in zip(st.columns(2), SIDES, strict=True):
+        result = getattr(c, side)
+        with column:
+            frame(side, c.compressed.method).text(result.text or "(no text)")
+            st.caption(escape(provenance(c, side)))
+
+
+def live_line(tokens: int, held: int) -> str:
+    """How far a streaming answer is."""
+    return f"{tokens:,} tokens · {human_bytes(held)} held" if tokens else "reading the prompt"
+
+
+_MARKS = frozenset("\\`*_{}[]()<>#+-=~|$:&!^@.")
+_BREAK = "\u200b"  # a zero-width space: it keeps emoji names, arrows and bare addresses from being replaced
+
+
+def escape(text: str) -> str:
+    """Text that Streamlit's Markdown shows literally: marks become character references."""
+    out = [f"&#{ord(ch)};{_BREAK if ch in ':-<=>~@' else ''}" if ch in _MARKS else ch for ch in text]
+    return "".join(out).replace("www", f"www{_BREAK}")

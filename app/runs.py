@@ -1,0 +1,244 @@
+"""Runs: comparisons with an identity, kept for a visitor, shipped as recordings, exported and imported.
+
+A run file is JSON: `{"id": ..., "origin": ..., "comparison": {...}}`; a bare comparison, as the command line writes it,
+is read as well. Whatever is imported is marked as imported: a file cannot claim to have been measured here.
+"""
+
+import csv
+import io
+import json
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from app.verdict import facts, provenance, verdict
+from turboquant.results import Comparison, HeadMetrics, Record
+
+RECORDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "runs"
+MAX_IMPORT_BYTES = 20_000_000
+Origin = Literal["measured", "recorded", "imported"]
+
+
+class RunError(ValueError):
+    """A file is not a run; the message says what is wrong in one sentence."""
+
+
+class Run(Record):
+    """A comparison with an identity and where it comes from."""
+
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex[:8], pattern=r"^[\w.-]{1,64}$")
+    origin: Origin = "measured"
+    comparison: Comparison
+
+    @property
+    def packed(self) -> bool:
+        """Was any token compressed? Without that no quality or memory figure means anything."""
+        return self.comparison.compressed.report.compressed_tokens > 0
+
+    @property
+    def complete(self) -> bool:
+        """Did both answers end by themselves?"""
+        return "cancelled" not in (self.comparison.original.finish, self.comparison.compressed.finish)
+
+    @property
+    def tag(self) -> str:
+        """Where the numbers come from, for people."""
+        env = self.comparison.environment
+        where = f"{env.created[:10]} · {env.device} · commit {env.commit or 'unknown'}"
+        return {"measured": "Measured", "recorded": "Recorded", "imported": "Imported"}[self.origin] + f" {where}"
+
+    @property
+    def label(self) -> str:
+        """One line for a list of runs."""
+        prompt = " ".join(self.comparison.prompt.split())
+        short = prompt if len(prompt) <= 40 else prompt[:39] + "…"
+        return f"{self.comparison.compressed.method} · {self.comparison.model.name} · {short}"
+
+    def to_json(self) -> str:
+        """The run as JSON text."""
+        return self.model_dump_json(indent=1)
+
+    def to_markdown(self) -> str:
+        """The run as a report to read."""
+        c = self.comparison
+        rows = [f"| {name} | {value} |" for name, value in facts(c)]
+        parts = [
+            f"# Comparison {self.id}",
+            f"{self.tag}.",
+            f"**{_escape(verdict(c))}**",
+            "| Figure | Value |\n| --- | --- |\n" + "\n".join(rows),
+            f"## Prompt\n\n{_fenced(c.prompt)}",
+            f"## Original: full KV cache\n\n{_fenced(c.original.text)}\n\n{provenance(c, 'original')}",
+            f"## Compressed: {c.compressed.method}\n\n{_fenced(c.compressed.text)}\n\n{provenance(c, 'compressed')}",
+            *(["## Notes\n\n" + "\n".join(f"- {_escape(note)}" for note in c.notes)] if c.notes else []),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def to_csv(self) -> str:
+        """One line a token: both answers, and the teacher-forced measurements of the original answer's tokens."""
+        c = self.comparison
+        steps = c.heads.packed if c.heads else None
+        head = ["index", "original", "compressed", "original_cache_bytes", "compressed_cache_bytes", "kl_nats"]
+        head += ["same_top", "probability_full", "probability_compressed", "cosine_scores_packed", "top1_packed"]
+        lines = []
+        for i in range(max(len(c.original.token_ids), len(c.compressed.token_ids))):
+            sides = [_at(c.original.token_texts, i), _at(c.compressed.token_texts, i)]
+            held = [_at(c.original.cache_bytes, i), _at(c.compressed.cache_bytes, i)]
+            forced = [None] * 4
+            if t := c.tokens:
+                forced = [_at(part, i) for part in (t.kl, t.same_top, t.probability_full, t.probability_compressed)]
+            step = [_at(steps.per_step_cosine_scores, i), _at(steps.per_step_top1, i)] if steps else [None, None]
+            lines.append([i, *sides, *held, *forced, *step])
+        return _csv(head, lines)
+
+    def heads_csv(self) -> str:
+        """One line a layer and query head."""
+        heads = self.comparison.heads
+        names = ["cosine_scores", "cosine_weights", "top1", "top5"]
+        head = ["layer", "head", *(f"{name}_{part}" for part in ("served", "packed") for name in names)]
+        if heads is None:
+            return _csv(head, [])
+        tables = [getattr(part, f"per_head_{name}") for part in (heads.served, heads.packed) for name in names]
+        return _csv(
+            head,
+            [
+                [layer, h, *(table[row][h] for table in tables)]
+                for row, layer in enumerate(heads.layer_indices)
+                for h in range(len(tables[0][row]))
+            ],
+        )
+
+
+class RunStore:
+    """The runs of one visitor, newest first; the oldest are dropped."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._runs: dict[str, Run] = {}
+
+    def add(self, run: Run) -> Run:
+        """Keep a run; one whose id is taken by another gets a new id."""
+        if run.id in self._runs and self._runs[run.id] != run:
+            run = run.model_copy(update={"id": uuid.uuid4().hex[:8]})
+        self._runs[run.id] = run
+        while len(self._runs) > self._limit:
+            del self._runs[next(iter(self._runs))]
+        return run
+
+    def get(self, run_id: str) -> Run | None:
+        """The run of that id, if it is still kept."""
+        return self._runs.get(run_id)
+
+    def all(self) -> list[Run]:
+        """Every run, newest first."""
+        return list(reversed(self._runs.values()))
+
+
+def import_run(data: str | bytes) -> Run:
+    """Read a run or a bare comparison from JSON.
+
+    Raises:
+        RunError: The text is too large, is no JSON, or is no run.
+    """
+    if len(data) > MAX_IMPORT_BYTES:
+        raise RunError(f"The file is too large: {len(data):,} bytes, the limit is {MAX_IMPORT_BYTES:,}.")
+    run = _read(data)
+    return run.model_copy(update={"origin": "imported"})
+
+
+def _read(data: str | bytes) -> Run:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        raise RunError("The file is not JSON.") from None
+    if not isinstance(content, dict):
+        raise RunError("The file is JSON, but no run: it must be an object with a comparison in it.")
+    try:
+        if "comparison" in content:
+            run = Run.model_validate_json(json.dumps(content))
+        else:
+            run = Run(comparison=Comparison.model_validate_json(json.dumps(content)))
+    except (ValidationError, ValueError) as error:
+        raise RunError(_first_error(error)) from None
+    _check(run.comparison)
+    return run
+
+
+def _first_error(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return "The file is JSON, but no run."
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    count = error.error_count()
+    more = f" ({count - 1} more like it)" if count > 1 else ""
+    return f"The file is JSON, but no run: {where}: {first['msg'].rstrip('.')}{more}."
+
+
+def _check(c: Comparison) -> None:
+    """Refuse a comparison whose parts do not fit together; pages index one by the other."""
+    for name, side in (("original", c.original), ("compressed", c.compressed)):
+        if len(side.token_ids) != len(side.token_texts):
+            raise RunError(f"The file is no run: {name}.token_ids and {name}.token_texts differ in length.")
+    if t := c.tokens:
+        lengths = {len(t.kl), len(t.same_top), len(t.probability_full), len(t.probability_compressed)}
+        if len(lengths) != 1 or lengths.pop() > len(c.original.token_ids):
+            raise RunError("The file is no run: the lists in tokens do not fit the original answer.")
+    if c.heads:
+        _check_heads(c.heads)
+
+
+def _check_heads(h: HeadMetrics) -> None:
+    values = [getattr(part, name) for part in (h.served, h.packed) for name in type(part).model_fields]
+    lists = [value for value in values if isinstance(value, list)]
+    tables = [value for value in lists if value and isinstance(value[0], list)]
+    steps = [value for value in lists if value not in tables]
+    if any(len(table) != len(h.layer_indices) for table in tables):
+        raise RunError("The file is no run: a per-head table does not fit heads.layer_indices.")
+    if len({len(row) for table in tables for row in table}) > 1:
+        raise RunError("The file is no run: the per-head tables differ in their number of heads.")
+    if any(len(step) not in (0, len(h.positions)) for step in steps) or len(h.packed_tokens) != len(h.positions):
+        raise RunError("The file is no run: a per-step list does not fit heads.positions.")
+
+
+def recorded_runs(folder: Path = RECORDED_FOLDER) -> list[Run]:
+    """The runs that ship with the app, in the order of their file names.
+
+    Raises:
+        RunError: A shipped file is broken.
+    """
+    return [
+        _read(path.read_bytes()).model_copy(update={"origin": "recorded"}) for path in sorted(folder.glob("*.json"))
+    ]
+
+
+def _at(values: Iterable[Any] | None, index: int) -> Any:
+    values = list(values or [])
+    return values[index] if index < len(values) else None
+
+
+def _csv(head: list[str], lines: list[list[object]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([[_cell(value) for value in line] for line in lines])
+    return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    """Text that a spreadsheet would run as a formula is quoted with an apostrophe."""
+    return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def _fenced(text: str) -> str:
+    """Text in a code fence that it cannot close."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _escape(text: str) -> str:
+    return "".join("\\" + ch if ch in "\\`*_[]<>#|$~:" else ch for ch in text)

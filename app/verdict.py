@@ -1,0 +1,128 @@
+"""A comparison in words: the verdict sentence, the figures with their units, the provenance lines. Plain text."""
+
+from typing import Literal
+
+from turboquant.results import Comparison
+
+MISSING = "not measured"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: 1536 is `1.50 KiB`."""
+    for unit in _UNITS:
+        if count < 1024 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def quoted(token: str | None) -> str:
+    """A token in quotes, with its line breaks and tabs visible."""
+    if token is None:
+        return "the end"
+    token = token.strip(" ") or token
+    return "'" + token.replace("\n", "↵").replace("\t", "⇥") + "'"
+
+
+def verdict(c: Comparison) -> str:
+    """One sentence: where the two answers part."""
+    report = c.compressed.report
+    counts = len(c.original.token_ids), len(c.compressed.token_ids)
+    stopped = "cancelled" in (c.original.finish, c.compressed.finish)
+    if stopped and min(counts) == 0:
+        return "Stopped before both answers had begun."
+    if report.compressed_tokens == 0:
+        return f"Nothing was packed: all {report.tokens:,} cached tokens stayed exact, so there is nothing to compare."
+    start = f"Stopped after {_tokens(max(counts))}; " if stopped else ""
+    return start + _parting(c, stopped)
+
+
+def _parting(c: Comparison, stopped: bool) -> str:
+    d = c.divergence
+    if d is None:
+        text = f"identical for all {_tokens(min(len(c.original.token_ids), len(c.compressed.token_ids)))}"
+        text = text.replace("for all", "so far, for") if stopped else text
+    elif d.original is None or d.compressed is None:
+        first, other = ("original", "compressed") if d.original is None else ("compressed", "original")
+        token = d.compressed if d.original is None else d.original
+        text = f"identical for {_tokens(d.index)}, then the {first} answer ends and the "
+        text += f"{other} one goes on with {quoted(token)}"
+    elif d.index == 0:
+        text = f"different from the first token: {_change(d.original, d.compressed)}"
+    else:
+        text = f"identical for {_tokens(d.index)}, then {_change(d.original, d.compressed)}"
+    return (text if stopped else text[0].upper() + text[1:]) + "."
+
+
+def _change(original: str, compressed: str) -> str:
+    """Both tokens quoted; where only spaces tell them apart, the spaces show."""
+    pair = quoted(original), quoted(compressed)
+    if pair[0] == pair[1]:
+        pair = quoted(original.replace(" ", "␣")), quoted(compressed.replace(" ", "␣"))
+    return f"{pair[0]} → {pair[1]}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
+
+
+def number(value: float | None, digits: int = 3, unit: str = "") -> str:
+    """A number with its unit, or the words for a missing one."""
+    return MISSING if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def percent(value: float | None) -> str:
+    """A percentage with one digit, or the words for a missing one."""
+    return MISSING if value is None else f"{value:.1f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
+    """What one answer was made with, measured in that run."""
+    result, model = getattr(c, side), c.model
+    r = result.report
+    exact = f"{r.compressed_tokens:,} tokens packed, {r.exact_tokens:,} exact"
+    layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
+    speed = MISSING if result.tokens_per_second is None else f"{result.tokens_per_second:.1f} tokens/s"
+    return (
+        f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device} · {exact}{layers} · "
+        f"{human_bytes(r.bytes)} held · {speed}"
+    )
+
+
+def facts(c: Comparison) -> list[tuple[str, str]]:
+    """Every figure of the run with its unit; quality and memory only when tokens were packed."""
+    report = c.compressed.report
+    rows = [
+        ("Model", f"{c.model.name} ({c.model.hub_id}, weights {c.model.weights}, {c.model.dtype} on {c.model.device})"),
+        ("Method", c.compressed.method),
+        ("Prompt", f"{c.prompt_tokens:,} tokens"),
+        ("Answers", f"{len(c.original.token_ids):,} and {len(c.compressed.token_ids):,} tokens"),
+        ("Tokens packed / exact", f"{report.compressed_tokens:,} / {report.exact_tokens:,}"),
+        ("Speed, original", number(c.original.tokens_per_second, 1, " tokens/s")),
+        ("Speed, compressed", number(c.compressed.tokens_per_second, 1, " tokens/s")),
+    ]
+    if report.compressed_tokens == 0:
+        return rows
+    rows += [
+        ("KV cache held", human_bytes(report.bytes)),
+        ("16-bit baseline", human_bytes(report.full_precision_bytes)),
+        ("Compression ratio, everything counted", number(report.compression_ratio, 2, "x")),
+        ("Payload ratio by the paper's formula", number(report.payload_ratio, 2, "x")),
+        ("Bits per value, everything counted", number(report.bits_per_value, 2)),
+    ]
+    if c.heads:
+        for name, part in (("packed positions", c.heads.packed), ("as served", c.heads.served)):
+            rows += [
+                (f"Heads at risk, {name}", percent(part.heads_at_risk_pct)),
+                (f"Top-1 match, {name}", percent(part.top1_match_pct)),
+                (f"Top-5 match, {name}", percent(part.top5_match_pct)),
+                (f"Cosine of raw scores, {name}", number(part.cosine_scores, 4)),
+                (f"Cosine of softmax weights, {name}", number(part.cosine_weights, 4)),
+            ]
+    if c.tokens:
+        rows += [
+            ("Mean KL(full ‖ compressed)", number(c.tokens.mean_kl, 4, " nats")),
+            ("Same top token, teacher forced", percent(c.tokens.same_top_pct)),
+        ]
+    return rows

@@ -1,0 +1,121 @@
+"""An engine whose model is a stand-in, so that each state of queue and page can be held still and looked at."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from app import state
+from app.engine import Engine, Progress
+from app.jobs import Request
+from tests.app.factory import comparison
+from turboquant.results import Comparison
+
+MAIN = str(Path(__file__).resolve().parents[2] / "app" / "main.py")
+
+
+@dataclass(frozen=True)
+class FakeEvent:
+    """The shape of `turboquant.comparison.Event`."""
+
+    kind: Literal["prefill", "token", "done", "phase"]
+    side: Literal["original", "compressed"] | None = None
+    text: str = ""
+    tokens: int = 0
+    cache_bytes: int = 0
+    fraction: float | None = None
+
+
+@dataclass
+class Bench:
+    """A loader and a runner that do what the test tells them."""
+
+    load_error: BaseException | None = None
+    run_error: BaseException | None = None
+    hold_load: threading.Event = field(default_factory=threading.Event)
+    hold_run: threading.Event = field(default_factory=threading.Event)
+    result: Callable[[Request], Comparison] = lambda request: comparison(prompt=request.prompt, method=request.method)
+    loads: list[str] = field(default_factory=list)
+    served: list[str] = field(default_factory=list)
+    resident: int = 0
+    most_resident: int = 0
+
+    def __post_init__(self) -> None:
+        self.hold_load.set()
+        self.hold_run.set()
+
+    def load(self, name: str, *, weights: str, progress: Progress) -> Any:
+        self.loads.append(name)
+        progress(0.4, f"Reading {name}")
+        while not self.hold_load.wait(0.02):
+            progress(0.5, f"Reading {name}")
+        if self.load_error is not None:
+            raise self.load_error
+        return _Model(self, weights)
+
+    def run(
+        self, loaded: Any, request: Request, on_event: Callable[[Any], None], cancelled: Callable[[], bool]
+    ) -> Comparison:
+        self.served.append(request.prompt)
+        if self.run_error is not None:
+            raise self.run_error
+        text = ""
+        for step in range(1, 5):
+            text += f" word{step}"
+            for side in ("original", "compressed"):
+                on_event(FakeEvent("token", side, text, step, 1000 * step))  # type: ignore[arg-type]
+        while not self.hold_run.wait(0.02):
+            if cancelled():
+                return comparison((" half",), (" half",), finish="cancelled", measured=False, prompt=request.prompt)
+        return self.result(request)
+
+
+class _Model(SimpleNamespace):
+    def __init__(self, bench: Bench, weights: str) -> None:
+        super().__init__(weights="fp32" if weights == "auto" else weights, device="cpu")
+        self._bench = bench
+        bench.resident += 1
+        bench.most_resident = max(bench.most_resident, bench.resident)
+
+    def __del__(self) -> None:
+        self._bench.resident -= 1
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.hold_load.set()
+    bench.hold_run.set()
+
+
+@pytest.fixture
+def engine(bench: Bench) -> Iterator[Engine]:
+    engine = Engine(bench.load, bench.run, expected=(LookupError,), max_queue=3, grace_s=0.1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
+    """The Compare page with the stand-in engine behind it; recorded runs are left out."""
+    st.cache_resource.clear()
+    monkeypatch.setattr(state, "engine", lambda: engine)
+    monkeypatch.setattr(state, "recordings", lambda: [])
+    yield AppTest.from_file(MAIN, default_timeout=30)
+    st.cache_resource.clear()
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait for something another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
