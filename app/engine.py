@@ -249,6 +249,7 @@ class Engine:
                 return _Ending("stopped")
             if out_of_memory(error):
                 log.warning("Job %d ran out of memory: %s", job.id, error)
+                error.__traceback__ = None  # its frames hold the model and the half-made tensors
                 return _Ending("failed", error=_NO_MEMORY, unload=True)
             if isinstance(error, self._expected):
                 return _Ending("failed", error=str(error))

@@ -97,7 +97,7 @@ def _metrics(run: Run) -> None:
         ),
         ("Bits per value", number(report.bits_per_value, 2), "16 uncompressed", definitions.BITS_PER_VALUE),
         (
-            "Speed, compressed",
+            "Speed",
             number(c.compressed.tokens_per_second, 1, " tok/s"),
             number(c.original.tokens_per_second, 1, " tok/s original"),
             definitions.SPEED,
@@ -132,7 +132,7 @@ def _quality(run: Run) -> None:
             (
                 "Mean KL",
                 number(c.tokens.mean_kl, 4, " nats"),
-                f"{percent(c.tokens.same_top_pct)} same top token",
+                f"{percent(c.tokens.same_top_pct)} same top",
                 f"{definitions.KL} {definitions.SAME_TOP}",
             )
         )
