@@ -1,1 +1,64 @@
-"""TurboQuant Lab: what happens to answers, memory and speed when a model's KV cache is compressed."""
+"""TurboQuant Lab: what happens to answers, memory and speed when a model's KV cache is compressed.
+
+Names load on first use, so that importing the package costs nothing.
+
+Example:
+    >>> from turboquant import build_cache, parse_method, tiny_model
+    >>> model = tiny_model("llama")
+    >>> cache = build_cache(model.config, parse_method("turboquant:bits=4"))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turboquant.cache import NothingCompressedError, build_cache, cache_report
+    from turboquant.codebook import expected_mse, lloyd_max
+    from turboquant.comparison import compare
+    from turboquant.methods import METHODS, Method, parse_method
+    from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
+    from turboquant.models import MODELS, load_model, tiny_model
+    from turboquant.quantizer import PackedTensor, Quantizer
+    from turboquant.results import Comparison, Settings
+
+__version__ = "0.1.0"
+_HOME = {
+    "cache": ("NothingCompressedError", "build_cache", "cache_report"),
+    "codebook": ("expected_mse", "lloyd_max"),
+    "comparison": ("compare",),
+    "methods": ("METHODS", "Method", "parse_method"),
+    "methods.turboquant": ("TurboQuantMSE", "TurboQuantProd"),
+    "models": ("MODELS", "load_model", "tiny_model"),
+    "quantizer": ("PackedTensor", "Quantizer"),
+    "results": ("Comparison", "Settings"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+__all__ = [  # noqa: RUF022 - the order of the modules
+    "METHODS",
+    "MODELS",
+    "Comparison",
+    "Method",
+    "NothingCompressedError",
+    "PackedTensor",
+    "Quantizer",
+    "Settings",
+    "TurboQuantMSE",
+    "TurboQuantProd",
+    "build_cache",
+    "cache_report",
+    "compare",
+    "expected_mse",
+    "lloyd_max",
+    "load_model",
+    "parse_method",
+    "tiny_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'turboquant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"turboquant.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

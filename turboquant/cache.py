@@ -426,6 +426,11 @@ def _new_storage(tensor: Tensor, seen: set[int]) -> int:
     return storage.nbytes()
 
 
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of every storage reachable from a cache; the total of `cache_report`."""
+    return cache_report(cache).bytes
+
+
 def cache_report(cache: Cache) -> CacheReport:
     """Measure what a cache holds: tokens, and the bytes of every storage reachable from it.
 

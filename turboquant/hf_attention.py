@@ -27,8 +27,8 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 class QueryObserver(Protocol):
     """Sees the queries of every layer, after rotary embedding."""
 
-    def record(self, layer_idx: int, query: Tensor) -> None:
-        """Take the queries (batch, heads, queries, dim) of one forward call."""
+    def record(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+        """Take the queries (batch, heads, queries, dim) of one forward call and the factor on their scores."""
 
 
 _observer: ContextVar[QueryObserver | None] = ContextVar("turboquant_query_observer", default=None)
@@ -59,9 +59,10 @@ def attention_forward(
     Raises:
         ValueError: If the model asks for something the packed path does not compute.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     observer = _observer.get()
     if observer is not None:
-        observer.record(int(module.layer_idx), query)  # type: ignore[arg-type]
+        observer.record(int(module.layer_idx), query, scaling)  # type: ignore[arg-type]
     if not isinstance(key, CachedStates):
         assert isinstance(value, Tensor)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -78,7 +79,7 @@ def attention_forward(
     return output, None
 
 
-def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     keys, values = layer.exact()
     segment = PackedSegment(
         layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
@@ -86,8 +87,7 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
     if mask is not None and layer.padding is not None:
         slots = layer.slots(mask.shape[-1])[:, None, None, :]
         mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = attend(query, keys, values, segment, layer.sink_length, mask, scale)
+    output = attend(query, keys, values, segment, layer.sink_length, mask, scaling)
     return output.transpose(1, 2).contiguous().to(query.dtype)
 
 

@@ -136,6 +136,13 @@ class Quantizer(ABC, Generic[P]):
         """Map a sum from `combine` back to the space of values."""
         return output
 
+    def tile_tokens(self, rows: Float[Tensor, "batch kv_heads queries _"]) -> int:
+        """Return how many packed tokens attention should read at once for these query rows.
+
+        What `scores` and `combine` unpack is at most one such tile; 512 tokens bound it for the defaults above.
+        """
+        return 512
+
     def tables(self) -> tuple[Tensor, ...]:
         """The constant tensors this quantizer holds (codebooks, rotations), for byte counts."""
         return ()

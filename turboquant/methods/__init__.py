@@ -56,6 +56,11 @@ class Method(ABC):
     ) -> tuple[Quantizer[Any], Quantizer[Any]] | None:
         """Return the key and the value quantizer of one layer, or None where the method stores plain tensors."""
 
+    def packed_length(self, tokens: int) -> int:
+        """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
+        ready = tokens - self.sink_length - self.residual_length
+        return max(0, ready // self.block_length * self.block_length)
+
     @property
     def payload_bits(self) -> float | None:
         """Mean bits a value that the methodology's formula counts: codes and signs, without norms; None if n/a."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from turboquant.codebook import boundaries, check_bits, lloyd_max
 from turboquant.methods import BitsMethod
-from turboquant.packing import Planes, pack_bits, unpack_bits
+from turboquant.ops.codes import code_combine, code_levels, code_scores, tile_tokens
+from turboquant.packing import Planes, pack_bits
 from turboquant.quantizer import PackedTensor, Quantizer
 from turboquant.rotation import ROTATIONS, Rotation, RotationKind, qjl_projection, qjl_scale, random_rotation
 
@@ -104,15 +105,11 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         planes, scales, center, _ = self._encode(x, like, valid)
         return PackedMSE(planes, scales, center)
 
-    def levels(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
-        """Return the codebook entries of unit vectors in the rotated space, without their scales."""
-        if not self.bits:
-            return self.codebook.expand(*packed.scales.shape, self.dim)
-        return self.codebook[unpack_bits(packed.codes, self.bits, self.dim).int()]
-
     def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Return the vectors in float32."""
-        y = self.levels(packed) * packed.scales.float().unsqueeze(-1)
+        y = torch.zeros(*packed.scales.shape, self.dim, device=packed.scales.device)
+        if self.bits:
+            y = code_levels(packed.codes, self.bits, self.codebook, self.dim) * packed.scales.float().unsqueeze(-1)
         return self.rotation.inverse(y if packed.center is None else y + packed.center.float())
 
     def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
@@ -123,19 +120,29 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         self, projected: Float[Tensor, "batch kv_heads queries projected"], packed: PackedMSE
     ) -> Float[Tensor, "batch kv_heads queries tokens"]:
         """Return inner products of rotated queries and packed keys, from the codes."""
-        scores = (projected @ self.levels(packed).mT) * packed.scales.float().unsqueeze(-2)
+        if not self.bits:
+            scores = projected.new_zeros(*projected.shape[:3], packed.tokens)
+        else:
+            scores = code_scores(projected, packed.codes, self.bits, self.codebook, packed.scales)
         return scores if packed.center is None else scores + projected @ packed.center.float().mT
 
     def combine(
         self, weights: Float[Tensor, "batch kv_heads queries tokens"], packed: PackedMSE
     ) -> Float[Tensor, "batch kv_heads queries dim"]:
         """Return the weighted sum of packed values in the rotated space."""
-        output = (weights * packed.scales.float().unsqueeze(-2)) @ self.levels(packed)
+        if not self.bits:
+            output = weights.new_zeros(*weights.shape[:3], self.dim)
+        else:
+            output = code_combine(weights, packed.codes, self.bits, self.codebook, packed.scales, self.dim)
         return output if packed.center is None else output + weights.sum(-1, keepdim=True) * packed.center.float()
 
     def unproject(self, output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Rotate a sum of values back."""
         return self.rotation.inverse(output)
+
+    def tile_tokens(self, rows: Tensor) -> int:
+        """Return how many tokens attention reads at once."""
+        return tile_tokens(rows, self.bits)
 
     def tables(self) -> tuple[Tensor, ...]:
         """Return rotation, codebook and boundaries."""
@@ -164,6 +171,7 @@ class TurboQuantProd(TurboQuantMSE):
         # S acts on the error before rotation; S R^T does the same on the rotated error.
         self.projection = rotation.apply(projection)
         self.qjl_scale = qjl_scale
+        self.sign_levels = torch.tensor([-1.0, 1.0], device=projection.device)
 
     def quantize(
         self,
@@ -177,16 +185,14 @@ class TurboQuantProd(TurboQuantMSE):
         norms = _half(error.norm(dim=-1))
         return PackedProd(planes, scales, center, pack_bits(signs, 1), norms)
 
-    def _signs(self, packed: PackedProd) -> Tensor:
-        return unpack_bits(packed.signs, 1, self.dim).float().mul_(2).sub_(1)
-
-    def _gain(self, packed: PackedProd) -> Tensor:
+    def _gains(self, packed: PackedProd) -> Tensor:
         return packed.error_norms.float() * self.qjl_scale
 
     def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Return the vector whose inner product with q is the estimate."""
         assert isinstance(packed, PackedProd)
-        correction = (self._signs(packed) @ self.projection) * self._gain(packed).unsqueeze(-1)
+        signs = code_levels(packed.signs, 1, self.sign_levels, self.dim)
+        correction = (signs @ self.projection) * self._gains(packed).unsqueeze(-1)
         return super().dequantize(packed) + self.rotation.inverse(correction)
 
     def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
@@ -200,7 +206,7 @@ class TurboQuantProd(TurboQuantMSE):
         """Return the unbiased estimates of inner products, from codes and signs."""
         assert isinstance(packed, PackedProd)
         rotated, sketched = projected.split(self.dim, dim=-1)
-        correction = (sketched @ self._signs(packed).mT) * self._gain(packed).unsqueeze(-2)
+        correction = code_scores(sketched, packed.signs, 1, self.sign_levels, self._gains(packed))
         return super().scores(rotated, packed) + correction
 
     def combine(
@@ -208,12 +214,13 @@ class TurboQuantProd(TurboQuantMSE):
     ) -> Float[Tensor, "batch kv_heads queries dim"]:
         """Return the weighted sum in the rotated space."""
         assert isinstance(packed, PackedProd)
-        correction = (weights * self._gain(packed).unsqueeze(-2)) @ self._signs(packed) @ self.projection
+        signs = code_combine(weights, packed.signs, 1, self.sign_levels, self._gains(packed), self.dim)
+        correction = signs @ self.projection
         return super().combine(weights, packed) + correction
 
     def tables(self) -> tuple[Tensor, ...]:
-        """Return rotation, codebook, boundaries and projection."""
-        return (*super().tables(), self.projection)
+        """Return rotation, codebook, boundaries, projection and the two signs."""
+        return (*super().tables(), self.projection, self.sign_levels)
 
 
 def _half(x: Tensor) -> Tensor:

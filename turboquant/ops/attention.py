@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turboquant.quantizer import PackedTensor, Quantizer
 
-TILE_TOKENS = 512
+EXACT_TILE_TOKENS = 512
 MASKED = torch.finfo(torch.float32).min / 2
 
 
@@ -117,14 +117,15 @@ def attend(
     # Exact tokens: the sinks keep their places, the window stands behind the packed tokens.
     places = torch.arange(exact_length, device=query.device)
     places[sink_length:] += packed_length
-    for tile in _tiles(exact_length):
+    for tile in _tiles(exact_length, EXACT_TILE_TOKENS):
         scores = grouped @ exact_keys[:, :, tile].float().mT
         bias = _bias(mask, places[tile], rows, tokens, groups)
         combine = partial(torch.matmul, other=exact_values[:, :, tile].float())
         softmax.add(scores if bias is None else scores + bias, combine, "exact")
     # Packed tokens are older than the present call: without a mask every query sees them.
     projected = packed.key_quantizer.project(grouped)
-    for tile in _tiles(packed_length):
+    tile_tokens = min(q.tile_tokens(projected) for q in (packed.key_quantizer, packed.value_quantizer))
+    for tile in _tiles(packed_length, tile_tokens):
         keys, values = (part.narrow(tile.start, tile.stop - tile.start) for part in (packed.keys, packed.values))
         scores = packed.key_quantizer.scores(projected, keys)
         if mask is not None:
@@ -135,5 +136,5 @@ def attend(
     return output.reshape(batch, heads, rows, -1)
 
 
-def _tiles(length: int) -> list[slice]:
-    return [slice(start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)]
+def _tiles(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -1,0 +1,58 @@
+"""Pure functions from tensors to numbers: agreement of attention, and of next-token distributions."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+TOP = 5
+
+
+def head_agreement(
+    full: Float[Tensor, "*heads queries tokens"],
+    compressed: Float[Tensor, "*heads queries tokens"],
+    visible: Bool[Tensor, "queries tokens"],
+    scaling: float,
+) -> dict[str, Float[Tensor, "*heads queries"]]:
+    """Compare raw attention scores of the same queries under full and compressed keys.
+
+    Args:
+        full: Inner products with the full keys, unscaled.
+        compressed: The same with the compressed keys.
+        visible: Which tokens count for each query; each query sees at least one.
+        scaling: The model's factor on scores before softmax.
+
+    Returns:
+        `cosine_scores` and `cosine_weights` (before and after softmax, -1 to 1), `top1` (the most-attended token is
+        the same, 0 or 1) and `top5` (the full cache's most-attended token is among the five of the compressed one).
+    """
+    hidden = ~visible
+    zeroed = [scores.masked_fill(hidden, 0.0) for scores in (full, compressed)]
+    masked = [scores.masked_fill(hidden, -torch.inf) for scores in (full, compressed)]
+    weights = [(scores * scaling).softmax(dim=-1) for scores in masked]
+    first = masked[0].argmax(dim=-1)
+    best = masked[1].topk(min(TOP, full.shape[-1]), dim=-1).indices
+    return {
+        "cosine_scores": torch.cosine_similarity(*zeroed, dim=-1),
+        "cosine_weights": torch.cosine_similarity(*weights, dim=-1),
+        "top1": (best[..., 0] == first).float(),
+        "top5": (best == first.unsqueeze(-1)).any(dim=-1).float(),
+    }
+
+
+def token_agreement(
+    full: Float[Tensor, "tokens vocabulary"], compressed: Float[Tensor, "tokens vocabulary"], targets: Tensor
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """Compare next-token logits of the same positions.
+
+    Returns:
+        `kl` = KL(full || compressed) in nats, `same_top` (0 or 1), and each side's probability of the target token.
+    """
+    log_full, log_compressed = full.float().log_softmax(dim=-1), compressed.float().log_softmax(dim=-1)
+    kl = (log_full.exp() * (log_full - log_compressed)).sum(dim=-1).clamp_min(0.0)
+    index = targets.unsqueeze(-1)
+    return {
+        "kl": kl,
+        "same_top": (log_full.argmax(dim=-1) == log_compressed.argmax(dim=-1)).float(),
+        "probability_full": log_full.gather(-1, index).squeeze(-1).exp(),
+        "probability_compressed": log_compressed.gather(-1, index).squeeze(-1).exp(),
+    }

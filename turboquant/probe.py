@@ -1,0 +1,207 @@
+"""From captured queries to per-head agreement, and from an answer to per-token KL.
+
+Queries are the model's own, after rotary embedding, at the last prompt token and every generated one. For each of
+them the scores under the full keys are compared with the scores under the same keys compressed as the cache holds
+them once that token has been processed: the same packing, the same exact tokens, the same codes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from turboquant.cache import build_cache
+from turboquant.generate import QueryRecorder
+from turboquant.hf_attention import observe_queries
+from turboquant.methods import METHODS, Method
+from turboquant.metrics import head_agreement, token_agreement
+from turboquant.models import LoadedModel
+from turboquant.quantizer import Quantizer
+from turboquant.results import HeadMetrics, HeadScores, TokenMetrics
+
+METRICS = ("cosine_scores", "cosine_weights", "top1", "top5")
+CHUNK_TOKENS = 16
+Progress = Callable[[float], None]
+
+
+class _LayerKeys:
+    """The keys of one layer, packed as a cache would have packed them after a given number of tokens."""
+
+    def __init__(self, keys: Tensor, quantizer: Quantizer[Any], method: Method) -> None:
+        self.keys, self.quantizer, self.method = keys, quantizer, method
+        self.packed: list[Any] = []
+        self.packed_length = 0
+
+    def scores(self, query: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Return full and compressed scores (heads, queries, tokens) and how many tokens are packed."""
+        sinks = self.method.sink_length
+        while self.packed_length < (due := self.method.packed_length(tokens)):
+            block = self.keys[:, :, sinks + self.packed_length : sinks + due]
+            self.packed.append(self.quantizer.quantize(block, like=self.packed[0] if self.packed else None))
+            self.packed_length = due
+        kv_heads = self.keys.shape[1]
+        grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        full = grouped @ self.keys[:, :, :tokens].mT
+        compressed = full.clone()
+        if self.packed:
+            projected = self.quantizer.project(grouped)
+            parts = [self.quantizer.scores(projected, part) for part in self.packed]
+            compressed[..., sinks : sinks + self.packed_length] = torch.cat(parts, dim=-1)
+        shape = (query.shape[1], query.shape[2], tokens)
+        return full.reshape(shape), compressed.reshape(shape), self.packed_length
+
+
+def _groups(method: Method, prompt_tokens: int, steps: int) -> list[tuple[int, int]]:
+    """Split the steps into runs during which the cache packs nothing."""
+    runs: list[tuple[int, int]] = []
+    for step in range(steps):
+        if runs and method.packed_length(prompt_tokens + step) == method.packed_length(prompt_tokens + runs[-1][0]):
+            runs[-1] = (runs[-1][0], step + 1)
+        else:
+            runs.append((step, step + 1))
+    return runs
+
+
+def _layer_agreement(
+    layer: _LayerKeys, query: Tensor, prompt_tokens: int, scaling: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
+    """Return agreement (heads, steps) as served and over packed positions (NaN where none), and packed counts."""
+    served: list[dict[str, Tensor]] = []
+    packed: list[dict[str, Tensor]] = []
+    counts: list[int] = []
+    sinks = layer.method.sink_length
+    for start, stop in _groups(layer.method, prompt_tokens, query.shape[2]):
+        tokens = prompt_tokens + stop - 1
+        full, compressed, count = layer.scores(query[:, :, start:stop], tokens)
+        seen = torch.arange(prompt_tokens + start, prompt_tokens + stop)[:, None]
+        served.append(head_agreement(full, compressed, torch.arange(tokens) < seen, scaling))
+        if count:
+            part = slice(sinks, sinks + count)
+            visible = torch.ones(stop - start, count, dtype=torch.bool)
+            packed.append(head_agreement(full[..., part], compressed[..., part], visible, scaling))
+        else:
+            packed.append({name: torch.full(full.shape[:2], torch.nan) for name in METRICS})
+        counts += [count] * (stop - start)
+    join = {name: torch.cat([g[name] for g in served], dim=-1) for name in METRICS}
+    join_packed = {name: torch.cat([g[name] for g in packed], dim=-1) for name in METRICS}
+    return join, join_packed, counts
+
+
+def _mean(values: Tensor) -> float | None:
+    mean = float(values.nanmean())
+    return None if mean != mean else mean
+
+
+def _row(values: Tensor) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
+
+
+def _head_scores(layers: list[dict[str, Tensor]]) -> HeadScores:
+    """Average (layer, head, step) agreement over steps, over heads, and over all."""
+    stacked = {name: torch.stack([layer[name] for layer in layers]) for name in METRICS}
+    fields: dict[str, Any] = {}
+    for name, values in stacked.items():
+        fields[f"per_head_{name}"] = [_row(row) for row in values.nanmean(dim=2)]
+        fields[f"per_step_{name}"] = _row(values.flatten(0, 1).nanmean(dim=0))
+    top1, top5 = _mean(stacked["top1"]), _mean(stacked["top5"])
+    return HeadScores(
+        **fields,
+        cosine_scores=_mean(stacked["cosine_scores"]),
+        cosine_weights=_mean(stacked["cosine_weights"]),
+        top1_match_pct=None if top1 is None else 100 * top1,
+        top5_match_pct=None if top5 is None else 100 * top5,
+        heads_at_risk_pct=None if top1 is None else 100 - 100 * top1,
+    )
+
+
+def head_metrics(
+    cache: Cache, recorder: QueryRecorder, method: Method, prompt_tokens: int, progress: Progress = lambda _: None
+) -> HeadMetrics:
+    """Compare attention under full and compressed keys for every recorded query, layer and query head.
+
+    Args:
+        cache: The full cache at the end of the run, whose plain layers hold every key.
+        recorder: The queries of that run: one a forward call, the first for the last prompt token.
+        method: How the keys are compressed.
+        prompt_tokens: Tokens of the prompt.
+        progress: Called with the fraction done.
+    """
+    indices = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and i in recorder.queries]
+    served, packed, counts = [], [], [0]
+    for done, layer_idx in enumerate(indices):
+        if recorder.cancelled():
+            break
+        layer = cache.layers[layer_idx]
+        keys, values = layer.keys, layer.values
+        pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
+        assert pair is not None, "a method that packs has quantizers"
+        query = torch.cat(recorder.queries[layer_idx], dim=2)
+        agreement = _layer_agreement(
+            _LayerKeys(keys.float().cpu(), pair[0], method), query, prompt_tokens, recorder.scaling[layer_idx]
+        )
+        served.append(agreement[0])
+        packed.append(agreement[1])
+        counts = agreement[2]
+        progress((done + 1) / len(indices))
+    return HeadMetrics(
+        positions=[prompt_tokens - 1 + step for step in range(len(counts))],
+        packed_tokens=counts,
+        layer_indices=indices,
+        served=_head_scores(served),
+        packed=_head_scores(packed),
+    )
+
+
+@torch.no_grad()
+def token_metrics(
+    loaded: LoadedModel,
+    prompt: Tensor,
+    answer: list[int],
+    method: Method,
+    progress: Progress = lambda _: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> TokenMetrics:
+    """Feed the original answer through a fresh full and a fresh compressed cache, and compare every next token.
+
+    Tokens go in chunks of 16, or one by one where the method keeps no exact window: within a chunk tokens attend to
+    each other exactly, and only a window at least as long as the chunk makes that what decoding would have done.
+
+    Args:
+        loaded: The model.
+        prompt: Prompt tokens (1, tokens).
+        answer: Tokens of the original answer, at least one.
+        method: The compressed side.
+        progress: Called with the fraction done.
+        cancelled: Asked between layers.
+
+    Raises:
+        CancelledError: If the caller asked to stop.
+    """
+    chunk = max(1, min(CHUNK_TOKENS, method.residual_length))
+    model, device = loaded.model, prompt.device
+    caches = [build_cache(model.config, m) for m in (METHODS["full"](), method)]
+    fed = torch.tensor([answer[:-1]], device=device, dtype=torch.long)
+    pieces = [prompt, *fed.split(chunk, dim=1)] if fed.numel() else [prompt]
+    parts: list[dict[str, Tensor]] = []
+    place = 0
+    with observe_queries(QueryRecorder(cancelled, keep=False)):
+        for i, piece in enumerate(pieces):
+            keep = 1 if i == 0 else piece.shape[1]
+            full, compressed = (
+                model(piece, past_key_values=cache, logits_to_keep=keep).logits[0] for cache in caches
+            )
+            targets = torch.tensor(answer[place : place + keep], device=device)
+            parts.append({name: value.cpu() for name, value in token_agreement(full, compressed, targets).items()})
+            place += keep
+            progress((i + 1) / len(pieces))
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return TokenMetrics(
+        kl=joined["kl"].tolist(),
+        same_top=joined["same_top"].bool().tolist(),
+        probability_full=joined["probability_full"].tolist(),
+        probability_compressed=joined["probability_compressed"].tolist(),
+        mean_kl=float(joined["kl"].mean()),
+        same_top_pct=100 * float(joined["same_top"].mean()),
+    )
