@@ -118,6 +118,7 @@ class TestBuiltIn:
 
     @needs_wheel
     @quantizes
+    @pytest.mark.slow
     def test_four_bits_on_the_cpu_are_really_four_bits(self, builtin_cache: Path) -> None:
         loaded = load_model(EMBEDDED, weights="4bit", device="cpu")
         assert loaded.weights == "4bit"
