@@ -69,7 +69,8 @@ def download_config(spec: ModelSpec, on_this_machine: list[str]) -> Path:
         names = [file.rfilename for file in info.siblings or []]
         if not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
             raise ModelError(no_safetensors(spec.hub_id))
-        return Path(hf_hub_download(spec.hub_id, "config.json", revision=info.sha)).parent
+        # Asked for by the name of the revision, so that the cache remembers which commit that was when offline.
+        return Path(hf_hub_download(spec.hub_id, "config.json", revision=spec.revision)).parent
 
 
 def download(spec: ModelSpec, folder: Path, progress: Progress, on_this_machine: list[str]) -> Path:
