@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import streamlit as st
 
 from app import state
-from app.components import result as _  # noqa: F401  (imports the charts before the first visitor needs them)
+from app.components import result  # noqa: F401  (imports the charts before the first visitor needs them)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from app.config import AppConfig
 from app.engine import Engine, EngineStatus
 from app.examples import BY_NAME
 from app.jobs import Request
+from app.requests import Choices
 from app.runs import Run
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
@@ -66,7 +67,7 @@ def test_a_finished_run_shows_verdict_figures_and_charts(page: AppTest) -> None:
     assert all(metric.help for metric in page.metric)
     assert len(page.get("plotly_chart")) == 6
     assert len(page.get("download_button")) == 4
-    assert page.query_params["prompt"] == ["Where does the water go?"]
+    assert page.query_params["prompt"] == "Where does the water go?"
     assert page.text_area(key="prompt").value == "Where does the water go?"
 
 
@@ -115,14 +116,17 @@ def test_an_empty_prompt_is_refused(page: AppTest, bench: Bench, prompt: str) ->
     assert not bench.served
 
 
-def test_an_unknown_model_is_refused_and_the_page_goes_on(page: AppTest, bench: Bench) -> None:
+def test_a_choice_that_cannot_run_is_refused_and_the_page_goes_on(
+    page: AppTest, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page.run()
-    page.sidebar.selectbox(key="model").set_value("smollm2-135m")
-    page.session_state["model"] = "no/such/model"
-    ask(page, "hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "choices", lambda: Choices(model="no/such/model"))
+        ask(page, "hello")
+    assert "'no/such/model' is no known model, no hub id such as org/name" in page.warning[0].value
     assert not bench.served
-    page.session_state["model"] = "smollm2-135m"
     ask(page, "hello")
+    assert not page.warning
     assert bench.served == ["hello"]
 
 
@@ -159,7 +163,7 @@ def test_stop_keeps_the_partial_text(page: AppTest, engine: Engine, bench: Bench
     page.run()
     said = texts(page)
     assert "Stopped after 1 token; identical so far" in said
-    assert " half" in said
+    assert [text.value for text in page.text] == ["half", "half"]
     assert "Quality was not measured" in said
     assert not page.button(key="compare").disabled
 
