@@ -194,7 +194,8 @@ class QuantizedLayer(CacheLayerMixin):
         self._pack(count, self._valid(visible, count) if first else None)
 
     def _set_padding(self, visible: Tensor) -> None:
-        padding = visible.int().argmax(dim=1)
+        leading = visible.int().argmax(dim=1)
+        padding = torch.where(visible.any(dim=1), leading, visible.shape[1])
         self.padding = padding if bool(padding.any()) else None
 
     def _set_sinks(self, sinks: int) -> None:

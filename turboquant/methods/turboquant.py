@@ -81,7 +81,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
     ) -> tuple[Planes, Tensor, Tensor | None, Tensor]:
         """Return planes, scales, center and the error that is left, all in the rotated space."""
         y = self.rotation.apply(x.float())
-        center = like.center if like is not None else _mean(y, valid).half() if self.center else None
+        center = like.center if like is not None else _half(_mean(y, valid)) if self.center else None
         if center is not None:
             y = y - center.float()
         norms = y.norm(dim=-1, keepdim=True)
@@ -91,7 +91,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         if self.bits and self.scale == "matched":
             norms = norms / levels.norm(dim=-1, keepdim=True)
         elif self.bits and self.scale == "unbiased":
-            norms = norms / (unit * levels).sum(dim=-1, keepdim=True)
+            norms = norms / (unit * levels).sum(dim=-1, keepdim=True).clamp_min(1e-6)
         scales = _half(norms)
         return pack_bits(codes, self.bits), scales.squeeze(-1), center, y - scales.float() * levels
 
@@ -225,7 +225,7 @@ class TurboQuantProd(TurboQuantMSE):
 
 def _half(x: Tensor) -> Tensor:
     """Round to float16, saturating instead of overflowing to infinity (NaN stays NaN)."""
-    return x.clamp(max=FP16_MAX).half()
+    return x.clamp(-FP16_MAX, FP16_MAX).half()
 
 
 def _mean(y: Tensor, valid: Tensor | None) -> Tensor:

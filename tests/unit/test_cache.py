@@ -1,0 +1,345 @@
+"""The cache against the uncompressed one: what generate() asks of it, what it holds, what it refuses."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from turboquant.cache import CompressedCache, QuantizedLayer, build_cache, cache_report
+from turboquant.methods import parse_method
+from turboquant.models import tiny_model
+from turboquant.tiny import ARCHITECTURES
+
+TINY_WINDOW = "residual_length=8,sink_length=2"
+EIGHT = f"turboquant:bits=8,{TINY_WINDOW}"
+FULL_ATTENTION = [name for name in ARCHITECTURES if name != "mistral"]
+
+
+def tokens(rows: int, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 256, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, cache, chunk: int, mask=None) -> torch.Tensor:
+    """Logits of all positions, fed in chunks."""
+    parts = []
+    for start in range(0, ids.shape[1], chunk):
+        seen = None if mask is None else mask[:, : start + chunk]
+        parts.append(model(ids[:, start : start + chunk], past_key_values=cache, attention_mask=seen).logits)
+    return torch.cat(parts, dim=1)
+
+
+def reachable_storages(thing: object) -> dict[int, int]:
+    """Bytes of every tensor storage reachable from an object, found without the code under test."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    queue = [thing]
+    skip = (type, type(gc), type(reachable_storages))
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, skip):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += item
+        elif type(item).__module__.startswith(("turboquant", "transformers.cache_utils")):
+            queue += vars(item).values()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_eight_bits_are_nearly_the_full_cache(architecture: str, chunk: int) -> None:
+    model = tiny_model(architecture)
+    ids = tokens(2, 120)
+    expected = logits(model, ids, DynamicCache(config=model.config), chunk)
+    cache = build_cache(model.config, parse_method(EIGHT))
+    actual = logits(model, ids, cache, chunk)
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+    assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() > 0.97
+    if architecture != "mistral":
+        assert cache_report(cache).compressed_tokens >= 64
+        assert not torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_is_exactly_the_plain_cache(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = tokens(2, 60)
+    cache = build_cache(model.config, parse_method("full"))
+    assert type(cache) is DynamicCache
+    assert torch.equal(logits(model, ids, cache, 16), logits(model, ids, DynamicCache(config=model.config), 16))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gemma3"])
+def test_until_something_is_packed_the_result_is_exact(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = tokens(2, 90)
+    cache = build_cache(model.config, parse_method("turboquant:bits=2,residual_length=200"))
+    assert torch.equal(logits(model, ids, cache, 16), logits(model, ids, DynamicCache(config=model.config), 16))
+    assert cache_report(cache).compressed_tokens == 0
+
+
+def test_layers_that_are_not_full_attention_keep_their_own_kind() -> None:
+    gemma, mistral = (tiny_model(name) for name in ("gemma3", "mistral"))
+    method = parse_method(EIGHT)
+    kinds = [type(layer).__name__ for layer in build_cache(gemma.config, method).layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "DynamicSlidingWindowLayer", "QuantizedLayer"]
+    cache = build_cache(mistral.config, method)
+    logits(mistral, tokens(1, 120), cache, 120)
+    report = cache_report(cache)
+    assert (report.compressed_layers, report.compressed_tokens, report.layers) == (0, 0, 3)
+
+
+@pytest.mark.parametrize("spec", ["turboquant:bits=4", "turboquant-paper:bits=4", EIGHT])
+@pytest.mark.parametrize("rows", [1, 3])
+@given(calls=st.lists(st.integers(1, 70), min_size=1, max_size=6))
+def test_packed_length_follows_the_calls(llama, spec: str, rows: int, calls: list[int]) -> None:
+    """However the tokens come, the same number is packed and the rest is held exactly."""
+    method = parse_method(spec)
+    layer = QuantizedLayer(method, 0)
+    total = 0
+    for count in calls:
+        states = torch.randn(rows, 2, count, 64)
+        layer.update(states, states)
+        layer.compress()
+        total += count
+        assert layer.get_seq_length() == total
+        assert layer.packed_length == method.packed_length(total)
+        window = layer.exact_length - layer.sink_length
+        assert window <= method.residual_length + method.block_length + method.sink_length
+
+
+def test_exact_tokens_are_exact_and_packed_ones_are_not() -> None:
+    layer = QuantizedLayer(parse_method("turboquant:bits=4"), 0)
+    keys, values = torch.randn(2, 2, 300, 64), torch.randn(2, 2, 300, 64)
+    for start in range(0, 300, 50):
+        layer.update(keys[:, :, start : start + 50], values[:, :, start : start + 50])
+        layer.compress()
+    packed = layer.packed_length
+    for dense, true in zip(layer.dense(), (keys, values), strict=True):
+        assert torch.equal(dense[:, :, :4], true[:, :, :4])
+        assert torch.equal(dense[:, :, 4 + packed :], true[:, :, 4 + packed :])
+        error = (dense - true)[:, :, 4 : 4 + packed].square().sum() / true[:, :, 4 : 4 + packed].square().sum()
+        assert 0.005 < error < 0.012
+
+
+def test_nothing_is_quantized_twice() -> None:
+    layer = QuantizedLayer(parse_method("turboquant:bits=2"), 0)
+    layer.update(*(torch.randn(1, 2, 200, 64),) * 2)
+    layer.compress()
+    count = layer.packed_length
+    before = [tensor.clone() for tensor in layer.packed_keys.view().tensors()]
+    for _ in range(300):
+        layer.update(*(torch.randn(1, 2, 1, 64),) * 2)
+        layer.compress()
+    assert layer.packed_length > count
+    after = layer.packed_keys.view().narrow(0, count).tensors()
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("spec", ["turboquant:bits=3", "turboquant-paper:bits=2", "turboquant:key_bits=4,value_bits=2"])
+def test_report_counts_every_storage_that_can_be_reached(llama, spec: str) -> None:
+    cache = build_cache(llama.config, parse_method(spec))
+    ids = tokens(2, 400)
+    logits(llama, ids[:, :300], cache, 300)
+    logits(llama, ids[:, 300:], cache, 1)
+    report = cache_report(cache)
+    assert report.bytes == sum(reachable_storages(cache).values())
+    parts = ("key", "value", "scale", "exact", "spare", "shared")
+    assert report.bytes == sum(getattr(report, f"{part}_bytes") for part in parts)
+    assert report.full_precision_bytes == 2 * 2 * 3 * 2 * 2 * 64 * 400  # 16 bits, K and V, layers, rows, heads, dim
+    assert report.bits_per_value == pytest.approx(16 * report.bytes / report.full_precision_bytes)
+
+
+def test_compressed_bytes_are_the_bits_and_no_dense_copy_survives(llama) -> None:
+    """Marginal cost of a token is its codes and one fp16 scale a vector."""
+    held = {}
+    for count in (260, 452):
+        cache = build_cache(llama.config, parse_method("turboquant:bits=3"))
+        llama(tokens(1, count), past_key_values=cache)
+        report = cache_report(cache)
+        assert report.compressed_tokens == count - 100 + 32
+        assert max(reachable_storages(cache).values()) < 4 * 2 * 110 * 64 * 1.1  # the exact window, in float32
+        held[count] = report.key_bytes + report.value_bytes + report.scale_bytes
+    per_value = 8 * (held[452] - held[260]) / (192 * 3 * 2 * 2 * 64)
+    assert per_value == pytest.approx(3.25)
+
+
+def test_spare_room_is_bounded(llama) -> None:
+    cache = build_cache(llama.config, parse_method("turboquant:bits=4"))
+    logits(llama, tokens(1, 500), cache, 1)
+    report = cache_report(cache)
+    assert report.spare_bytes < 0.3 * (report.bytes - report.exact_bytes) + 32 * 4 * 2 * 2 * 3 * 64 * 2
+
+
+def test_rows_with_left_padding_are_what_they_are_alone(llama) -> None:
+    """Pads change neither the codes of a padded row nor its result, and its sinks stay exact."""
+    count, pads = 132 + 64, 64  # a whole number of blocks, so that both caches pack the same tokens
+    ids = tokens(2, count)
+    mask = torch.ones(2, count, dtype=torch.long)
+    mask[0, :pads] = 0
+    for spec in ("turboquant:bits=4", "turboquant:bits=2,residual_length=32", "turboquant-paper:bits=4"):
+        method = parse_method(spec)
+        both, alone = (build_cache(llama.config, method) for _ in range(2))
+        seen = mask
+        places = (seen.cumsum(-1) - 1).clamp_min(0)
+        llama(ids, attention_mask=seen, position_ids=places, past_key_values=both)
+        llama(ids[:1, pads:], past_key_values=alone)
+        for step in range(40):
+            new = tokens(2, 1, seed=step)
+            seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], dim=1)
+            places = seen.sum(-1, keepdim=True) - 1
+            together = llama(new, attention_mask=seen, position_ids=places, past_key_values=both).logits[0, -1]
+            single = llama(new[:1], past_key_values=alone).logits[0, -1]
+            assert torch.allclose(together, single, atol=0.02 * float(single.abs().max()))
+        assert both.layers[0].packed_length == alone.layers[0].packed_length + pads
+        for one, two in zip(both.layers[0].dense(), alone.layers[0].dense(), strict=True):
+            difference = (one[:1, :, pads:] - two).norm(dim=-1) / two.norm(dim=-1)
+            assert difference[:, :, : method.sink_length].sum() < 1e-4
+            assert difference.median() < 1e-3
+
+
+def test_padded_batch_at_eight_bits_equals_the_full_cache(llama) -> None:
+    ids, mask = tokens(3, 140), torch.ones(3, 140, dtype=torch.long)
+    mask[0, :50], mask[2, :9] = 0, 0
+    expected = logits(llama, ids, DynamicCache(config=llama.config), 20, mask)
+    cache = build_cache(llama.config, parse_method(EIGHT))
+    actual = logits(llama, ids, cache, 20, mask)
+    real = mask.bool()
+    assert cache.layers[0].packed_length > 0
+    assert (actual - expected)[real].abs().max() < 0.05 * expected.abs().max()
+    assert actual.isfinite().all()
+
+
+def test_an_all_pad_first_chunk_waits(llama) -> None:
+    """A row that has not begun yet has no sinks: packing waits for its first tokens."""
+    ids, mask = tokens(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[0, :120] = 0
+    cache = build_cache(llama.config, parse_method("turboquant:bits=8,residual_length=8,sink_length=2"))
+    parts = []
+    for start in range(0, 200, 50):
+        seen = mask[:, : start + 50]
+        parts.append(llama(ids[:, start : start + 50], past_key_values=cache, attention_mask=seen).logits)
+        assert bool(cache.layers[0].packed_length) == (start + 50 >= 162)
+    expected = logits(llama, ids, DynamicCache(config=llama.config), 50, mask)
+    assert (torch.cat(parts, 1) - expected)[mask.bool()].abs().max() < 0.05 * expected.abs().max()
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 50)),
+        st.tuples(st.just("reorder"), st.permutations([0, 1, 2])),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
+        st.tuples(st.just("crop"), st.integers(1, 60)),
+        st.tuples(st.just("offload"), st.none()),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize("spec", ["turboquant:bits=8,residual_length=8,sink_length=2", "turboquant-paper:bits=8"])
+@pytest.mark.parametrize("padded", [False, True])
+@given(operations=OPERATIONS)
+def test_any_sequence_of_operations_tracks_plain_tensors(spec: str, padded: bool, operations) -> None:
+    """After every step the dense contents are those of a plain cache, within 8-bit error."""
+    generator = torch.Generator().manual_seed(1)
+    layer = QuantizedLayer(parse_method(spec), 0)
+    true = torch.empty(3, 2, 0, 64)
+    pads = torch.tensor([5, 0, 2]) if padded else torch.zeros(3, dtype=torch.long)
+
+    def update(count: int) -> None:
+        nonlocal true
+        new = torch.randn(3, 2, count, 64, generator=generator)
+        true = torch.cat([true, new], dim=2)
+        layer.update(new, new)
+        visible = torch.arange(true.shape[2]) >= pads[:, None]
+        layer.compress(visible if padded else None)
+
+    update(60)
+    for name, value in operations:
+        if name == "update":
+            update(value)
+        elif name == "crop":
+            layer.crop(-value)
+            true = true[:, :, : max(0, true.shape[2] - value)]
+        elif name == "offload":
+            layer.offload()
+            layer.prefetch()
+        else:
+            index = torch.tensor(value)
+            true, pads = true[index], pads[index]
+            (layer.reorder_cache if name == "reorder" else layer.batch_select_indices)(index)
+        assert layer.get_seq_length() == true.shape[2]
+        if not true.shape[2]:
+            update(60)
+        for dense in layer.dense():
+            real = (torch.arange(true.shape[2]) >= pads[:, None])[:, None, :, None]
+            assert ((dense - true) * real).norm() < 0.02 * true.norm() + 1e-6
+
+
+def test_repeat_and_reset() -> None:
+    layer = QuantizedLayer(parse_method("turboquant:bits=4"), 0)
+    layer.update(*(torch.randn(2, 2, 200, 64),) * 2)
+    layer.compress()
+    before = layer.dense()[0]
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(layer.dense()[0], before.repeat_interleave(2, dim=0))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert not reachable_storages(layer.packed_keys)
+
+
+def test_crop_takes_a_negative_number() -> None:
+    layer = QuantizedLayer(parse_method("turboquant"), 0)
+    with pytest.raises(ValueError, match="negative integer, got 3"):
+        layer.crop(3)
+
+
+def test_another_attention_function_is_told_what_is_missing() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("sdpa")
+    cache = build_cache(model.config, parse_method("turboquant"))
+    with pytest.raises(RuntimeError, match="needs the attention function 'turboquant'"):
+        model(tokens(1, 20), past_key_values=cache)
+
+
+def test_changing_bits_or_seed_changes_the_codes(llama) -> None:
+    ids = tokens(1, 200)
+    codes = {}
+    for spec in ("bits=4", "bits=2", "bits=4,seed=1"):
+        cache = build_cache(llama.config, parse_method(f"turboquant:{spec}"))
+        llama(ids, past_key_values=cache)
+        codes[spec] = cache.layers[0].packed_keys.view().codes[0]
+    assert codes["bits=4"].shape[-1] == 2 * codes["bits=2"].shape[-1]
+    assert not torch.equal(codes["bits=4"], codes["bits=4,seed=1"])
+
+
+def test_a_cache_holds_no_gradients_and_needs_no_no_grad(llama) -> None:
+    with torch.enable_grad():
+        cache = build_cache(llama.config, parse_method(EIGHT))
+        logits(llama, tokens(1, 60), cache, 20)
+    assert all(not tensor.requires_grad for tensor in cache.layers[0].exact())
+
+
+def test_bfloat16_runs_keep_their_dtype() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    cache = build_cache(model.config, parse_method("turboquant:bits=8,residual_length=8"))
+    output = logits(model, tokens(1, 150), cache, 1)
+    expected = logits(model, tokens(1, 150), DynamicCache(config=model.config), 1)
+    assert output.dtype == torch.bfloat16
+    assert cache.layers[0].exact()[0].dtype == torch.bfloat16
+    assert (output - expected).float().abs().mean() < 0.05 * expected.float().abs().mean()
+
+
+def test_compressed_cache_is_ours(llama) -> None:
+    assert isinstance(build_cache(llama.config, parse_method("turboquant")), CompressedCache)

@@ -1,0 +1,95 @@
+"""Method strings: they read back, and what is wrong is named."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turboquant.methods import METHODS, Method, parse_method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_read_back(name: str) -> None:
+    method = METHODS[name]()
+    assert parse_method(str(method)) == method
+    assert method.title
+    assert method.summary
+    assert method.reference
+
+
+@given(
+    st.sampled_from(["turboquant", "turboquant-paper"]),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(0, 4096),
+    st.integers(0, 64),
+    st.integers(0, 2**31 - 1),
+    st.booleans(),
+    st.sampled_from(["hadamard", "qr"]),
+    st.sampled_from(["none", "gaussian", "orthogonal"]),
+    st.sampled_from(["matched", "norm", "unbiased"]),
+)
+def test_str_and_parse_are_inverse(name, key, value, residual, sinks, seed, center, rotation, qjl, scale) -> None:
+    method = METHODS[name](
+        key_bits=key,
+        value_bits=value,
+        residual_length=residual,
+        sink_length=sinks,
+        seed=seed,
+        center=center,
+        rotation=rotation,
+        qjl=qjl,
+        scale=scale,
+    )
+    assert parse_method(str(method)) == method
+    assert method.bits == (key if key == value else None)
+
+
+def test_bits_is_a_shorthand() -> None:
+    assert parse_method("turboquant:bits=3") == parse_method("turboquant:key_bits=3,value_bits=3")
+    assert str(parse_method("turboquant: key_bits = 3 , value_bits=3 ")) == "turboquant:bits=3"
+    assert str(parse_method("turboquant:bits=4,value_bits=2")) == "turboquant:key_bits=4,value_bits=2"
+    assert parse_method("turboquant").payload_bits == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "unknown method ''"),
+        ("turbquant", "did you mean 'turboquant'"),
+        ("turboquant:bits=0", "bits must be a whole number from 1 to 8, got 0"),
+        ("turboquant:value_bits=9", "value_bits must be a whole number from 1 to 8, got 9"),
+        ("turboquant:bits=2.5", "bits must be a whole number, got '2.5'"),
+        ("turboquant:bits=²", "bits must be a whole number, got '²'"),
+        ("turboquant:bits=" + "9" * 5000, "bits must be a whole number"),
+        ("turboquant:bits", "options are written key=value, got 'bits'"),
+        ("turboquant:bits=3,bits=4", "bits is given twice"),
+        ("turboquant:bitz=3", "did you mean 'bits'"),
+        ("turboquant:rotation=haar", "rotation must be one of hadamard, qr, got 'haar'"),
+        ("turboquant:center=yes", "center must be true or false, got 'yes'"),
+        ("turboquant:residual_length=-1", "residual_length must be a whole number of tokens, 0 or more, got -1"),
+        ("turboquant:seed=-1", "seed must be a whole number from 0 to"),
+        ("full:bits=4", "full has no options, got 'bits=4'"),
+    ],
+)
+def test_what_is_wrong_is_named(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        parse_method(spec)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_method_or_a_value_error(text: str) -> None:
+    try:
+        assert isinstance(parse_method(text), Method)
+    except ValueError as error:
+        assert str(error)
+
+
+def test_packed_length_follows_the_contract() -> None:
+    method = parse_method("turboquant:bits=4")
+    assert [method.packed_length(n) for n in (0, 99, 100, 131, 132, 512)] == [0, 0, 32, 32, 64, 416]
+    assert parse_method("turboquant-paper:bits=4").packed_length(7) == 7
+
+
+def test_two_methods_cannot_share_a_name() -> None:
+    with pytest.raises(TypeError, match="two methods are named 'full'"):
+        type("Again", (METHODS["full"],), {"name": "full"})
