@@ -95,7 +95,7 @@ def check_model(name: object, config: AppConfig) -> str:
             f"The model {shown!r} is not offered here; choose from {', '.join(selectable_models(config))}."
         )
     text = str(name).strip()
-    if _HUB_ID.fullmatch(text) or Path(text).expanduser().is_dir():
+    if _HUB_ID.fullmatch(text) or (text and "\0" not in text and Path(text).expanduser().is_dir()):
         return text
     raise RequestError(f"{shown!r} is no known model, no hub id such as org/name, and no folder on this machine.")
 
@@ -139,7 +139,7 @@ def method_text(choices: Choices) -> str:
     try:
         return str(parse_method(f"{choices.recipe}:{','.join(f'{k}={v}' for k, v in options.items())}"))
     except ValueError as error:
-        raise RequestError(f"{str(error)[:1].upper()}{str(error)[1:]}.") from None
+        raise RequestError(f"The method cannot be used: {error}.") from None
 
 
 def _settings(choices: Choices, config: AppConfig) -> Settings:

@@ -13,7 +13,7 @@ def stream(job: Job) -> None:
     texts, captions = {}, {}
     for column, side in zip(st.columns(2), SIDES, strict=True):
         with column:
-            texts[side] = frame(side, job.request.method, follow=True).empty()
+            texts[side] = frame(side, job.request.method).empty()
             captions[side] = st.empty()
     drawn: dict[str, object] = {}
     for _ in job.stream():
@@ -39,6 +39,8 @@ def _words(job: Job, view: View) -> str:
         return f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} ahead of you{about}. Stop leaves the queue."
     if job.cancelled:
         return "Stopping; what is there is kept"
+    if view.original.tokens and view.fraction is None:
+        return "Both sides answer, token by token in turn"
     return view.phase or "Running"
 
 

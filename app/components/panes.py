@@ -10,6 +10,7 @@ from app.verdict import human_bytes, provenance
 Side = Literal["original", "compressed"]
 SIDES: tuple[Side, Side] = ("original", "compressed")
 _HEIGHT = 300
+_SHORT = 900
 
 
 def heading(side: Side, method: str) -> str:
@@ -19,10 +20,11 @@ def heading(side: Side, method: str) -> str:
     return f"**:violet[:material/compress: Compressed]** · `{method}`"
 
 
-def frame(side: Side, method: str, *, follow: bool = False) -> "st.delta_generator.DeltaGenerator":
-    """Draw a pane's title and return the box for its text; `follow` keeps its end in view."""
+def frame(side: Side, method: str, *, text: str | None = None) -> "st.delta_generator.DeltaGenerator":
+    """Draw a pane's title and return the box for its text: as high as the text, or following a text that still grows."""
     st.markdown(heading(side, method))
-    return st.container(border=True, height=_HEIGHT, autoscroll=follow)
+    short = text is not None and len(text) < _SHORT
+    return st.container(border=True, height="content" if short else _HEIGHT, autoscroll=text is None)
 
 
 def answers(run: Run) -> None:
@@ -31,7 +33,9 @@ def answers(run: Run) -> None:
     for column, side in zip(st.columns(2), SIDES, strict=True):
         result = getattr(c, side)
         with column:
-            frame(side, c.compressed.method).text(result.text or "(no text)")
+            frame(side, c.compressed.method, text=max(c.original.text, c.compressed.text, key=len)).text(
+                result.text or "(no text)"
+            )
             st.caption(escape(provenance(c, side)))
 
 

@@ -109,6 +109,11 @@ def _metrics(run: Run) -> None:
         ("First token after", number(first, 0, " ms"), number(other, 0, " ms original"), definitions.FIRST_TOKEN)
     )
     _row(cards, "memory")
+    if report.bytes >= report.full_precision_bytes:
+        st.caption(
+            "The compressed cache is not smaller than 16 bit here: in so short a text the exact tokens, the spare "
+            "capacity and the shared tables outweigh what packing saves."
+        )
     _quality(run)
 
 

@@ -1,0 +1,124 @@
+"""The server's own check of what the widgets say."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.config import AppConfig
+from app.examples import EXAMPLES
+from app.requests import (
+    Choices,
+    RequestError,
+    build_request,
+    check_model,
+    defaults,
+    method_text,
+    query,
+    read_choices,
+    recipes,
+)
+from turboquant.methods import parse_method
+
+CONFIG = AppConfig(max_new_tokens=256, max_prompt_chars=100)
+
+
+def test_the_start_settings_run() -> None:
+    request = build_request(defaults(CONFIG), "hello", CONFIG)
+    assert request.method == "turboquant:bits=4"
+    assert request.settings.max_new_tokens == 128
+    assert request.settings.temperature == 0
+
+
+def test_the_recommended_recipe_comes_first() -> None:
+    assert recipes()[:2] == ["turboquant", "turboquant-paper"]
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_gives_a_method_that_reads_back(recipe: str) -> None:
+    text = method_text(replace(Choices(), recipe=recipe, key_bits="4", value_bits="2"))
+    assert str(parse_method(text)) == text
+    assert "key_bits=4,value_bits=2" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bits": 9}, "bits must be a whole number from 1 to 8"),
+        ({"bits": 0}, "bits must be a whole number from 1 to 8"),
+        ({"key_bits": "12"}, "key_bits must be"),
+        ({"recipe": "magic"}, "recipe must be one of"),
+        ({"recipe": "full"}, "recipe must be one of"),
+        ({"residual": -1}, "Residual must be"),
+        ({"sinks": 10**9}, "Sinks must be"),
+        ({"rotation": -1}, "seed must be"),
+        ({"tokens": 0}, "Max new tokens must be from 1 to 256, got 0"),
+        ({"tokens": 257}, "from 1 to 256, got 257"),
+        ({"temperature": float("nan")}, "Temperature"),
+        ({"temperature": 99.0}, "Temperature"),
+        ({"seed": -5}, "Seed"),
+        ({"weights": "1bit"}, "Weights must be one of"),
+        ({"model": "nope"}, "no known model"),
+        ({"model": "\0"}, "no known model"),
+        ({"model": "a/b/c"}, "no known model"),
+        ({"model": ""}, "no known model"),
+    ],
+)
+def test_a_choice_out_of_range_gives_one_sentence(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        build_request(replace(Choices(), **change), "hello", CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("", "Type a prompt"), (None, "Type a prompt"), ("x" * 101, "101 characters")]
+)
+def test_a_prompt_is_needed_and_not_too_long(prompt: object, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        build_request(Choices(), prompt, CONFIG)
+
+
+def test_typed_models_only_where_they_are_allowed(tmp_path: Path) -> None:
+    assert check_model("org/name", CONFIG) == "org/name"
+    assert check_model(str(tmp_path), CONFIG) == str(tmp_path)
+    closed = AppConfig(models=("smollm2-135m",), allow_any_model=False)
+    assert check_model("smollm2-135m", closed) == "smollm2-135m"
+    for name in ("org/name", str(tmp_path), "phi-2"):
+        with pytest.raises(RequestError, match="not offered here; choose from smollm2-135m"):
+            check_model(name, closed)
+
+
+def test_a_link_opens_the_same_choices() -> None:
+    choices = replace(Choices(), bits=2, key_bits="3", temperature=0.7, chat=False, model="org/name")
+    link = parse_qs(query(choices, "what is it?", CONFIG))
+    assert link == {
+        "bits": ["2"],
+        "key_bits": ["3"],
+        "temperature": ["0.7"],
+        "chat": ["false"],
+        "model": ["org/name"],
+        "prompt": ["what is it?"],
+    }
+    assert query(defaults(CONFIG), "", CONFIG) == ""
+    assert query(defaults(CONFIG), EXAMPLES[2].prompt, CONFIG) == "example=summary"
+    assert "prompt" not in query(defaults(CONFIG), "x" * 5000, CONFIG)
+
+
+loose = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10) | st.lists(st.integers(), max_size=2)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(list(Choices.__dataclass_fields__)), loose, max_size=6), st.text(max_size=20))
+def test_whatever_a_browser_sends_is_run_or_refused(values: dict[str, Any], prompt: str) -> None:
+    try:
+        request = build_request(read_choices(values, CONFIG), prompt, CONFIG)
+    except RequestError:
+        return
+    assert 1 <= request.settings.max_new_tokens <= 256
+    parse_method(request.method)
