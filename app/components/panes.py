@@ -21,7 +21,7 @@ def heading(side: Side, method: str) -> str:
 
 
 def frame(side: Side, method: str, *, text: str | None = None) -> "st.delta_generator.DeltaGenerator":
-    """Draw a pane's title and return the box for its text: as high as the text, or following a text that still grows."""
+    """Draw a pane's title and return the box for its text; without a `text` yet, the box follows its end."""
     st.markdown(heading(side, method))
     short = text is not None and len(text) < _SHORT
     return st.container(border=True, height="content" if short else _HEIGHT, autoscroll=text is None)
@@ -30,12 +30,11 @@ def frame(side: Side, method: str, *, text: str | None = None) -> "st.delta_gene
 def answers(run: Run) -> None:
     """Both finished answers with their provenance."""
     c = run.comparison
+    longer = max(c.original.text, c.compressed.text, key=len)
     for column, side in zip(st.columns(2), SIDES, strict=True):
         result = getattr(c, side)
         with column:
-            frame(side, c.compressed.method, text=max(c.original.text, c.compressed.text, key=len)).text(
-                result.text or "(no text)"
-            )
+            frame(side, c.compressed.method, text=longer).text(result.text or "(no text)")
             st.caption(escape(provenance(c, side)))
 
 
