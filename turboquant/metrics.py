@@ -24,19 +24,28 @@ def head_agreement(
     Returns:
         `cosine_scores` and `cosine_weights` (before and after softmax, -1 to 1), `top1` (the most-attended token is
         the same, 0 or 1) and `top5` (the full cache's most-attended token is among the five of the compressed one).
+        Of equal scores the earlier token counts as the higher, on both sides.
     """
     hidden = ~visible
     zeroed = [scores.masked_fill(hidden, 0.0) for scores in (full, compressed)]
     masked = [scores.masked_fill(hidden, -torch.inf) for scores in (full, compressed)]
     weights = [(scores * scaling).softmax(dim=-1) for scores in masked]
     first = masked[0].argmax(dim=-1)
-    best = masked[1].topk(min(TOP, full.shape[-1]), dim=-1).indices
+    rank = _rank(masked[1], first)
     return {
         "cosine_scores": torch.cosine_similarity(*zeroed, dim=-1),
         "cosine_weights": torch.cosine_similarity(*weights, dim=-1),
-        "top1": (best[..., 0] == first).float(),
-        "top5": (best == first.unsqueeze(-1)).any(dim=-1).float(),
+        "top1": (rank == 0).float(),
+        "top5": (rank < TOP).float(),
     }
+
+
+def _rank(scores: Tensor, index: Tensor) -> Tensor:
+    """Return how many tokens stand before `index`: those with higher scores, and earlier ones with the same."""
+    index = index.unsqueeze(-1)
+    own = scores.gather(-1, index)
+    earlier = torch.arange(scores.shape[-1], device=scores.device) < index
+    return ((scores > own) | ((scores == own) & earlier)).sum(dim=-1)
 
 
 def token_agreement(
@@ -52,7 +61,7 @@ def token_agreement(
     index = targets.unsqueeze(-1)
     return {
         "kl": kl,
-        "same_top": (log_full.argmax(dim=-1) == log_compressed.argmax(dim=-1)).float(),
+        "same_top": (full.argmax(dim=-1) == compressed.argmax(dim=-1)).float(),
         "probability_full": log_full.gather(-1, index).squeeze(-1).exp(),
         "probability_compressed": log_compressed.gather(-1, index).squeeze(-1).exp(),
     }
