@@ -32,6 +32,8 @@ def verdict(c: Comparison) -> str:
     stopped = "cancelled" in (c.original.finish, c.compressed.finish)
     if stopped and min(counts) == 0:
         return "Stopped before both answers had begun."
+    if stopped and report.compressed_tokens == 0:
+        return f"Stopped after {_tokens(max(counts))}; nothing was packed until then."
     if report.compressed_tokens == 0:
         return f"Nothing was packed: all {report.tokens:,} cached tokens stayed exact, so there is nothing to compare."
     start = f"Stopped after {_tokens(max(counts))}; " if stopped else ""

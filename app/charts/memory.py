@@ -108,9 +108,9 @@ def bytes_by_part(c: Comparison) -> Chart:
     rows += [("everything held", report.bytes), ("16-bit baseline", report.full_precision_bytes)]
     table = pd.DataFrame(rows, columns=["part", "bytes"])
     name, most = max(parts(report), key=lambda part: part[1])
-    held, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
+    total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
     alt = (
-        f"{held} held against {full} at 16 bit ({report.compression_ratio:.2f} times less); "
+        f"{total} held against {full} at 16 bit ({report.compression_ratio:.2f} times less); "
         f"the largest part, {human_bytes(most)}, is {words[name]}."
     )
     return Chart(figure, alt, table)

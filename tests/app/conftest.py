@@ -70,7 +70,7 @@ class Bench:
         for step in range(1, 5):
             text += f" word{step}"
             for side in ("original", "compressed"):
-                on_event(FakeEvent("token", side, text, step, 1000 * step))  # type: ignore[arg-type]
+                on_event(FakeEvent("token", side, text, step, 1000 * step))
         while not self.hold_run.wait(0.02):
             if cancelled():
                 return comparison((" half",), (" half",), finish="cancelled", measured=False, prompt=request.prompt)

@@ -145,6 +145,8 @@ def test_verdict_of_a_stopped_run() -> None:
         verdict(comparison((" a",), (" a",), finish="cancelled"))
         == "Stopped after 1 token; identical so far, for 1 token."
     )
+    early = comparison((" a",), (" a",), finish="cancelled", packed=0)
+    assert verdict(early) == "Stopped after 1 token; nothing was packed until then."
     assert "Stopped before" in verdict(comparison((), (), finish="cancelled"))
 
 
