@@ -8,6 +8,7 @@ Rotation followed by scalar codes has a history: DRIVE and EDEN (arXiv:2105.0833
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -50,6 +51,19 @@ class PackedProd(PackedMSE):
     error_norms: Tensor
 
 
+@lru_cache(maxsize=64)
+def _shared_codebook(bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return levels and boundaries, one object for all layers; 0 bits have the one level 0."""
+    levels = (lloyd_max(bits, dim) if bits else torch.zeros(1)).to(device)
+    return levels, boundaries(levels)
+
+
+@lru_cache(maxsize=8)
+def _sign_levels(device: torch.device) -> Tensor:
+    """Return what the two sign codes stand for."""
+    return torch.tensor([-1.0, 1.0], device=device)
+
+
 class TurboQuantMSE(Quantizer[PackedMSE]):
     """TurboQuant_mse (Algorithm 1): x^ = scale * R^T codebook[argmin |R x / |x| - c|], plus the mean if centred.
 
@@ -73,8 +87,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         self.dim, self.bits = dim, check_bits(bits, lowest=0)
         self.rotation, self.scale, self.center = rotation, scale, center
         device = rotation.matrix.device
-        self.codebook = (lloyd_max(bits, dim) if bits else torch.zeros(1)).to(device)
-        self.boundaries = boundaries(self.codebook)
+        self.codebook, self.boundaries = _shared_codebook(bits, dim, device)
 
     def _encode(
         self, x: Tensor, like: PackedMSE | None, valid: Tensor | None
@@ -171,7 +184,7 @@ class TurboQuantProd(TurboQuantMSE):
         # S acts on the error before rotation; S R^T does the same on the rotated error.
         self.projection = rotation.apply(projection)
         self.qjl_scale = qjl_scale
-        self.sign_levels = torch.tensor([-1.0, 1.0], device=projection.device)
+        self.sign_levels = _sign_levels(projection.device)
 
     def quantize(
         self,

@@ -1,13 +1,11 @@
-"""Attention over exact and packed tokens, tile by tile (plain torch; the reference for every kernel).
+"""Attention over exact and packed tokens (plain torch; the reference for every kernel).
 
-One online softmax (Milakov and Gimelshein, 2018) runs over the exact tokens and over tiles of packed ones, so neither
-the history nor a full score matrix is ever built. Queries are projected once, packed values are summed in the value
-quantizer's space and mapped back once. All query heads of a KV head share one unpacking of a tile.
+The history is never rebuilt: queries are projected once, keys are scored from their codes tile by tile, packed values
+are summed in the value quantizer's space and mapped back once. All query heads of a KV head share one unpacking of a
+tile. Long chunks of queries are taken in blocks of rows, so that the score matrix stays bounded too.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from turboquant.quantizer import PackedTensor, Quantizer
 
-EXACT_TILE_TOKENS = 512
+MAX_SCORES = 2**24
+"""Score elements held at once (64 MiB in float32), at least one query token's."""
 MASKED = torch.finfo(torch.float32).min / 2
 
 
@@ -30,57 +29,48 @@ class PackedSegment:
     value_quantizer: Quantizer[Any]
 
 
-class _OnlineSoftmax:
-    """Running maximum, sum and weighted values of softmax rows whose scores come in tiles."""
+def _bias(mask: Tensor, places: Tensor, groups: int) -> Tensor:
+    """Return what masking adds to the scores of the tokens at `places`, rows repeated for the heads of a group.
 
-    def __init__(self) -> None:
-        self.maximum: Tensor | None = None
-        self.total: Tensor
-        self.outputs: dict[str, Tensor] = {}
-
-    def add(self, scores: Tensor, combine: Callable[[Tensor], Tensor], space: str) -> None:
-        """Take a tile of scores (batch, kv_heads, rows, tokens); `combine` maps its weights to a sum of values."""
-        maximum = scores.amax(dim=-1, keepdim=True)
-        if self.maximum is None:
-            weights = (scores - maximum).exp_()
-            self.total = weights.sum(dim=-1, keepdim=True)
-        else:
-            maximum = torch.maximum(maximum, self.maximum)
-            weights = (scores - maximum).exp_()
-            decay = (self.maximum - maximum).exp_()
-            self.total = self.total * decay + weights.sum(dim=-1, keepdim=True)
-            self.outputs = {name: output * decay for name, output in self.outputs.items()}
-        self.maximum = maximum
-        added = combine(weights)
-        self.outputs[space] = self.outputs[space] + added if space in self.outputs else added
-
-    def result(self, unproject: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return softmax(scores) @ values, mapping the packed part back to the space of values."""
-        output = self.outputs["exact"]
-        if "packed" in self.outputs:
-            output = output + unproject(self.outputs["packed"])
-        return output / self.total
-
-
-def _bias(mask: Tensor | None, places: Tensor, rows: int, tokens: int, groups: int) -> Tensor | None:
-    """Return what masking adds to the scores of the tokens at `places`, or None where all of them are visible.
-
-    `mask` is boolean (True is visible) or additive, (batch, 1 or heads, rows, tokens); without one the last `rows` of
-    `tokens` tokens attend causally. The result is float32 with rows repeated for the query heads of a group.
+    `mask` is boolean (True is visible) or additive, (batch, 1 or heads, queries, tokens).
     """
-    if mask is None:
-        if rows == 1:
-            return None
-        limit = torch.arange(tokens - rows, tokens, device=places.device)[:, None]
-        part = (places <= limit)[None, None]
-    else:
-        part = mask[..., places]
+    part = mask[..., places]
     if part.dtype == torch.bool:
         part = torch.zeros(part.shape, device=part.device).masked_fill_(~part, MASKED)
     part = part.float().clamp_min(MASKED)
     if part.shape[1] == 1:  # one mask for all heads
-        return part if rows == 1 else part.repeat(1, 1, groups, 1)
+        return part if part.shape[2] == 1 else part.repeat(1, 1, groups, 1)
     return part.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+def _split(packed: PackedTensor, size: int) -> list[PackedTensor]:
+    """Split packed tokens into tiles of at most `size`."""
+    count = packed.tokens
+    if 0 < count <= size:
+        return [packed]
+    return [packed.narrow(start, min(size, count - start)) for start in range(0, count, size)]
+
+
+def _attend_rows(
+    query: Float[Tensor, "batch kv_heads rows dim"],
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment,
+    bias: Tensor | None,
+) -> Float[Tensor, "batch kv_heads rows value_dim"]:
+    """Attend from scaled query rows; `bias` is in the order exact tokens, packed tokens."""
+    keys, values = exact
+    projected = packed.key_quantizer.project(query)
+    tiles = _split(packed.keys, packed.key_quantizer.tile_tokens(projected))
+    scores = torch.cat([query @ keys.mT, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
+    if bias is not None:
+        scores += bias
+    weights = scores.softmax(dim=-1)
+    exact_weights, packed_weights = weights.split([keys.shape[2], packed.keys.tokens], dim=-1)
+    output = exact_weights @ values
+    tiles = _split(packed.values, packed.value_quantizer.tile_tokens(packed_weights))
+    parts = zip(packed_weights.split([tile.tokens for tile in tiles], dim=-1), tiles, strict=True)
+    total = sum(packed.value_quantizer.combine(*part) for part in parts)
+    return output + packed.value_quantizer.unproject(total) if isinstance(total, Tensor) else output
 
 
 def attend(
@@ -107,34 +97,28 @@ def attend(
     Returns:
         The attention output in float32.
     """
-    batch, heads, rows, _ = query.shape
-    kv_heads, exact_length = exact_keys.shape[1:3]
-    groups, packed_length = heads // kv_heads, packed.keys.tokens
-    tokens = exact_length + packed_length
-    grouped = (query.float() * scaling).reshape(batch, kv_heads, groups * rows, -1)
-    softmax = _OnlineSoftmax()
-
-    # Exact tokens: the sinks keep their places, the window stands behind the packed tokens.
-    places = torch.arange(exact_length, device=query.device)
-    places[sink_length:] += packed_length
-    for tile in _tiles(exact_length, EXACT_TILE_TOKENS):
-        scores = grouped @ exact_keys[:, :, tile].float().mT
-        bias = _bias(mask, places[tile], rows, tokens, groups)
-        combine = partial(torch.matmul, other=exact_values[:, :, tile].float())
-        softmax.add(scores if bias is None else scores + bias, combine, "exact")
-    # Packed tokens are older than the present call: without a mask every query sees them.
-    projected = packed.key_quantizer.project(grouped)
-    tile_tokens = min(q.tile_tokens(projected) for q in (packed.key_quantizer, packed.value_quantizer))
-    for tile in _tiles(packed_length, tile_tokens):
-        keys, values = (part.narrow(tile.start, tile.stop - tile.start) for part in (packed.keys, packed.values))
-        scores = packed.key_quantizer.scores(projected, keys)
-        if mask is not None:
-            place = torch.arange(sink_length + tile.start, sink_length + tile.stop, device=query.device)
-            scores = scores + _bias(mask, place, rows, tokens, groups)
-        softmax.add(scores, partial(packed.value_quantizer.combine, packed=values), "packed")
-    output = softmax.result(packed.value_quantizer.unproject)
-    return output.reshape(batch, heads, rows, -1)
-
-
-def _tiles(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    batch, heads, rows, dim = query.shape
+    kv_heads, groups = exact_keys.shape[1], heads // exact_keys.shape[1]
+    exact_length, tokens = exact_keys.shape[2], exact_keys.shape[2] + packed.keys.tokens
+    exact = (exact_keys.float(), exact_values.float())
+    scaled = (query.float() * scaling).unflatten(1, (kv_heads, groups))
+    if mask is None and rows == 1:
+        output = _attend_rows(scaled.reshape(batch, kv_heads, groups, dim), exact, packed, None)
+        return output.reshape(batch, heads, 1, -1)
+    # Places of the tokens in the order they are scored here: exact ones first. Packed ones follow the sinks.
+    place = torch.arange(tokens, device=query.device)
+    window = sink_length + tokens - exact_length
+    places = torch.cat([place[:sink_length], place[window:], place[sink_length:window]])
+    outputs = []
+    size = max(1, MAX_SCORES // (batch * heads * tokens))
+    for start in range(0, rows, size):
+        count = min(size, rows - start)
+        if mask is None:
+            limit = torch.arange(tokens - rows + start, tokens - rows + start + count, device=query.device)
+            part = (place <= limit[:, None])[None, None]
+        else:
+            part = mask[:, :, start : start + count]
+        block = scaled[:, :, :, start : start + count].reshape(batch, kv_heads, groups * count, dim)
+        output = _attend_rows(block, exact, packed, _bias(part, places, groups))
+        outputs.append(output.reshape(batch, heads, count, -1))
+    return torch.cat(outputs, dim=2)
