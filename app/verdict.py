@@ -74,6 +74,11 @@ def number(value: float | None, digits: int = 3, unit: str = "") -> str:
     return MISSING if value is None else f"{value:,.{digits}f}{unit}"
 
 
+def cosine(value: float | None) -> str:
+    """A cosine with the digits that tell a good one from a very good one."""
+    return number(value, 4)
+
+
 def percent(value: float | None) -> str:
     """A percentage with one digit, or the words for a missing one."""
     return MISSING if value is None else f"{value:.1f}\N{NARROW NO-BREAK SPACE}%"
@@ -86,10 +91,8 @@ def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
     exact = f"{r.compressed_tokens:,} tokens packed, {r.exact_tokens:,} exact"
     layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
     speed = MISSING if result.tokens_per_second is None else f"{result.tokens_per_second:.1f} tokens/s"
-    return (
-        f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device} · {exact}{layers} · "
-        f"{human_bytes(r.bytes)} held · {speed}"
-    )
+    held = f" · {human_bytes(r.bytes)} held" if c.compressed.report.compressed_tokens else ""
+    return f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device} · {exact}{layers}{held} · {speed}"
 
 
 def facts(c: Comparison) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ def bytes_per_step(c: Comparison) -> Chart:
     held, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
     alt = (
         f"At the end the compressed cache holds {held}; the same tokens take {full} at 16 bit "
-        f"and {human_bytes(c.original.report.bytes)} in the original."
+        f"and {human_bytes(c.original.report.bytes)} in the original, which holds {c.model.dtype}."
     )
     return Chart(figure, alt, table)
 

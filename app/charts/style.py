@@ -47,7 +47,7 @@ def layout(figure: go.Figure, *, height: int = 280, **options: Any) -> go.Figure
 def line(name: str, x: list[int], y: list[Any], color: str, *, dash: str = "solid", symbol: str | None = None) -> Any:
     """A line whose dash, and markers if asked for, tell it apart without its colour."""
     kind = go.Scattergl if len(x) > 1000 else go.Scatter
-    mode = "lines+markers" if symbol and len(x) <= 200 else "lines"
+    mode = "lines+markers" if symbol and len(x) <= 80 else "lines"
     return kind(
         x=x,
         y=y,

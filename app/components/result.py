@@ -9,7 +9,7 @@ from app.components.panes import escape
 from app.components.tokens import strip
 from app.examples import LONG_EXAMPLE
 from app.runs import Run
-from app.verdict import human_bytes, number, percent, verdict
+from app.verdict import cosine, human_bytes, number, percent, verdict
 
 _BADGES = {
     "measured": ("Measured on this machine", ":material/straighten:", "blue"),
@@ -22,13 +22,15 @@ def render(run: Run) -> None:
     """Draw the whole run."""
     c = run.comparison
     _header(run)
+    with st.expander(f"Prompt of this run · {c.prompt_tokens:,} tokens", icon=":material/notes:"):
+        st.text(c.prompt)
     st.subheader(escape(verdict(c)), anchor=False)
     panes.answers(run)
-    for note in c.notes:
-        st.info(escape(note), icon=":material/info:")
     if not run.packed:
         _nothing_packed(run)
         return
+    for note in c.notes:
+        st.info(escape(note), icon=":material/info:")
     _metrics(run)
     if c.original.token_texts:
         strip(run)
@@ -47,21 +49,17 @@ def _header(run: Run) -> None:
 
 def _origin(run: Run) -> str:
     env, c = run.comparison.environment, run.comparison
-    where = f"{env.created[:10]}, {env.device}, {env.cpu_threads} threads, commit {env.commit or 'unknown'}"
+    threads = f"{env.cpu_threads} thread{'' if env.cpu_threads == 1 else 's'}"
+    where = f"{env.created[:10]}, {env.device}, {threads}, commit {env.commit or 'unknown'}"
     more = ". Every number below is from that run; press Compare to measure your own."
     return f"{where}, {c.model.name}, {c.compressed.method}" + (more if run.origin == "recorded" else "")
 
 
 def _nothing_packed(run: Run) -> None:
-    """No quality or memory figure is shown; two buttons fix the cause."""
-    report = run.comparison.compressed.report
-    if run.complete or report.tokens:
-        st.info(
-            "The sinks and the most recent tokens stay exact by design, and this text was no longer than they are. "
-            "So both answers used the same exact cache, and no quality or memory figure would mean anything.",
-            icon=":material/compress:",
-            title="Nothing was packed",
-        )
+    """No quality or memory figure is shown; the note says why, and two buttons fix the cause."""
+    notes = run.comparison.notes or ["No token was packed, so no quality or memory figure would mean anything."]
+    st.info(escape(" ".join(notes)), icon=":material/compress:", title="Nothing was packed")
+    st.caption("The first and the most recent tokens stay exact by design. Use a longer prompt, or keep fewer of them:")
     with st.container(horizontal=True):
         st.button(
             "Use the long example",
@@ -71,7 +69,7 @@ def _nothing_packed(run: Run) -> None:
             key="fix_long",
         )
         st.button(
-            "Keep fewer tokens exact",
+            "Keep no token exact",
             on_click=state.use,
             kwargs={"residual": 0, "sinks": 0},
             icon=":material/compress:",
@@ -129,7 +127,7 @@ def _quality(run: Run) -> None:
             ("Heads at risk", "heads_at_risk_pct", percent, definitions.AT_RISK),
             ("Top-1 match", "top1_match_pct", percent, definitions.TOP1),
             ("Top-5 match", "top5_match_pct", percent, definitions.TOP5),
-            ("Cosine of scores", "cosine_scores", number, definitions.COSINE),
+            ("Cosine of scores", "cosine_scores", cosine, definitions.COSINE),
         ):
             cards.append((label, shown(getattr(packed, field)), f"{shown(getattr(served, field))} served", text))
     if c.tokens:

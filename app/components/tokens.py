@@ -27,7 +27,7 @@ def strip(run: Run) -> None:
 def _piece(text: str, is_first: bool, is_doubtful: bool) -> str:
     shown = _visible(text)
     if is_first:
-        return f" :orange-background[→ {shown} ←] "
+        return f" :orange-background[→\u00a0{shown.strip()}\u00a0←] "
     if is_doubtful:
         return f":violet-background[⟨{shown}⟩]"
     return shown

@@ -100,7 +100,8 @@ def test_nothing_packed_shows_no_figure_and_offers_a_way_out(page: AppTest, benc
     assert "Nothing was packed" in page.subheader[0].value
     assert not page.metric
     assert not page.get("plotly_chart")
-    assert "no quality or memory figure" in texts(page)
+    assert "4 sinks and 64 recent tokens" in texts(page)
+    assert " held" not in texts(page)
     page.button(key="fix_long").click().run()
     assert page.text_area(key="prompt").value == BY_NAME["summary"].prompt
     page.button(key="fix_window").click().run()
@@ -163,7 +164,7 @@ def test_stop_keeps_the_partial_text(page: AppTest, engine: Engine, bench: Bench
     page.run()
     said = texts(page)
     assert "Stopped after 1 token; identical so far" in said
-    assert [text.value for text in page.text] == ["half", "half"]
+    assert [text.value for text in page.text] == ["hello", "half", "half"]
     assert "Quality was not measured" in said
     assert not page.button(key="compare").disabled
 
