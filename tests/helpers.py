@@ -1,12 +1,17 @@
-"""Test doubles that are real: a method that packs without loss, to test the cache and not the rounding."""
+"""What several tests share: a method that packs without loss, a small model with a tokenizer, a walk over storages."""
 
+import types
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from turboquant.methods import Method
+from turboquant.models import LoadedModel, ModelSpec, tiny_model
 from turboquant.quantizer import PackedTensor, Quantizer
 
 
@@ -44,3 +49,46 @@ Lossless.name = "lossless"
 def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
     """Random token ids of a tiny model's vocabulary, special tokens left out."""
     return torch.randint(3, 256, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token a character: padding, start, end and unknown, then 252 characters; nothing is added to a text."""
+    characters = [chr(code) for code in (*range(32, 127), 10, *range(0xA1, 0xA1 + 156))]
+    names = ["<pad>", "<s>", "</s>", "<unk>", *characters]
+    core = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **special)
+
+
+def tiny_loaded(
+    architecture: str = "llama", seed: int = 4, chat_template: str | None = None, **overrides
+) -> LoadedModel:
+    """A tiny model with a tokenizer, as `load_model` would return it. With seed 4 its greedy answers have variety."""
+    model = tiny_model(architecture, seed, **overrides)
+    spec = ModelSpec(f"tiny-{architecture}", f"test/tiny-{architecture}", None, "random weights")
+    return LoadedModel(model, tiny_tokenizer(chat_template), spec, "fp32", "cpu")
+
+
+def reachable_storages(thing: object) -> dict[int, int]:
+    """Bytes of every tensor storage reachable from an object, found without the code under test."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    queue = [thing]
+    skip = (type, types.ModuleType, types.FunctionType)
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, skip):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += item
+        elif type(item).__module__.startswith(("turboquant", "transformers.cache_utils")):
+            queue += vars(item).values()
+    return found

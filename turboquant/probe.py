@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant.cache import build_cache
-from turboquant.generate import QueryRecorder
+from turboquant.generate import CancelledError, QueryRecorder
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method
 from turboquant.metrics import head_agreement, token_agreement
@@ -127,13 +127,16 @@ def head_metrics(
         method: How the keys are compressed.
         prompt_tokens: Tokens of the prompt.
         progress: Called with the fraction done.
+
+    Raises:
+        CancelledError: If the recorder's caller asked to stop; asked between layers.
     """
     indices = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and i in recorder.queries]
     served, packed, counts = [], [], [0]
     for done, layer_idx in enumerate(indices):
         if recorder.cancelled():
-            break
-        layer = cache.layers[layer_idx]
+            raise CancelledError
+        layer: Any = cache.layers[layer_idx]
         keys, values = layer.keys, layer.values
         pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
         assert pair is not None, "a method that packs has quantizers"
@@ -165,8 +168,8 @@ def token_metrics(
 ) -> TokenMetrics:
     """Feed the original answer through a fresh full and a fresh compressed cache, and compare every next token.
 
-    Tokens go in chunks of 16, or one by one where the method keeps no exact window: within a chunk tokens attend to
-    each other exactly, and only a window at least as long as the chunk makes that what decoding would have done.
+    Tokens go in chunks during which decoding would have packed nothing, so every token meets the cache that it would
+    have met one by one.
 
     Args:
         loaded: The model.
@@ -179,19 +182,17 @@ def token_metrics(
     Raises:
         CancelledError: If the caller asked to stop.
     """
-    chunk = max(1, min(CHUNK_TOKENS, method.residual_length))
     model, device = loaded.model, prompt.device
     caches = [build_cache(model.config, m) for m in (METHODS["full"](), method)]
     fed = torch.tensor([answer[:-1]], device=device, dtype=torch.long)
-    pieces = [prompt, *fed.split(chunk, dim=1)] if fed.numel() else [prompt]
+    chunks = [fed[:, start:stop] for start, stop in _groups(method, prompt.shape[1], fed.shape[1])]
+    pieces = [prompt, *(piece for chunk in chunks for piece in chunk.split(CHUNK_TOKENS, dim=1))]
     parts: list[dict[str, Tensor]] = []
     place = 0
     with observe_queries(QueryRecorder(cancelled, keep=False)):
         for i, piece in enumerate(pieces):
             keep = 1 if i == 0 else piece.shape[1]
-            full, compressed = (
-                model(piece, past_key_values=cache, logits_to_keep=keep).logits[0] for cache in caches
-            )
+            full, compressed = (model(piece, past_key_values=cache, logits_to_keep=keep).logits[0] for cache in caches)
             targets = torch.tensor(answer[place : place + keep], device=device)
             parts.append({name: value.cpu() for name, value in token_agreement(full, compressed, targets).items()})
             place += keep

@@ -1,13 +1,12 @@
 """The cache against the uncompressed one: what generate() asks of it, what it holds, what it refuses."""
 
-import gc
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from tests.helpers import reachable_storages
 from turboquant.cache import CompressedCache, QuantizedLayer, build_cache, cache_report
 from turboquant.methods import parse_method
 from turboquant.models import tiny_model
@@ -29,30 +28,6 @@ def logits(model, ids, cache, chunk: int, mask=None) -> torch.Tensor:
         seen = None if mask is None else mask[:, : start + chunk]
         parts.append(model(ids[:, start : start + chunk], past_key_values=cache, attention_mask=seen).logits)
     return torch.cat(parts, dim=1)
-
-
-def reachable_storages(thing: object) -> dict[int, int]:
-    """Bytes of every tensor storage reachable from an object, found without the code under test."""
-    found: dict[int, int] = {}
-    seen: set[int] = set()
-    queue = [thing]
-    skip = (type, type(gc), type(reachable_storages))
-    while queue:
-        item = queue.pop()
-        if id(item) in seen or isinstance(item, skip):
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            if storage.nbytes():
-                found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            queue += item.values()
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += item
-        elif type(item).__module__.startswith(("turboquant", "transformers.cache_utils")):
-            queue += vars(item).values()
-    return found
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
