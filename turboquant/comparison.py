@@ -108,9 +108,9 @@ def compare(
     ]
     generate_in_turn(generations, lambda i: _emit_step(emit, i, generations[i]))
     original, compressed = (_side(loaded, m, g) for m, g in zip(methods, generations, strict=True))
-    notes = [] if compressed.report.compressed_tokens or method.name == "full" else [_nothing_packed(compressed, method)]
+    notes = [note for note in (_unmeasured(original, compressed, method),) if note]
     heads, tokens = None, None
-    if not cancelled() and original.token_ids and compressed.report.compressed_tokens:
+    if not (notes or cancelled()) and compressed.report.compressed_tokens:
         heads, tokens = _measure(loaded, ids, generations[0], recorders[0], method, emit, cancelled)
     return Comparison(
         environment=environment(loaded.model.device),
@@ -143,7 +143,7 @@ def _side(loaded: LoadedModel, method: Method, generation: Generation) -> SideRe
         method=str(method),
         text=generation.text,
         token_ids=generation.tokens,
-        token_texts=[loaded.tokenizer.decode([token]) for token in generation.tokens],
+        token_texts=[str(loaded.tokenizer.decode([token])) for token in generation.tokens],
         finish=generation.finish or "cancelled",
         time_to_first_token_ms=generation.time_to_first_token_ms,
         tokens_per_second=generation.tokens_per_second,
@@ -153,13 +153,20 @@ def _side(loaded: LoadedModel, method: Method, generation: Generation) -> SideRe
     )
 
 
-def _nothing_packed(side: SideResult, method: Method) -> str:
-    report = side.report
+def _unmeasured(original: SideResult, compressed: SideResult, method: Method) -> str | None:
+    """Say why no quality figure can be given, where none can."""
+    report = compressed.report
+    if method.name == "full":
+        return None
     if not report.compressed_layers:
         return f"{method.name} packed nothing: none of the model's {report.layers} layers has plain full attention."
+    if report.compressed_tokens:
+        return None if original.token_ids else "The original answer is empty, so there is nothing to measure."
     needed = method.sink_length + method.residual_length + method.block_length
+    if compressed.finish == "cancelled" and (not compressed.token_ids or report.tokens >= needed):
+        return "No token was packed: the run was stopped before the compressed cache had anything to pack."
     return (
-        f"No token was packed: prompt and answer have {report.tokens:,} tokens, and packing starts at {needed:,} "
+        f"No token was packed: the cache holds {report.tokens:,} tokens, and packing starts at {needed:,} "
         f"({method.sink_length} sinks, {method.residual_length} recent tokens and a block of {method.block_length}). "
         "Quality and memory figures would say nothing about compression, so none are given."
     )
@@ -179,14 +186,13 @@ def _measure(
     def progress(text: str, fraction: float) -> None:
         emit(Event("phase", text=text, fraction=fraction))
 
-    with torch.no_grad():
-        heads = head_metrics(
-            original.cache, recorder, method, ids.shape[1], partial(progress, "Comparing attention heads")
-        )
-    if cancelled():
-        return None, None
-    report = partial(progress, "Reading the original answer through both caches")
+    heads = None
     try:
+        with torch.no_grad():
+            heads = head_metrics(
+                original.cache, recorder, method, ids.shape[1], partial(progress, "Comparing attention heads")
+            )
+        report = partial(progress, "Reading the original answer through both caches")
         return heads, token_metrics(loaded, ids, original.tokens, method, report, cancelled)
     except CancelledError:
         return heads, None
