@@ -7,7 +7,7 @@ library's logits processors, and each side draws from its own generator, seeded 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +39,7 @@ def prompt_ids(loaded: LoadedModel, prompt: str, chat: bool = True) -> Int[Tenso
     """
     if not prompt.strip():
         raise PromptError("The prompt is empty: type some text first.")
-    tokenizer = loaded.tokenizer
+    tokenizer: Any = loaded.tokenizer
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(
@@ -106,11 +106,22 @@ class Generation:
         cache: An empty cache; it holds everything but the last sampled token.
         settings: Sampling settings.
         recorder: Sees the queries of this side's forward calls.
+        ignore_eos: Go on past end-of-sequence tokens (benchmarks).
+        measure_bytes: Measure the cache after every step.
     """
 
     def __init__(
-        self, loaded: LoadedModel, ids: Tensor, cache: Cache, settings: Settings, recorder: QueryRecorder
+        self,
+        loaded: LoadedModel,
+        ids: Tensor,
+        cache: Cache,
+        settings: Settings,
+        recorder: QueryRecorder,
+        *,
+        ignore_eos: bool = False,
+        measure_bytes: bool = True,
     ) -> None:
+        self.measure_bytes = measure_bytes
         self.loaded, self.cache, self.settings, self.recorder = loaded, cache, settings, recorder
         self.next_ids = ids
         self.tokens: list[int] = []
@@ -119,7 +130,7 @@ class Generation:
         self.time_to_first_token_ms: float | None = None
         self.step_ms: list[float] = []
         self.cache_bytes: list[int] = []
-        self._stop_ids = _stop_ids(loaded)
+        self._stop_ids = frozenset() if ignore_eos else _stop_ids(loaded)
         self._processors = logits_processors(settings)
         self._generator = torch.Generator(device=loaded.model.device).manual_seed(settings.seed)
 
@@ -143,13 +154,14 @@ class Generation:
             self.time_to_first_token_ms = elapsed
         else:
             self.step_ms.append(elapsed)
-        self.cache_bytes.append(cache_bytes(self.cache))
+        if self.measure_bytes:
+            self.cache_bytes.append(cache_bytes(self.cache))
         self._take(token)
 
     def _sample(self, logits: Float[Tensor, "1 vocabulary"]) -> int:
         if self.settings.temperature <= 0:
             return int(logits.argmax())
-        scores = self._processors(self.next_ids, logits)
+        scores: Tensor = self._processors(self.next_ids, logits)  # type: ignore[arg-type]
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
 
     def _take(self, token: int) -> None:
@@ -158,7 +170,7 @@ class Generation:
             return
         self.tokens.append(token)
         self.next_ids = torch.tensor([[token]], device=self.next_ids.device)
-        self.text = self.loaded.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self.text = str(self.loaded.tokenizer.decode(self.tokens, skip_special_tokens=True))
         cut = min((i for s in self.settings.stop if s and (i := self.text.find(s)) >= 0), default=-1)
         if cut >= 0:
             self.text, self.finish = self.text[:cut], "stop"

@@ -33,8 +33,8 @@ def head_agreement(
     first = masked[0].argmax(dim=-1)
     rank = _rank(masked[1], first)
     return {
-        "cosine_scores": torch.cosine_similarity(*zeroed, dim=-1),
-        "cosine_weights": torch.cosine_similarity(*weights, dim=-1),
+        "cosine_scores": torch.cosine_similarity(zeroed[0], zeroed[1], dim=-1),
+        "cosine_weights": torch.cosine_similarity(weights[0], weights[1], dim=-1),
         "top1": (rank == 0).float(),
         "top5": (rank < TOP).float(),
     }

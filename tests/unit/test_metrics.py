@@ -1,6 +1,7 @@
 """Agreement of scores and of next-token distributions, against loops in float64 and values worked out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,12 +25,17 @@ def softmax(scores: list[float]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
+def place(scores: list[float], index: int) -> tuple[float, int]:
+    """Sorts the highest score first, of equal ones the earlier."""
+    return -scores[index], index
+
+
 def expected_head(full: Tensor, compressed: Tensor, visible: Tensor) -> dict[str, Tensor]:
     """One head, query by query: the visible tokens sorted by score, of equal ones the earlier first."""
     rows: dict[str, list[float]] = {"cosine_scores": [], "cosine_weights": [], "top1": [], "top5": []}
     for query in range(full.shape[0]):
         pair = [[float(v) for v in side[query].double()[visible[query]]] for side in (full, compressed)]
-        order = [sorted(range(len(side)), key=lambda i, side=side: (-side[i], i)) for side in pair]
+        order = [sorted(range(len(side)), key=partial(place, side)) for side in pair]
         rows["cosine_scores"].append(cosine(*pair))
         rows["cosine_weights"].append(cosine(*(softmax([SCALING * v for v in side]) for side in pair)))
         rows["top1"].append(float(order[0][0] == order[1][0]))
@@ -63,7 +69,7 @@ def test_of_equal_scores_the_earlier_token_counts_as_higher(shape: tuple[int, in
     generator = torch.Generator().manual_seed(seed)
     pair = torch.randint(1, 1 + levels, (2, heads, queries, tokens), generator=generator).float()
     visible = visibility(queries, tokens, generator)
-    actual = head_agreement(*pair, visible, SCALING)
+    actual = head_agreement(pair[0], pair[1], visible, SCALING)
     for head in range(heads):
         expected = expected_head(pair[0, head], pair[1, head], visible)
         for name in ("top1", "top5"):
