@@ -212,3 +212,36 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         torch=_version("torch"),
         transformers=_version("transformers"),
     )
+
+
+class Spread(Record):
+    """Median and 20th and 80th percentile of repeated timings."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+class DecodeBench(Record):
+    """Decode speed of two caches in one process, sides alternated. `ratio` compares medians, method over full."""
+
+    kind: Literal["bench-decode"] = "bench-decode"
+    environment: Environment
+    model: ModelInfo
+    method: str
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    full_tokens_per_second: Spread
+    tokens_per_second: Spread
+    ratio: float
+    full_prefill_ms: Spread
+    prefill_ms: Spread
+    report: CacheReport
+
+
+def append_record(record: Record, path: Path) -> None:
+    """Append one record as a JSON line; folders are made where they are missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(record.model_dump_json() + "\n")

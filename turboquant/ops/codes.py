@@ -29,6 +29,15 @@ def _cpu_kernels() -> ModuleType | None:
     return cpu
 
 
+def compile_kernels() -> None:
+    """Compile the CPU kernels now (seconds the first time on a machine, then from disk) and not in the first answer."""
+    if _cpu_kernels() is None:
+        return
+    planes, codebook, scales = (torch.zeros(1, 1, 1, 4, dtype=torch.uint8),), torch.zeros(16), torch.zeros(1, 1, 1)
+    rows = code_scores(torch.zeros(1, 1, 1, 8), planes, 4, codebook, scales)
+    code_combine(rows, planes, 4, codebook, scales, 8)
+
+
 def _kernels(rows: Tensor, bits: int) -> ModuleType | None:
     if rows.device.type != "cpu" or rows.shape[2] > KERNEL_ROWS or not bits or rows.dtype != torch.float32:
         return None

@@ -1,0 +1,161 @@
+"""The command line: `turboquant` and `python -m turboquant`.
+
+Exit codes: 0 done, 1 the run failed, 2 wrong use. Long work ends with one JSON line on standard output.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from turboquant.methods import Method
+    from turboquant.models import LoadedModel
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
+
+ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
+MethodOption = Annotated[str, typer.Option("--method", help="Method string, such as turboquant:bits=4.")]
+WeightsOption = Annotated[str, typer.Option("--weights", help="auto, fp32, bf16, 8bit or 4bit.")]
+
+
+@app.callback()
+def _callback() -> None:
+    """What happens to a model's answers, memory and speed when its KV cache is compressed."""
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    typer.echo(f"turboquant: {error}", err=True)
+    raise typer.Exit(code)
+
+
+def _method(spec: str) -> "Method":
+    from turboquant.methods import parse_method
+
+    try:
+        return parse_method(spec)
+    except ValueError as error:
+        _fail(error, 2)
+
+
+def _load(name: str, weights: str) -> "LoadedModel":
+    from turboquant.models import ModelError, load_model
+
+    try:
+        return load_model(name, weights=weights, progress=lambda _, text: typer.echo(text, err=True))
+    except ModelError as error:
+        _fail(error, 1)
+
+
+@app.command()
+def models() -> None:
+    """List the models that have a name, and which of them are on this machine."""
+    from turboquant.models import MODELS, available_models
+
+    here = set(available_models())
+    for name, spec in MODELS.items():
+        typer.echo(f"{name:24} {'here' if name in here else '':5} {spec.hub_id:40} {spec.note}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their default options."""
+    from turboquant.methods import METHODS
+
+    for cls in METHODS.values():
+        typer.echo(f"{cls()}\n    {cls.title}. {cls.summary}\n    {cls.reference}")
+
+
+@app.command()
+def compare(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
+    model: ModelOption = "smollm2-135m",
+    method: MethodOption = "turboquant:bits=4",
+    weights: WeightsOption = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=5.0)] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Answer a prompt with the full cache and with a compressed one; the record is the JSON line at the end."""
+    from turboquant.comparison import PromptError
+    from turboquant.comparison import compare as run
+    from turboquant.results import Settings
+
+    chosen = _method(method)
+    loaded = _load(model, weights)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    try:
+        result = run(loaded, text, chosen, settings)
+    except PromptError as error:
+        _fail(error, 2)
+    for title, side in (("full cache", result.original), (str(chosen), result.compressed)):
+        speed = f"{side.tokens_per_second:.1f} tokens/s" if side.tokens_per_second else "one token"
+        typer.echo(f"--- {title}: {speed}, {side.report.bytes:,} bytes\n{side.text}\n")
+    for note in result.notes:
+        typer.echo(note)
+    typer.echo(result.model_dump_json())
+
+
+@bench.command("decode")
+def bench_decode_command(
+    model: ModelOption = "smollm2-135m",
+    method: Annotated[list[str] | None, typer.Option("--method", help="May be given several times.")] = None,
+    weights: WeightsOption = "auto",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
+) -> None:
+    """Time decoding with the full and with compressed caches, alternated in one process."""
+    from turboquant.bench import bench_decode
+    from turboquant.cache import NothingCompressedError
+    from turboquant.comparison import PromptError
+    from turboquant.results import append_record
+
+    chosen = [_method(spec) for spec in method or ["turboquant:bits=4"]]
+    loaded = _load(model, weights)
+    for one in chosen:
+        try:
+            record = bench_decode(
+                loaded,
+                one,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
+                progress=lambda text: typer.echo(text, err=True),
+            )
+            append_record(record, output)
+        except PromptError as error:
+            _fail(error, 2)
+        except (NothingCompressedError, OSError) as error:
+            _fail(error, 1)
+        typer.echo(record.model_dump_json())
+
+
+@app.command()
+def report(
+    readme: Annotated[Path, typer.Option(help="The file to fill.")] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="The folder of records.")] = Path("results"),
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the tables are stale.")] = False,
+) -> None:
+    """Fill the README's tables from the records."""
+    from turboquant.report import fill_readme
+
+    before = readme.read_text(encoding="utf-8")
+    try:
+        after = fill_readme(before, results)
+    except ValueError as error:
+        _fail(error, 1)
+    if check and after != before:
+        _fail(ValueError(f"the tables in {readme} are stale: run `turboquant report`"), 1)
+    if not check:
+        readme.write_text(after, encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
