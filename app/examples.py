@@ -31,20 +31,21 @@ faces the right way."""
 _LEDGER = """\
 Read the warehouse log and answer the question at its end.
 
-Monday: forty crates of lamp oil came in from the river barge and were stacked on the left wall. Two were leaking and
-were sent back. The night watch saw nothing unusual. Tuesday: a cart took twelve crates to the hill village. The driver
-signed for thirteen, which was corrected before he left. It rained all day and the yard flooded to the second step.
-Wednesday: no deliveries. The roof over the west corner was mended with slate from the old mill. Thursday: the inspector
-came and counted everything twice. He found one crate of candles that was in no book, and he wrote its number down.
-The password for the grey strongbox is lantern-forty-two. Friday: eighteen sacks of barley arrived wet and were laid out
-to dry on the upper floor. The cat had five kittens behind the scales. Saturday: the river rose again and the barge
-could not land, so the men went home at noon. Sunday: the watchman changed the lock on the side door and gave the new
-key to the clerk, who hung it beside the clock. Monday: the barge came at last with glass, rope and tar. Four panes of
-glass were broken and paid for. The inspector sent a letter to say that the candles belonged to the chapel, and they
-were carried over the same evening. Tuesday: twenty ropes were sold to the ferry. The clerk balanced the book and found
-it right to the last coin. Wednesday: snow fell before sunrise and the road over the hill was closed until evening.
+Monday: forty crates of lamp oil came in from the river barge and were stacked on the left wall. Two were
+leaking and were sent back. The night watch saw nothing unusual. Tuesday: a cart took twelve crates to the
+hill village. The driver signed for thirteen, which was corrected before he left. It rained all day and the
+yard flooded to the second step. Wednesday: no deliveries. The roof over the west corner was mended with slate
+from the old mill. Thursday: the inspector came and counted everything twice. He found one crate of candles
+that was in no book, and he wrote its number down. The special magic number is 7391. Friday: eighteen sacks of
+barley arrived wet and were laid out to dry on the upper floor. The cat had five kittens behind the scales.
+Saturday: the river rose again and the barge could not land, so the men went home at noon. Sunday: the
+watchman changed the lock on the side door and gave the new key to the clerk, who hung it beside the clock.
+Monday: the barge came at last with glass, rope and tar. Four panes of glass were broken and paid for. The
+inspector sent a letter to say that the candles belonged to the chapel, and they were carried over the same
+evening. Tuesday: twenty ropes were sold to the ferry. The clerk balanced the book and found it right to the
+last coin. Wednesday: snow fell before sunrise and the road over the hill was closed until evening.
 
-Question: what is the password for the grey strongbox? Answer with the password and say on which day it was written."""
+What is the special magic number?"""
 
 
 def _unwrapped(text: str) -> str:

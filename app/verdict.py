@@ -92,7 +92,8 @@ def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
     layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
     speed = MISSING if result.tokens_per_second is None else f"{result.tokens_per_second:.1f} tokens/s"
     held = f" · {human_bytes(r.bytes)} held" if c.compressed.report.compressed_tokens else ""
-    return f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device} · {exact}{layers}{held} · {speed}"
+    made = f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device}"
+    return f"{made} · {exact}{layers}{held} · {speed}"
 
 
 def facts(c: Comparison) -> list[tuple[str, str]]:

@@ -132,7 +132,7 @@ def test_first_visit_by_a_deep_link_shows_sidebar_and_recorded_run(address: str,
 def test_example_to_verdict_charts_and_export(address: str, browser: Browser, tmp_path: Path) -> None:
     page = visit(browser, f"{address}/?bits=2&tokens=40&residual=16", accept_downloads=True)
     page.get_by_text("Needle", exact=True).click()
-    expect(page.get_by_label("Prompt")).to_have_value(re.compile("grey strongbox"))
+    expect(page.get_by_label("Prompt")).to_have_value(re.compile("special magic number"))
     compare_button(page).click()
     begun = time.monotonic()
     wait_until(page, lambda: len(tokens_of(page)) == 2)
@@ -166,7 +166,7 @@ def test_example_to_verdict_charts_and_export(address: str, browser: Browser, tm
 def shared_link_reopens(page: Page, browser: Browser) -> None:
     assert "example=needle" in page.url
     other = visit(browser, page.url)
-    expect(other.get_by_label("Prompt")).to_have_value(re.compile("grey strongbox"))
+    expect(other.get_by_label("Prompt")).to_have_value(re.compile("special magic number"))
     expect(other.get_by_role("spinbutton", name="Max new tokens")).to_have_value("40")
     expect(other.get_by_text("turboquant:bits=2,residual_length=16").first).to_be_visible()
     other.close()
