@@ -10,11 +10,13 @@ from turboquant.cache import NothingCompressedError
 from turboquant.comparison import Event, PromptError, compare
 from turboquant.methods import parse_method
 from turboquant.models import LoadedModel, ModelError, load_model
+from turboquant.ops.codes import compile_kernels
 from turboquant.results import Comparison
 
 
 def load(name: str, *, weights: str, progress: Progress) -> LoadedModel:
-    """Load a model of the registry, the hub or a local folder."""
+    """Load a model of the registry, the hub or a local folder; the first answer should not wait for a compiler."""
+    compile_kernels()
     return load_model(name, weights=weights, progress=progress)
 
 

@@ -1,0 +1,138 @@
+"""The command line: what newcomers type, what is wrong, what is recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from turboquant import cli
+from turboquant.bench import bench_decode
+from turboquant.cache import NothingCompressedError
+from turboquant.methods import METHODS, parse_method
+from turboquant.models import MODELS, LoadedModel, tiny_model
+from turboquant.registry import ModelSpec
+from turboquant.report import decode_table, fill_readme, load_decode_benches
+from turboquant.results import DecodeBench, append_record
+
+RUNNER = CliRunner()
+
+
+class CountingTokenizer:
+    """Turns each character into a token; enough for a benchmark's prompt."""
+
+    chat_template = None
+    eos_token_id = 2
+
+    def __call__(self, text, return_tensors):
+        import torch
+
+        class Encoded(dict):
+            input_ids = torch.tensor([[3 + ord(c) % 250 for c in text]])
+
+        return Encoded(input_ids=Encoded.input_ids)
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    spec = ModelSpec("tiny", "tiny", None, "random weights", 0.001)
+    loaded = LoadedModel(tiny_model("llama"), CountingTokenizer(), spec, "fp32", "cpu")
+    monkeypatch.setattr(cli, "_load", lambda name, weights: loaded)
+    return loaded
+
+
+def test_bare_command_and_every_command_explain_themselves() -> None:
+    assert "Usage" in RUNNER.invoke(cli.app, []).output
+    for command in (["compare"], ["bench"], ["bench", "decode"], ["report"], ["models"], ["methods"]):
+        result = RUNNER.invoke(cli.app, [*command, "--help"])
+        assert result.exit_code == 0
+        assert "Usage" in result.output
+
+
+def test_lists_name_everything() -> None:
+    methods, models = (RUNNER.invoke(cli.app, [name]).output for name in ("methods", "models"))
+    assert all(name in methods for name in METHODS)
+    assert all(name in models for name in MODELS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compare", "hello", "--method", "nope"], 2, "unknown method 'nope'"),
+        (["compare", "  "], 2, "The prompt is empty"),
+        (["compare", "x" * 600], 2, "has a context of 512 tokens"),
+        (["bench", "decode", "--method", "turboquant:bits=99"], 2, "bits must be a whole number from 1 to 8, got 99"),
+        (["bench", "decode", "--prompt-tokens", "600"], 2, "has a context of 512 tokens"),
+        (["bench", "decode", "--prompt-tokens", "9", "--new-tokens", "4", "--repeats", "1"], 1, "packed none of 12"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_a_code(tiny, tmp_path: Path, arguments, code: int, message: str) -> None:
+    if arguments[0] == "bench":
+        arguments = [*arguments, "--output", str(tmp_path / "bench.jsonl")]
+    result = RUNNER.invoke(cli.app, arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not (tmp_path / "bench.jsonl").exists()
+
+
+def test_unknown_model_fails_in_one_sentence() -> None:
+    result = RUNNER.invoke(cli.app, ["compare", "hello", "--model", "no-such-model"])
+    assert result.exit_code == 1
+    assert "no-such-model" in result.stderr
+
+
+def test_compare_ends_with_the_record(tiny) -> None:
+    arguments = ["compare", "a" * 150, "--max-new-tokens", "5", "--method", "turboquant:bits=2"]
+    result = RUNNER.invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["compressed"]["method"] == "turboquant:bits=2"
+    assert record["compressed"]["report"]["compressed_tokens"] > 0
+
+
+def test_bench_records_and_the_readme_table_comes_from_them(tiny, tmp_path: Path) -> None:
+    output = tmp_path / "results" / "bench.jsonl"
+    sizes = ["--prompt-tokens", "150", "--new-tokens", "6", "--repeats", "2", "--output", str(output)]
+    result = RUNNER.invoke(cli.app, ["bench", "decode", "--method", "turboquant:bits=3", *sizes])
+    assert result.exit_code == 0, result.output
+    record = DecodeBench.model_validate_json(output.read_text())
+    assert json.loads(result.stdout.splitlines()[-1]) == json.loads(output.read_text())
+    assert record.ratio == pytest.approx(record.tokens_per_second.median / record.full_tokens_per_second.median)
+    assert record.report.compressed_tokens > 0
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: decode -->\nstale\n<!-- end of results -->\nafter\n")
+    paths = ["--readme", str(readme), "--results", str(output.parent)]
+    assert RUNNER.invoke(cli.app, ["report", "--check", *paths]).exit_code == 1
+    assert RUNNER.invoke(cli.app, ["report", *paths]).exit_code == 0
+    assert "`turboquant:bits=3` | 150 + 6" in readme.read_text()
+    assert "stale" not in readme.read_text()
+    assert RUNNER.invoke(cli.app, ["report", "--check", *paths]).exit_code == 0
+
+
+def test_the_newest_record_of_a_case_is_shown(tiny, tmp_path: Path) -> None:
+    record = bench_decode(tiny, parse_method("turboquant"), prompt_tokens=150, new_tokens=3, repeats=1)
+    older = record.model_copy(update={"environment": record.environment.model_copy(update={"created": "2020-01-01"})})
+    for one in (record, older):
+        append_record(one, tmp_path / "a.jsonl")
+    assert load_decode_benches(tmp_path) == [record]
+    assert record.environment.created[:10] in decode_table([record])
+
+
+def test_a_readme_without_a_place_for_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no place for results"):
+        fill_readme("nothing here", tmp_path)
+
+
+def test_a_bench_that_packs_nothing_has_no_figure(tiny) -> None:
+    with pytest.raises(NothingCompressedError, match=r"packed none of 13 tokens"):
+        bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=4, repeats=1)
+    with pytest.raises(ValueError, match="at least 1 prompt token, 2 new tokens and 1 repeat"):
+        bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=1)
+
+
+def test_the_projects_own_readme_is_up_to_date() -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert fill_readme((root / "README.md").read_text(), root / "results") == (root / "README.md").read_text()
