@@ -2,7 +2,7 @@
 
 import types
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, decoders
@@ -92,3 +92,15 @@ def reachable_storages(thing: object) -> dict[int, int]:
         elif type(item).__module__.startswith(("turboquant", "transformers.cache_utils")):
             queue += vars(item).values()
     return found
+
+
+class AttentionCalls:
+    """Notes the layer of every attention call of a model."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.layers: list[int] = []
+        for layer in loaded.model.model.layers:
+            layer.self_attn.register_forward_pre_hook(self._note)
+
+    def _note(self, module: Any, args: object) -> None:
+        self.layers.append(int(module.layer_idx))

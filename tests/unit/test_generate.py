@@ -1,0 +1,170 @@
+"""The token loop: what it draws, where it ends and which prompts it takes, against the library's own `generate`."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import AttentionCalls, tiny_loaded
+from turboquant.cache import build_cache
+from turboquant.comparison import compare
+from turboquant.generate import (
+    Generation,
+    PromptError,
+    QueryRecorder,
+    generate_in_turn,
+    logits_processors,
+    prompt_ids,
+)
+from turboquant.methods import METHODS, parse_method
+from turboquant.models import LoadedModel
+from turboquant.results import Settings
+
+PROMPT = "The tide turns slowly and the boats wait. " * 3  # 126 tokens
+FULL, PAPER_2 = parse_method("full"), parse_method("turboquant-paper:bits=2")
+SHORT = Settings(max_new_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    with torch.no_grad():
+        return tiny_loaded()
+
+
+def answer(loaded: LoadedModel, settings: Settings, spec: str = "full") -> Generation:
+    cache = build_cache(loaded.model.config, parse_method(spec))
+    generation = Generation(loaded, prompt_ids(loaded, PROMPT), cache, settings, QueryRecorder(keep=False))
+    generate_in_turn([generation], lambda _: None)
+    return generation
+
+
+@pytest.mark.parametrize("spec", ["full", "turboquant-paper:bits=2", "turboquant:bits=3,residual_length=8"])
+def test_greedy_answers_are_those_of_the_library(loaded: LoadedModel, spec: str) -> None:
+    model: Any = loaded.model
+    ids, method = prompt_ids(loaded, PROMPT), parse_method(spec)
+    output = model.generate(
+        ids, past_key_values=build_cache(loaded.model.config, method), max_new_tokens=16, do_sample=False
+    )
+    assert output[0, ids.shape[1] :].tolist() == answer(loaded, SHORT, spec).tokens
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 1.7, "top_k": 20, "top_p": 0.8}],
+    ids=str,
+)
+def test_sampling_draws_what_the_library_draws(loaded: LoadedModel, options: dict[str, float]) -> None:
+    """Token by token the answer of `generate`, whose global generator is seeded alike."""
+    used: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
+    tokens = answer(loaded, Settings(max_new_tokens=16, seed=3, **used)).tokens
+    model: Any = loaded.model
+    ids = prompt_ids(loaded, PROMPT)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        output = model.generate(ids, max_new_tokens=16, do_sample=True, **used)
+    assert tokens == output[0, ids.shape[1] :].tolist()[: len(tokens)]
+    assert len(tokens) > 10
+    assert len(logits_processors(Settings(**used))) == 1 + ("top_k" in options) + ("top_p" in options)
+
+
+def test_both_sides_draw_alike_and_seeds_differ(loaded: LoadedModel) -> None:
+    sides = [compare(loaded, PROMPT, FULL, Settings(max_new_tokens=16, temperature=1, seed=seed)) for seed in (1, 2, 1)]
+    assert all(result.original.text == result.compressed.text for result in sides)
+    assert sides[0].original.text != sides[1].original.text
+    assert sides[0].original.text == sides[2].original.text
+
+
+def test_the_global_generator_is_left_alone(loaded: LoadedModel) -> None:
+    before = torch.get_rng_state()
+    compare(loaded, PROMPT, parse_method("turboquant-paper:bits=3,seed=77"), Settings(max_new_tokens=4, temperature=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- where an answer ends ----------------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_the_answer_before_it(loaded: LoadedModel) -> None:
+    whole = answer(loaded, SHORT)
+    assert whole.finish == "length"
+    stop = whole.text[4:6]
+    assert whole.text.index(stop) == 4
+    stopped = answer(loaded, Settings(max_new_tokens=16, stop=("never there", stop)))
+    assert (stopped.text, stopped.finish) == (whole.text[:4], "stop")
+    assert stopped.tokens == whole.tokens[:6]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_end_token_ends_the_answer_and_is_no_part_of_it(as_list: bool) -> None:
+    whole = answer(tiny_loaded(), SHORT).tokens
+    end = next(i for i, token in enumerate(whole) if i > 1 and token not in whole[:i])
+    loaded = tiny_loaded()
+    assert loaded.model.generation_config is not None
+    loaded.model.generation_config.eos_token_id = [250, whole[end]] if as_list else whole[end]
+    stopped = answer(loaded, SHORT)
+    assert (stopped.tokens, stopped.finish) == (whole[:end], "stop")
+    assert len(stopped.cache_bytes) == end + 1  # the call that gave the end token counts
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n\t "])
+def test_an_empty_prompt_is_refused(loaded: LoadedModel, prompt: str) -> None:
+    with pytest.raises(PromptError, match="prompt is empty"):
+        compare(loaded, prompt, PAPER_2, SHORT)
+
+
+def test_a_prompt_that_does_not_fit_names_the_numbers(loaded: LoadedModel) -> None:
+    calls = AttentionCalls(loaded)
+    settings = Settings(max_new_tokens=1387)
+    with pytest.raises(PromptError, match=r"prompt has 126 tokens and up to 1,387 more .* context of 512 tokens"):
+        compare(loaded, PROMPT, PAPER_2, settings)
+    with pytest.raises(PromptError, match="up to 387 more"):
+        compare(loaded, PROMPT, PAPER_2, Settings(max_new_tokens=512 - 126 + 1))
+    assert not calls.layers
+
+
+def test_a_prompt_that_just_fits_runs() -> None:
+    result = compare(tiny_loaded(max_position_embeddings=142), PROMPT, PAPER_2, SHORT)
+    assert result.original.finish == "length"
+
+
+def test_the_chat_template_is_used_unless_it_is_turned_off() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"
+    )
+    loaded = tiny_loaded(chat_template=template)
+    decoded = [loaded.tokenizer.decode(prompt_ids(loaded, "Hello", chat)[0].tolist()) for chat in (True, False)]
+    assert decoded == ["[user]Hello[me]", "Hello"]
+    on, off = (compare(loaded, PROMPT, FULL, Settings(max_new_tokens=8), chat=chat) for chat in (True, False))
+    assert (on.prompt_tokens, off.prompt_tokens) == (126 + 10, 126)
+    assert (on.chat, off.chat) == (True, False)
+    assert on.original.token_ids != off.original.token_ids
+
+
+def test_a_model_without_a_template_reads_the_plain_prompt(loaded: LoadedModel) -> None:
+    assert torch.equal(prompt_ids(loaded, "Hello", chat=True), prompt_ids(loaded, "Hello", chat=False))
+
+
+def test_generations_of_any_number_advance_in_turn(loaded: LoadedModel) -> None:
+    """One side alone runs too, and those that end early wait for nobody."""
+    ids = prompt_ids(loaded, PROMPT)
+    lengths = (3, 1, 5)
+    generations = [
+        Generation(
+            loaded,
+            ids,
+            build_cache(loaded.model.config, METHODS["full"]()),
+            Settings(max_new_tokens=length),
+            QueryRecorder(keep=False),
+        )
+        for length in lengths
+    ]
+    order: list[int] = []
+    generate_in_turn(generations, order.append)
+    assert order == [0, 1, 2, 0, 2, 0, 2, 2, 2]
+    assert [len(generation.tokens) for generation in generations] == list(lengths)
+    assert all(not generation.recorder.queries for generation in generations)
