@@ -33,7 +33,7 @@ _HOME = {
     "results": ("Comparison", "Settings"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = [  # noqa: RUF022 - the order of the modules
+__all__ = [
     "METHODS",
     "MODELS",
     "Comparison",

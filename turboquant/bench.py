@@ -42,7 +42,8 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
         generation.step()
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize()
-    assert generation.tokens_per_second is not None and generation.time_to_first_token_ms is not None
+    assert generation.tokens_per_second is not None
+    assert generation.time_to_first_token_ms is not None
     return generation.tokens_per_second, generation.time_to_first_token_ms, cache_report(generation.cache)
 
 

@@ -1,362 +1,35 @@
-"""The compressed cache: a Hugging Face `Cache` whose full-attention layers hold packed codes.
-
-How a layer behaves:
-
-1. The tokens of the current forward call attend to themselves exactly; older ones are read from packed codes, but for
-   the first `sink_length` real tokens of each row and the most recent ones.
-2. After each call all but the sinks and the last `residual_length` tokens are packed, in blocks of the method's
-   `block_length`. No full-precision copy of a packed token is kept, and nothing is quantized twice.
-3. Codes are written into preallocated storage that grows by an eighth at a time.
-
-A layer stores the tokens of a row as: sinks, packed, exact window. In a left-padded row the sinks are the first real
-tokens, which stand behind the pads; `slots` gives that order, so that masks can follow it.
-"""
+"""The compressed cache: a Hugging Face `Cache` whose full-attention layers hold packed codes, and what it holds."""
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from turboquant.layer import CachedStates, QuantizedLayer
 from turboquant.methods import Method
-from turboquant.quantizer import PackedTensor, Quantizer
 from turboquant.results import CacheReport
+
+__all__ = [
+    "CachedStates",
+    "CompressedCache",
+    "NothingCompressedError",
+    "QuantizedLayer",
+    "build_cache",
+    "cache_bytes",
+    "cache_report",
+]
 
 
 class NothingCompressedError(RuntimeError):
     """A quality or memory figure was asked of a run in which no token was packed."""
 
 
-class CachedStates:
-    """What `QuantizedLayer.update` returns in place of key and value tensors; only our attention function reads it."""
-
-    def __init__(self, layer: "QuantizedLayer", key_states: Tensor, value_states: Tensor) -> None:
-        self.layer, self.key_states, self.value_states = layer, key_states, value_states
-
-    def __getattr__(self, name: str) -> NoReturn:
-        """Tell the caller what is missing: another attention function was handed packed states."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise RuntimeError(
-            "a compressed cache needs the attention function 'turboquant': call turboquant.hf_attention.register() "
-            "and model.set_attn_implementation('turboquant'), or load the model with turboquant.load_model()"
-        )
-
-
-class TokenBuffer:
-    """Preallocated room for packed tokens of one kind (keys or values)."""
-
-    def __init__(self) -> None:
-        self.storage: PackedTensor | None = None
-        self.length = 0
-
-    def append(self, new: PackedTensor) -> None:
-        """Write tokens behind those held; grow by an eighth where there is no room."""
-        end = self.length + new.tokens
-        if self.storage is None:
-            self.storage = _resized(new, end)
-            new.copy_into(self.storage, 0)
-        else:
-            if end > self.storage.tokens:
-                larger = _resized(self.storage, end + max(new.tokens, end // 8))
-                self.view().copy_into(larger, 0)
-                self.storage = larger
-            new.copy_into(self.storage, self.length)
-        self.length = end
-
-    def view(self) -> PackedTensor:
-        """Return the tokens held, without the spare room."""
-        assert self.storage is not None
-        return self.storage.narrow(0, self.length)
-
-
-def _resized(packed: PackedTensor, tokens: int) -> Any:
-    """Return empty storage shaped like `packed` for `tokens` tokens; shared fields are kept."""
-    return packed.map_tokens(lambda t: t.new_empty(*t.shape[:2], tokens, *t.shape[3:]))
-
-
-class QuantizedLayer(CacheLayerMixin):
-    """One layer of a compressed cache (see the module's notes).
-
-    Args:
-        method: How to quantize.
-        layer_idx: Index of the layer in the model; selects its rotation.
-    """
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-
-    def __init__(self, method: Method, layer_idx: int) -> None:
-        super().__init__()
-        self.method, self.layer_idx = method, layer_idx
-        self.reset()
-
-    # -- state ---------------------------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.is_initialized = False
-        self.packed_keys, self.packed_values = TokenBuffer(), TokenBuffer()
-        self.exact_keys: Tensor | None = None  # (batch, kv_heads, room, dim): sinks first, then the exact window
-        self.exact_values: Tensor | None = None
-        self.exact_length = 0
-        self.sink_length = 0  # sinks set apart at the front of the exact tensors; 0 until something is packed
-        self.padding: Tensor | None = None  # (batch,) pad tokens in front of each row; None without padding
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Build the quantizers once dims and device are known."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        quantizers = self.method.quantizers(
-            key_states.shape[-1], value_states.shape[-1], self.layer_idx, key_states.device
-        )
-        if quantizers is None:
-            raise ValueError(f"method {self.method} stores plain tensors and has no quantized layer")
-        self.key_quantizer: Quantizer[Any]
-        self.value_quantizer: Quantizer[Any]
-        self.key_quantizer, self.value_quantizer = quantizers
-        self.is_initialized = True
-
-    @property
-    def packed_length(self) -> int:
-        """Tokens held as codes."""
-        return self.packed_keys.length
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        return self.packed_length + self.exact_length
-
-    def get_max_length(self) -> int:
-        """Return -1: the layer grows without limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the key length that a mask for `query_length` new tokens covers, and its offset."""
-        return self.get_seq_length() + query_length, 0
-
-    @property
-    def batch_size(self) -> int:
-        """Rows held."""
-        return 0 if self.exact_keys is None else self.exact_keys.shape[0]
-
-    # -- growing -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[CachedStates, CachedStates]:
-        """Take the keys and values of a forward call; `compress` packs them once attention has read them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        states = CachedStates(self, key_states, value_states)
-        added = key_states.shape[2]
-        self.exact_keys = _appended(self.exact_keys, key_states.detach(), self.exact_length, self._room(added))
-        self.exact_values = _appended(self.exact_values, value_states.detach(), self.exact_length, self._room(added))
-        self.exact_length += added
-        return states, states
-
-    @property
-    def _steady_room(self) -> int:
-        """Exact tokens held between two packings, at most."""
-        return self.method.sink_length + self.method.residual_length + self.method.block_length
-
-    def _room(self, added: int) -> int:
-        """Exact tokens to make room for: single steps should rarely need new storage, a long call shrinks anyway."""
-        end = self.exact_length + added
-        if added > self.method.block_length:
-            return end
-        grown = end + max(self.method.block_length, end // 8)
-        return min(grown, self._steady_room) if end <= self._steady_room else grown
-
-    @torch.no_grad()
-    def compress(self, visible: Bool[Tensor, "batch tokens"] | None = None) -> None:
-        """Pack what has left the exact window.
-
-        Args:
-            visible: False for pad tokens, in the order of the model's attention mask; None where no row is padded.
-        """
-        first = not self.packed_length
-        if first and visible is not None and self.exact_length == visible.shape[1]:
-            self._set_padding(visible)
-        longest_padding = 0 if self.padding is None else int(self.padding.max())
-        sinks = self.method.sink_length
-        window = self.exact_length - (sinks if first else self.sink_length)
-        ready = window - self.method.residual_length - (longest_padding if first else 0)
-        count = ready // self.method.block_length * self.method.block_length
-        if count <= 0:
-            return
-        if first:
-            self._set_sinks(sinks)
-            count += longest_padding
-        self._pack(count, self._valid(visible, count) if first else None)
-
-    def _set_padding(self, visible: Tensor) -> None:
-        leading = visible.int().argmax(dim=1)
-        padding = torch.where(visible.any(dim=1), leading, visible.shape[1])
-        self.padding = padding if bool(padding.any()) else None
-
-    def _set_sinks(self, sinks: int) -> None:
-        """Bring each row's sinks to the front, before its pads."""
-        self.sink_length = sinks
-        if self.padding is not None:
-            slots = self.slots(self.exact_length)
-            self.exact_keys = _gathered(self._exact(self.exact_keys), slots)
-            self.exact_values = _gathered(self._exact(self.exact_values), slots)
-
-    def _valid(self, visible: Tensor | None, count: int) -> Tensor | None:
-        """Which of the first `count` tokens behind the sinks are real."""
-        if visible is None:
-            return None
-        stored = visible if self.padding is None else visible.gather(1, self.slots(visible.shape[1]))
-        return stored[:, self.sink_length : self.sink_length + count]
-
-    def _pack(self, count: int, valid: Tensor | None) -> None:
-        start, stop = self.sink_length, self.sink_length + count
-        for quantizer, exact, packed in (
-            (self.key_quantizer, self.exact_keys, self.packed_keys),
-            (self.value_quantizer, self.exact_values, self.packed_values),
-        ):
-            block = self._exact(exact)[:, :, start:stop]
-            like = packed.storage if packed.length else None
-            packed.append(quantizer.quantize(block, like, valid))
-        self.exact_keys = self._without(self.exact_keys, start, stop)
-        self.exact_values = self._without(self.exact_values, start, stop)
-        self.exact_length -= count
-
-    def _exact(self, exact: Tensor | None) -> Tensor:
-        assert exact is not None
-        return exact[:, :, : self.exact_length]
-
-    def _without(self, exact: Tensor | None, start: int, stop: int) -> Tensor:
-        """Drop tokens start..stop; the storage shrinks back to its steady size once a long call is packed."""
-        held = self._exact(exact)
-        assert exact is not None
-        tail = held[:, :, stop:].clone()
-        room = max(self._steady_room, start + tail.shape[2])
-        if exact.shape[2] <= room:
-            target = exact
-        else:
-            target = exact.new_empty(*exact.shape[:2], room, exact.shape[3])
-            target[:, :, :start] = held[:, :, :start]
-        target[:, :, start : start + tail.shape[2]] = tail
-        return target
-
-    def slots(self, tokens: int) -> Int[Tensor, "batch tokens"]:
-        """Return the position (in the order of the attention mask) of the token in each stored place."""
-        assert self.padding is not None
-        place = torch.arange(tokens, device=self.padding.device)
-        padding = self.padding[:, None]
-        behind = torch.where(place < padding + self.sink_length, place - self.sink_length, place)
-        return torch.where(place < self.sink_length, padding + place, behind)
-
-    # -- reading -------------------------------------------------------------------------------------------------
-
-    def exact(self) -> tuple[Float[Tensor, "batch kv_heads tokens dim"], Float[Tensor, "batch kv_heads tokens dim"]]:
-        """Return keys and values held exactly: sinks, then window."""
-        return self._exact(self.exact_keys), self._exact(self.exact_values)
-
-    def dense(self) -> tuple[Tensor, Tensor]:
-        """Return all keys and values in the order of the attention mask, dequantized. For measuring, not for decode."""
-        keys, values = self.exact()
-        if not self.packed_length:
-            return keys, values
-        pair = []
-        for quantizer, exact, packed in (
-            (self.key_quantizer, keys, self.packed_keys),
-            (self.value_quantizer, values, self.packed_values),
-        ):
-            codes = quantizer.dequantize(packed.view()).to(exact.dtype)
-            stored = torch.cat([exact[:, :, : self.sink_length], codes, exact[:, :, self.sink_length :]], dim=2)
-            pair.append(stored if self.padding is None else _scattered(stored, self.slots(stored.shape[2])))
-        return pair[0], pair[1]
-
-    # -- what generate() asks of a cache -----------------------------------------------------------------------------
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; as in Hugging Face the number is given as a negative integer."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
-        kept = max(0, self.get_seq_length() + tokens_to_remove)
-        front = self.sink_length + (0 if self.padding is None else int(self.padding.max()))
-        if self.packed_length and kept <= front:
-            # Less is left than sinks and pads: give up the packed order. These rows were never packed, or are pads.
-            keys, values = (states[:, :, :kept].clone() for states in self.dense())
-            padding = self.padding
-            self.reset()
-            self.is_initialized, self.padding = True, padding
-            self.exact_keys, self.exact_values, self.exact_length = keys, values, kept
-            return
-        from_window = min(-tokens_to_remove, self.exact_length - self.sink_length)
-        self.exact_length -= from_window
-        from_packed = -tokens_to_remove - from_window
-        self.packed_keys.length -= min(from_packed, self.packed_length)
-        self.packed_values.length = self.packed_keys.length
-
-    def _map(self, fn: Any) -> None:
-        """Apply `fn` to every tensor of a row's state (batch on axis 0)."""
-        for buffer in (self.packed_keys, self.packed_values):
-            if buffer.storage is not None:
-                buffer.storage = buffer.storage.map(fn)
-        if self.exact_keys is not None and self.exact_values is not None:
-            self.exact_keys, self.exact_values = fn(self.exact_keys), fn(self.exact_values)
-        if self.padding is not None:
-            self.padding = fn(self.padding)
-
-    def reorder_cache(self, beam_idx: Int[Tensor, " beams"]) -> None:
-        """Select the rows that beam search goes on with."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the given rows."""
-        self._map(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def offload(self) -> None:
-        """Move the layer to the CPU."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Bring the layer back to its device."""
-        if self.is_initialized:
-            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-
-def _appended(buffer: Tensor | None, new: Tensor, length: int, room: int) -> Tensor:
-    """Write `new` behind `length` tokens of `buffer`, in place where there is room."""
-    end = length + new.shape[2]
-    if buffer is None or buffer.shape[2] < end:
-        larger = new.new_empty(*new.shape[:2], room, new.shape[3])
-        if buffer is not None:
-            larger[:, :, :length] = buffer[:, :, :length]
-        buffer = larger
-    buffer[:, :, length:end] = new
-    return buffer
-
-
-def _index(slots: Tensor, states: Tensor) -> Tensor:
-    return slots[:, None, :, None].expand(states.shape)
-
-
-def _gathered(states: Tensor, slots: Tensor) -> Tensor:
-    return states.gather(2, _index(slots, states))
-
-
-def _scattered(states: Tensor, slots: Tensor) -> Tensor:
-    return torch.empty_like(states).scatter_(2, _index(slots, states), states)
-
-
 class CompressedCache(Cache):
     """A cache in which every full-attention layer is a `QuantizedLayer`; other layers are Hugging Face's own."""
 
-    def __init__(self, method: Method, layers: list[CacheLayerMixin]) -> None:
+    def __init__(self, method: Method, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.method = method
 
@@ -419,6 +92,15 @@ def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
         count.shared += sum(_new_storage(t, seen) for t in tables)
 
 
+def _plain_bytes(layer: Any, count: _Bytes, seen: set[int]) -> int:
+    """Count a layer of plain tensors as exact; return how many values it holds."""
+    states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+    held = sum(t.nbytes for t in states)
+    count.exact += held
+    count.spare += sum(_new_storage(t, seen) for t in states) - held
+    return sum(t.numel() for t in states)
+
+
 def _new_storage(tensor: Tensor, seen: set[int]) -> int:
     storage = tensor.untyped_storage()
     if storage.data_ptr() in seen or not storage.nbytes():
@@ -450,11 +132,8 @@ def cache_report(cache: Cache) -> CacheReport:
                 rows, heads = layer.exact_keys.shape[:2]
                 dims = layer.exact_keys.shape[3] + layer.exact_values.shape[3]
                 values += rows * heads * layer.get_seq_length() * dims
-        elif getattr(layer, "keys", None) is not None:
-            held = layer.keys.nbytes + layer.values.nbytes
-            count.exact += held
-            count.spare += _new_storage(layer.keys, seen) + _new_storage(layer.values, seen) - held
-            values += layer.keys.numel() + layer.values.numel()
+        else:
+            values += _plain_bytes(layer, count, seen)
     method = getattr(cache, "method", None)
     payload = None if method is None else method.payload_bits
     tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)

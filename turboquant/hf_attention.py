@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from turboquant.cache import CachedStates, QuantizedLayer
+from turboquant.layer import CachedStates, QuantizedLayer
 from turboquant.ops.attention import MASKED, PackedSegment, attend
 
 ATTENTION_NAME = "turboquant"

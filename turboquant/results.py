@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
 Matrix = list[list[float | None]]
 
 
@@ -166,7 +165,7 @@ class Settings(Record):
 class Comparison(Record):
     """One prompt answered twice: with the full cache (`original`) and with a compressed one (`compressed`)."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     environment: Environment
     model: ModelInfo
     prompt: str

@@ -140,7 +140,7 @@ def test_extreme_vectors_stay_finite(spec: str, value: float) -> None:
 def test_nan_is_shown_not_hidden(spec: str) -> None:
     x = vectors(64)
     x[0, 0, 3, 5] = torch.nan
-    keys, values = pair(spec, 64)
+    _keys, values = pair(spec, 64)
     assert values.dequantize(values.quantize(x))[0, 0, 3].isnan().any()
     assert values.dequantize(values.quantize(x))[1].isfinite().all()
 

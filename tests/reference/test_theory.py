@@ -1,5 +1,6 @@
 """The arithmetic against values computed apart from it: integrals in float64, published constants, exact estimates."""
 
+import itertools
 import math
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_levels_satisfy_lloyds_conditions_by_quadrature(bits: int, dim: int) -> 
 @pytest.mark.parametrize("dim", [2, 3, 64, 128])
 def test_more_bits_always_mean_less_error(dim: int) -> None:
     errors = [expected_mse(bits, dim) for bits in range(1, 9)]
-    assert all(after < before / 3 for before, after in zip(errors[1:], errors[2:], strict=False))
+    assert all(after < before / 3 for before, after in itertools.pairwise(errors))
     assert errors[0] < 0.37
 
 

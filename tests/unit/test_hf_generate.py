@@ -3,6 +3,8 @@
 The method here packs without loss, so that any difference is the cache's fault and not the rounding's.
 """
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -80,7 +82,9 @@ def test_second_turn() -> None:
     for method in (FULL, LOSSLESS):
         answer, cache = run(model, first, method)
         more = torch.cat([answer, first[:, :30]], dim=1)
-        texts.append(model.generate(more, past_key_values=cache, max_new_tokens=20, eos_token_id=None, pad_token_id=0))
+        texts.append(
+            cast(Any, model).generate(more, past_key_values=cache, max_new_tokens=20, eos_token_id=None, pad_token_id=0)
+        )
         assert cache.get_seq_length() == more.shape[1] + 19
     assert torch.equal(*texts)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from turboquant.packing import PLANE_WIDTHS, Planes, unpack_bits
 
-_jit = numba.njit(fastmath=True, nogil=True, cache=True)
-_inline = numba.njit(fastmath=True, nogil=True, inline="always")
+_jit: Any = numba.njit(fastmath=True, nogil=True, cache=True)
+_inline: Any = numba.njit(fastmath=True, nogil=True, inline="always")
 _NO_PLANE = np.zeros((1, 1, 1, 1), np.uint8)
 
 
@@ -148,7 +148,7 @@ def _arguments(planes: Planes, bits: int, slots: int, codebook: Tensor) -> tuple
 def _whole(plane: Tensor) -> tuple[Any, int]:
     """Return the contiguous tensor that `plane` is a view of, over its tokens, and the token where the view starts."""
     batch, heads, tokens, row = plane.shape
-    room, offset = plane.stride(1) // row, plane.storage_offset()
+    room, offset = plane.stride(1) // row, int(plane.storage_offset())
     strides = (heads * room * row, room * row, row, 1)
     start, inside = divmod(offset, row)
     if plane.stride() != strides or inside or start + tokens > room:

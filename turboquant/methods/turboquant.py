@@ -79,9 +79,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             same for every token, and takes away offsets that would cost most of the bits (a key bias, for example).
     """
 
-    def __init__(
-        self, dim: int, bits: int, rotation: Rotation, scale: Scale = "matched", center: bool = False
-    ) -> None:
+    def __init__(self, dim: int, bits: int, rotation: Rotation, scale: Scale = "matched", center: bool = False) -> None:
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
         self.dim, self.bits = dim, check_bits(bits, lowest=0)
@@ -257,8 +255,8 @@ class TurboQuant(BitsMethod):
     name: ClassVar[str] = "turboquant"
     title: ClassVar[str] = "TurboQuant, recommended recipe"
     summary: ClassVar[str] = (
-        "Each vector is rotated by a random Hadamard matrix and every coordinate is rounded to the optimal levels for "
-        "the density that rotation gives. Keys are centred first; a few first tokens and the most recent ones stay exact."
+        "Each vector is rotated by a random Hadamard matrix and every coordinate is rounded to the optimal "
+        "levels for the density that gives. Keys are centred first; a few first tokens and the most recent stay exact."
     )
     reference: ClassVar[str] = "arXiv:2504.19874, Algorithm 1, with a matched norm, centred keys, sinks and a window"
     residual_length: int = 64
