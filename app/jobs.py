@@ -148,7 +148,7 @@ class Job:
             self._view = replace(self._view, state=state, phase="", fraction=None, error=error)
             self._changed.notify_all()
 
-    def stream(self, start: int = 0, poll: float = 0.25, pause: float = 0.05) -> "Iterator[list[Event]]":
+    def stream(self, start: int = 0, poll: float = 0.25, pause: float = 0.1) -> "Iterator[list[Event]]":
         """Yield the events from `start` on in batches until the job ends.
 
         An empty batch is a heartbeat: it comes after `poll` quiet seconds, or at once when the phase changed, so that

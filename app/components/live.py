@@ -46,7 +46,7 @@ def _words(job: Job, view: View) -> str:
 
 def _status_line(slot: "st.delta_generator.DeltaGenerator", words: str, fraction: float | None) -> None:
     if fraction is None:
-        slot.markdown(f":shimmer[{words}]")
+        slot.markdown(f":gray[{words}]")
     else:
         slot.progress(min(max(fraction, 0.0), 1.0), text=words)
 
