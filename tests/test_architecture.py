@@ -1,0 +1,206 @@
+"""The shape of the repository, read from its source: who may import whom, what starts light, how long a file may be."""
+
+import ast
+import inspect
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import turboquant
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = sorted((ROOT / "turboquant").rglob("*.py"))
+APP = [*sorted((ROOT / "app").rglob("*.py")), *sorted((ROOT / "pages").rglob("*.py")), ROOT / "streamlit_app.py"]
+SOURCES = [*LIBRARY, *APP, *sorted((ROOT / "tests").rglob("*.py"))]
+
+# From the top to the bottom of the library: a module imports only from rows below its own. Packages stand as a whole.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("bench", "report"),
+    ("comparison",),
+    ("probe",),
+    ("generate",),
+    ("models",),
+    ("embedded", "hub", "model_checks", "tiny"),
+    ("hf_attention",),
+    ("cache",),
+    ("layer",),
+    ("methods",),
+    ("ops",),
+    ("kernels", "metrics"),
+    ("quantizer", "packing", "rotation"),
+    ("codebook", "registry", "results"),
+)
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+USES_TRANSFORMERS = {
+    "cache",
+    "layer",
+    "hf_attention",
+    "generate",
+    "probe",
+    "models",
+    "embedded",
+    "hub",
+    "model_checks",
+    "tiny",
+}
+MAX_LINES = 400
+LONGER = {"tests/unit/test_models.py": 402}  # may shrink, never grow
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def part_of(path: Path) -> str:
+    """The module directly below `turboquant` that a file belongs to."""
+    return path.relative_to(ROOT / "turboquant").parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything a tree imports; `from a import b` gives `a` and `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported(path: Path) -> set[str]:
+    return set(imports(ast.parse(path.read_text())))
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def library_parts(names: set[str]) -> set[str]:
+    """Which modules directly below `turboquant` are meant; `from turboquant import x` is looked up."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] == "turboquant" and len(parts) > 1:
+            home = parts[1] if parts[1] in ROW else turboquant._MODULE_OF.get(parts[1], parts[1])
+            found.add(home.split(".")[0])
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert {part_of(path) for path in LIBRARY} - {"__init__"} <= set(ROW), "add the new module to LAYERS"
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if part_of(path) != "__init__"], ids=name_of)
+def test_imports_run_downwards(path: Path) -> None:
+    own = part_of(path)
+    for other in library_parts(imported(path)) - {own, "__init__", "__version__"}:
+        same_row = ROW[other] == ROW[own]
+        assert ROW[other] > ROW[own] or (same_row and own != "kernels"), f"{own} imports {other}"
+
+
+def test_rows_hold_no_circles() -> None:
+    """Modules of one row may use each other one way only."""
+    edges = {(part_of(path), other) for path in LIBRARY for other in library_parts(imported(path))}
+    assert not [(a, b) for a, b in edges if a != b and (b, a) in edges and "__init__" not in (a, b)]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_the_library_stands_alone(path: Path) -> None:
+    assert not roots(path) & {"app", "pages", "tests", "streamlit", "streamlit_app", "plotly", "pandas"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_transformers_is_used_where_models_and_caches_are(path: Path) -> None:
+    allowed = part_of(path) in USES_TRANSFORMERS or name_of(path) == "turboquant/methods/hf_quantized.py"
+    assert allowed or "transformers" not in roots(path)
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *APP], ids=name_of)
+def test_compilers_are_used_in_kernels_only(path: Path) -> None:
+    assert path.parent.name == "kernels" or not roots(path) & {"numba", "triton"}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_kernels_are_imported_by_ops_and_only_when_called(path: Path) -> None:
+    if "kernels" not in library_parts(imported(path)) or part_of(path) == "kernels":
+        return
+    assert part_of(path) == "ops"
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    assert "kernels" not in library_parts(set(imports(tree)))
+
+
+@pytest.mark.parametrize("path", APP, ids=name_of)
+def test_pages_use_the_app_and_the_app_uses_no_page(path: Path) -> None:
+    assert "tests" not in roots(path)
+    assert "pages" not in roots(path)
+    if path.parent.name == "pages":
+        assert "turboquant" not in roots(path)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("turboquant", ("torch", "transformers", "streamlit", "numba")),
+        ("turboquant.cli", ("torch", "transformers", "streamlit", "numba")),
+        ("turboquant.methods", ("transformers", "streamlit", "numba", "triton")),
+        ("turboquant.results", ("transformers", "streamlit", "numba")),
+    ],
+)
+def test_what_an_import_does_not_bring_along(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*(name for name in {absent!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+def test_public_names_exist_and_say_what_they_do() -> None:
+    assert sorted(turboquant.__all__) == sorted(turboquant._MODULE_OF)
+    for name in turboquant.__all__:
+        thing = getattr(turboquant, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert thing.__doc__, name
+            assert not thing.__doc__.startswith(f"{name}("), f"{name} has only the docstring of its decorator"
+        else:
+            assert name.isupper()
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        turboquant.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *APP], ids=name_of)
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)) or not text.strip()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGER.get(name_of(path), MAX_LINES)
+
+
+def test_nothing_names_a_place_outside_the_repository() -> None:
+    """Package indexes and folders of one machine belong to that machine's own settings."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    forbidden = [middle.join(ends) for middle, ends in ((".", ("pypi", "org")), ("on", ("files.pyth", "hosted")))]
+    forbidden += ["/" + folder + "/" for folder in ("work", "home")]
+    found = []
+    for name in filter(None, listed.split("\0")):
+        path = ROOT / name
+        if path.is_file():
+            text = path.read_bytes().decode(errors="ignore")
+            found += [f"{name}: {word}" for word in forbidden if word in text]
+    assert not found
