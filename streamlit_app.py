@@ -4,7 +4,6 @@ The router lives one folder down because Streamlit would otherwise serve the fil
 visit by a deep link would miss the sidebar.
 """
 
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,8 +15,8 @@ from app.components import result  # noqa: F401  (imports the charts before the 
 
 @asynccontextmanager
 async def lifespan(_: st.App) -> AsyncIterator[dict[str, object]]:
-    """Start the engine, which loads the default model, without holding up the first page."""
-    threading.Thread(target=state.engine, name="turboquant-warm-up", daemon=True).start()
+    """Start the engine, which loads the default model on its own thread."""
+    state.engine()
     yield {}
 
 

@@ -78,7 +78,7 @@ class Engine:
     Args:
         loader: Loads a model; called on the worker thread only.
         runner: Runs one comparison; called on the worker thread only.
-        expected: Exception classes whose message is written for people; every other one is logged and summarised.
+        is_expected: Tells whether an exception's message is written for people; others are logged and summarised.
         max_queue: Jobs that may wait.
         grace_s: Seconds a job goes on after its session has disconnected.
     """
@@ -88,11 +88,11 @@ class Engine:
         loader: Loader,
         runner: Runner,
         *,
-        expected: tuple[type[Exception], ...] = (),
+        is_expected: Callable[[BaseException], bool] = lambda error: False,
         max_queue: int = 8,
         grace_s: float = 20.0,
     ) -> None:
-        self._loader, self._runner, self._expected = loader, runner, expected
+        self._loader, self._runner, self._is_expected = loader, runner, is_expected
         self._max_queue, self._grace_s = max_queue, grace_s
         self._wake = threading.Condition()
         self._queue: deque[Job] = deque()
@@ -251,7 +251,7 @@ class Engine:
                 log.warning("Job %d ran out of memory: %s", job.id, error)
                 error.__traceback__ = None  # its frames hold the model and the half-made tensors
                 return _Ending("failed", error=_NO_MEMORY, unload=True)
-            if isinstance(error, self._expected):
+            if self._is_expected(error):
                 return _Ending("failed", error=str(error))
             log.error("Job %d failed", job.id, exc_info=error)
             name = type(error).__name__

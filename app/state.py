@@ -5,6 +5,7 @@ from typing import Any
 
 import streamlit as st
 
+from app.backend import build_engine
 from app.config import AppConfig, load_config
 from app.engine import Engine, EngineBusyError
 from app.examples import BY_NAME, name_of
@@ -24,9 +25,7 @@ def config() -> AppConfig:
 @st.cache_resource(show_spinner=False)
 def engine() -> Engine:
     """The one engine of the process."""
-    from app import backend  # the model library takes seconds to import; the first page does not wait for it
-
-    return backend.build_engine(config())
+    return build_engine(config())
 
 
 @st.cache_resource(show_spinner=False)

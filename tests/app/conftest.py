@@ -98,7 +98,9 @@ def bench() -> Iterator[Bench]:
 
 @pytest.fixture
 def engine(bench: Bench) -> Iterator[Engine]:
-    engine = Engine(bench.load, bench.run, expected=(LookupError,), max_queue=3, grace_s=0.1)
+    engine = Engine(
+        bench.load, bench.run, is_expected=lambda error: isinstance(error, LookupError), max_queue=3, grace_s=0.1
+    )
     yield engine
     engine.close()
 

@@ -81,7 +81,7 @@ def comparison(
             text="".join(parts),
             token_ids=numbers,
             token_texts=list(parts),
-            finish=finish,  # type: ignore[arg-type]
+            finish=finish,
             time_to_first_token_ms=12.0,
             tokens_per_second=30.0,
             step_ms=[33.0] * len(parts),

@@ -186,7 +186,7 @@ def test_the_estimate_comes_from_runs_that_ended(engine: Engine, bench: Bench) -
 def test_a_late_reader_sees_everything_and_heartbeats_come() -> None:
     job = Job("s", request())
     for step in range(1, 4):
-        job.publish(FakeEvent("token", "original", "x" * step, step, 10 * step))  # type: ignore[arg-type]
+        job.publish(FakeEvent("token", "original", "x" * step, step, 10 * step))
     stream = job.stream(poll=0.01, pause=0)
     batch = next(stream)
     assert [event.tokens for event in batch] == [1, 2, 3]

@@ -21,6 +21,7 @@ ARTIFACTS = ROOT / "tests" / "artifacts"
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECONDS = 1000
+ENVIRONMENT = {"NO_COLOR": "1", "TURBOQUANT_DISCONNECT_GRACE_S": "1"}
 
 pytestmark = [
     pytest.mark.browser,
@@ -38,7 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "streamlit", "run", "--server.port", str(port), "--server.headless", "true"]
     with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"NO_COLOR": "1"})
+        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | ENVIRONMENT)
     try:
         wait_for_health(f"http://127.0.0.1:{port}", server, log)
         yield f"http://127.0.0.1:{port}"
@@ -193,6 +194,20 @@ def test_stop_keeps_the_partial_text(address: str, browser: Browser) -> None:
     expect(compare_button(page)).to_be_enabled()
     shot(page, "stopped")
     page.close()
+
+
+def test_a_closed_tab_frees_the_engine(address: str, browser: Browser) -> None:
+    gone = visit(browser, f"{address}/?tokens=500&temperature=1.0")
+    gone.get_by_label("Prompt").fill("Tell a very long story about the sea, with many chapters.")
+    compare_button(gone).click()
+    wait_until(gone, lambda: len(now := tokens_of(gone)) == 2 and min(now) >= 2)
+    here = visit(browser, f"{address}/?tokens=4")
+    here.get_by_label("Prompt").fill("Hello")
+    compare_button(here).click()
+    expect(here.get_by_text("1 run is ahead of you")).to_be_visible()
+    gone.close()
+    expect(here.get_by_text("Measured on this machine")).to_be_visible(timeout=15 * SECONDS)
+    here.close()
 
 
 def test_nothing_packed_is_said_and_can_be_fixed(address: str, browser: Browser) -> None:
