@@ -37,7 +37,7 @@ class _LayerKeys:
     def scores(self, query: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
         """Return full and compressed scores (heads, queries, tokens) and how many tokens are packed."""
         sinks = self.method.sink_length
-        while self.packed_length < (due := self.method.packed_length(tokens)):
+        if self.packed_length < (due := self.method.packed_length(tokens)):
             block = self.keys[:, :, sinks + self.packed_length : sinks + due]
             self.packed.append(self.quantizer.quantize(block, like=self.packed[0] if self.packed else None))
             self.packed_length = due
