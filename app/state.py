@@ -8,7 +8,7 @@ import streamlit as st
 from app.backend import build_engine
 from app.config import AppConfig, load_config
 from app.engine import Engine, EngineBusyError
-from app.examples import BY_NAME, name_of
+from app.examples import BY_NAME
 from app.jobs import Job
 from app.requests import Choices, RequestError, build_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
@@ -56,7 +56,6 @@ def attend() -> None:
         linked = BY_NAME.get(st.query_params.get("example", ""))
         text = linked.prompt if linked else st.query_params.get("prompt", "")
         st.session_state[PROMPT] = text[: config().max_prompt_chars]
-        st.session_state[EXAMPLE] = name_of(text)
 
 
 def choices() -> Choices:
@@ -97,7 +96,6 @@ def collect() -> None:
 def submit() -> None:
     """Check the form and hand it to the engine; what is wrong becomes the notice above the results."""
     prompt = st.session_state.get(PROMPT, "")
-    st.session_state[EXAMPLE] = name_of(prompt)
     try:
         engine().submit(session_id(), build_request(choices(), prompt, config()))
     except (RequestError, EngineBusyError) as error:
@@ -120,8 +118,9 @@ def stop() -> None:
 
 
 def pick_example() -> None:
-    """Put the picked example into the prompt box."""
+    """Put the picked example into the prompt box; the pill is free again for the next click."""
     example = BY_NAME.get(st.session_state.get(EXAMPLE) or "")
+    st.session_state[EXAMPLE] = None
     if example is not None:
         st.session_state[PROMPT] = example.prompt
         st.session_state[NOTICE] = None
@@ -131,7 +130,7 @@ def use(**values: Any) -> None:
     """Set widgets from a button that fixes something; `example` fills the prompt box."""
     for key, value in values.items():
         if key == "example":
-            st.session_state[PROMPT], st.session_state[EXAMPLE] = BY_NAME[value].prompt, value
+            st.session_state[PROMPT] = BY_NAME[value].prompt
         else:
             st.session_state[key] = value
 

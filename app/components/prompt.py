@@ -15,7 +15,6 @@ def render() -> None:
         format_func=lambda name: BY_NAME[name].label,
         key=state.EXAMPLE,
         on_change=state.pick_example,
-        persist_state="session",
     )
     live = (job := state.job()) is not None and job.live
     with st.form("ask", border=False, enter_to_submit=False):

@@ -88,20 +88,15 @@ def _sampling(start: Choices, most: int) -> None:
 
 
 def _advanced(start: Choices) -> None:
-    st.selectbox(
-        "Recipe",
-        recipes(),
-        key="recipe",
-        bind=_URL,
-        format_func=lambda name: METHODS[name].title,
-        help="How the cache is compressed.",
-    )
+    st.selectbox("Recipe", recipes(), key="recipe", bind=_URL, help="How the cache is compressed.")
     recipe = str(st.session_state.get("recipe", start.recipe))
     if recipe in METHODS:
-        st.caption(f"{METHODS[recipe].summary} ({METHODS[recipe].reference})")
+        st.caption(f"**{METHODS[recipe].title}.** {METHODS[recipe].summary} ({METHODS[recipe].reference})")
     left, right = st.columns(2)
-    left.selectbox("Key bits", EACH_BITS, key="key_bits", bind=_URL, format_func=_bits_name)
-    right.selectbox("Value bits", EACH_BITS, key="value_bits", bind=_URL, format_func=_bits_name)
+    left.selectbox("Key bits", EACH_BITS, key="key_bits", bind=_URL, help="Bits of a key code; same: as Bits above.")
+    right.selectbox(
+        "Value bits", EACH_BITS, key="value_bits", bind=_URL, help="Bits of a value code; same: as Bits above."
+    )
     fixed = not has_window(recipe)
     left.number_input(
         "Residual",
@@ -139,10 +134,6 @@ def _advanced(start: Choices) -> None:
         help="How the model's weights are loaded. What was really loaded stands under each answer.",
     )
     st.toggle("Chat template", start.chat, key="chat", bind=_URL, help="Wrap the prompt as the model's chat turn.")
-
-
-def _bits_name(value: str) -> str:
-    return "as Bits" if value == "same" else value
 
 
 def _status() -> None:

@@ -81,6 +81,12 @@ def contrast(a: str, b: str) -> float:
     return (bright + 0.05) / (dark + 0.05)
 
 
+def faded(color: str, background: str) -> str:
+    """Captions are drawn at 60 of 100 parts of the text colour."""
+    pairs = [(int(color[i : i + 2], 16), int(background[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(0.6 * a + 0.4 * b):02x}" for a, b in pairs)
+
+
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_colours_can_be_read_in_both_modes(mode: str) -> None:
     theme = tomllib.loads(CONFIG.read_text())["theme"][mode]
@@ -91,5 +97,6 @@ def test_colours_can_be_read_in_both_modes(mode: str) -> None:
         assert contrast(theme[f"{name}TextColor"], theme[f"{name}BackgroundColor"]) >= 4.5, name
         assert contrast(theme["textColor"], theme[f"{name}BackgroundColor"]) >= 4.5, name
     assert contrast("#ffffff", theme["primaryColor"]) >= 4.5
+    assert contrast(faded(theme["textColor"], background), background) >= 4.5
     for color in (style.ORIGINAL, style.COMPRESSED, style.BASELINE, style.RISK):
         assert contrast(color, background) >= 3.0, color

@@ -235,6 +235,14 @@ def test_the_address_sets_everything(page: AppTest) -> None:
     assert "turboquant:key_bits=8,value_bits=2" in texts(page)
 
 
+def test_the_paper_recipe_by_its_name_in_the_address(page: AppTest) -> None:
+    page.query_params.update({"recipe": "turboquant-paper", "bits": "2", "rotation": "5", "chat": "false"})
+    page.run()
+    assert "`turboquant-paper:bits=2,seed=5` against the full cache" in texts(page)
+    assert page.sidebar.number_input(key="residual").disabled
+    assert page.sidebar.toggle(key="chat").value is False
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
