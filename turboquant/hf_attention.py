@@ -8,7 +8,7 @@ padding and the causal mask of the prefill would silently be lost.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ ATTENTION_NAME = "turboquant"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
+@runtime_checkable
 class QueryObserver(Protocol):
     """Sees the queries of every layer, after rotary embedding."""
 

@@ -189,7 +189,7 @@ class QuantizedLayer(CacheLayerMixin):
     def _set_padding(self, visible: Tensor) -> None:
         leading = visible.int().argmax(dim=1)
         padding = torch.where(visible.any(dim=1), leading, visible.shape[1])
-        self.padding = padding if bool(padding.any()) else None
+        self.padding = padding.expand(self.batch_size).clone() if bool(padding.any()) else None
 
     def _set_sinks(self, sinks: int) -> None:
         """Bring each row's sinks to the front, before its pads."""
