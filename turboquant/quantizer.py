@@ -6,6 +6,7 @@ Shapes follow Hugging Face: (batch, kv_heads, tokens, head_dim).
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -34,12 +35,18 @@ class PackedTensor:
         return replace(self, **changes)
 
     @classmethod
-    def _token_fields(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.name not in cls.shared]
+    @cache  # asked several times a layer and step
+    def _fields(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    @cache
+    def _token_fields(cls) -> tuple[str, ...]:
+        return tuple(name for name in cls._fields() if name not in cls.shared)
 
     def map(self: Self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply `fn` to every tensor: batch reordering, repeats and moves between devices."""
-        return self._apply(fn, [field.name for field in fields(self)])
+        return self._apply(fn, self._fields())
 
     def map_tokens(self: Self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply `fn` to the tensors that have a token axis, and keep the shared ones."""
@@ -51,7 +58,7 @@ class PackedTensor:
 
     def tensors(self, *names: str) -> list[Tensor]:
         """Return the tensors of the named fields (of all fields when none is named)."""
-        values = [getattr(self, name) for name in names or [field.name for field in fields(self)]]
+        values = [getattr(self, name) for name in names or self._fields()]
         flat: list[Tensor] = []
         for value in values:
             flat += value if isinstance(value, tuple) else [] if value is None else [value]
@@ -60,7 +67,13 @@ class PackedTensor:
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        return self.tensors(*self._token_fields())[0].shape[2]
+        for name in self._token_fields():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                return value.shape[2]
+            if value:  # a tuple of planes; 0-bit codes have none
+                return value[0].shape[2]
+        raise AssertionError("a packed tensor has a field with a token axis")
 
     @property
     def nbytes(self) -> int:
