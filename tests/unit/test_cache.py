@@ -1,5 +1,7 @@
 """The cache against the uncompressed one: what generate() asks of it, what it holds, what it refuses."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -318,3 +320,19 @@ def test_bfloat16_runs_keep_their_dtype() -> None:
 
 def test_compressed_cache_is_ours(llama) -> None:
     assert isinstance(build_cache(llama.config, parse_method("turboquant")), CompressedCache)
+
+
+def test_a_deep_copy_goes_its_own_way(llama) -> None:
+    """Forking a conversation copies the cache; both copies go on, and neither disturbs the other."""
+    ids = tokens(1, 150)
+    cache = build_cache(llama.config, parse_method("turboquant:bits=4"))
+    llama(ids, past_key_values=cache)
+    fork = copy.deepcopy(cache)
+    before = [tensor.clone() for tensor in cache.layers[0].dense()]
+    logits(llama, tokens(1, 60, seed=1), fork, 1)
+    assert fork.get_seq_length() == 210
+    assert all(torch.equal(one, two) for one, two in zip(before, cache.layers[0].dense(), strict=True))
+    again = build_cache(llama.config, parse_method("turboquant:bits=4"))
+    llama(ids, past_key_values=again)
+    expected = logits(llama, tokens(1, 60, seed=1), again, 1)
+    assert torch.allclose(logits(llama, tokens(1, 60, seed=1), cache, 1), expected)
