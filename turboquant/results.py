@@ -6,6 +6,7 @@ One comparison (`Comparison`) is what the Compare page shows, what the exports c
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -198,10 +199,20 @@ def _version(package: str) -> str:
         return "unknown"
 
 
+@cache
+def _processor() -> str:
+    """The processor's name; Python itself knows only the architecture on Linux."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
 def environment(device: torch.device | str = "cpu") -> Environment:
     """Describe this machine and these library versions for a record."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return Environment(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
