@@ -6,7 +6,7 @@ How a layer behaves:
    the first `sink_length` real tokens of each row and the most recent ones.
 2. After each call all but the sinks and the last `residual_length` tokens are packed, in blocks of the method's
    `block_length`. No full-precision copy of a packed token is kept, and nothing is quantized twice.
-3. Codes are written into preallocated storage that grows by an eighth at a time.
+3. Codes are written into preallocated storage that grows by a sixteenth at a time.
 
 A layer stores the tokens of a row as: sinks, packed, exact window. In a left-padded row the sinks are the first real
 tokens, which stand behind the pads; `slots` gives that order, so that masks can follow it.
@@ -47,14 +47,14 @@ class TokenBuffer:
         self.length = 0
 
     def append(self, new: PackedTensor) -> None:
-        """Write tokens behind those held; grow by an eighth where there is no room."""
+        """Write tokens behind those held; grow by a sixteenth where there is no room."""
         end = self.length + new.tokens
         if self.storage is None:
             self.storage = _resized(new, end)
             new.copy_into(self.storage, 0)
         else:
             if end > self.storage.tokens:
-                larger = _resized(self.storage, end + max(new.tokens, end // 8))
+                larger = _resized(self.storage, end + max(new.tokens, end // 16))
                 self.view().copy_into(larger, 0)
                 self.storage = larger
             new.copy_into(self.storage, self.length)
