@@ -22,6 +22,7 @@ from turboquant.model_checks import (
     unsupported,
     weight_bytes,
 )
+from turboquant.ops.codes import compile_kernels
 from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec, find_spec, is_local
 from turboquant.tiny import tiny_model
 
@@ -107,6 +108,9 @@ def load_model(
     if not spec.parameters:
         spec = replace(spec, parameters=sum(p.numel() for p in skeleton.parameters()) / 1e9)
     _set_attention(model, spec)
+    if target.type == "cpu":
+        report(0.95, "Compiling the kernels")
+        compile_kernels()
     report(1.0, f"{spec.name} is ready")
     return LoadedModel(model, tokenizer, spec, found, str(target))
 

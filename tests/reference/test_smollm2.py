@@ -1,6 +1,8 @@
 """The built-in model answers twice for real: what compression changes, what it saves, and if the record adds up."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +126,13 @@ def test_two_bits_as_published_change_the_answer(four_bits: Comparison, publishe
     assert four_bits.tokens is not None
     assert two.tokens.mean_kl > 20 * four_bits.tokens.mean_kl
     assert two.tokens.kl[0] == 0
+
+
+def test_a_loaded_model_has_its_kernels_compiled() -> None:
+    """The first answer must not wait for a compiler: a fresh process that loads the model compiles before it answers."""
+    code = (
+        "from turboquant import load_model; load_model('smollm2-135m', device='cpu')\n"
+        "from turboquant.kernels import cpu; print(len(cpu._scores.signatures), len(cpu._combine.signatures))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.split() == ["1", "1"]
