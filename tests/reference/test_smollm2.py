@@ -129,7 +129,7 @@ def test_two_bits_as_published_change_the_answer(four_bits: Comparison, publishe
 
 
 def test_a_loaded_model_has_its_kernels_compiled() -> None:
-    """The first answer must not wait for a compiler: a fresh process that loads the model compiles before it answers."""
+    """The first answer must not wait for a compiler: loading the model in a fresh process compiles them."""
     code = (
         "from turboquant import load_model; load_model('smollm2-135m', device='cpu')\n"
         "from turboquant.kernels import cpu; print(len(cpu._scores.signatures), len(cpu._combine.signatures))"
