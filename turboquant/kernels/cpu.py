@@ -63,29 +63,31 @@ def _add_plane(row: Any, width: int, shift: int, codes: Any) -> None:
 
 
 @_inline
-def _put_together(planes: Any, starts: Any, widths: Any, b: int, h: int, n: int, codes: Any) -> None:
-    """Write the codes of one row from up to three planes."""
+def _put_together(
+    planes: Any, starts: Any, widths: Any, b: int, h: int, n: int, codes: Any, table: Any, levels: Any
+) -> None:
+    """Write the levels of one row whose codes lie in up to three planes."""
     codes[:] = 0
     _add_plane(planes[0][b, h, starts[0] + n], widths[0], 0, codes)
     if widths[1]:
         _add_plane(planes[1][b, h, starts[1] + n], widths[1], widths[0], codes)
     if widths[2]:
         _add_plane(planes[2][b, h, starts[2] + n], widths[2], widths[0] + widths[1], codes)
+    for i in range(levels.shape[0]):
+        levels[i] = table[codes[i], 0]
 
 
 @_jit
 def _scores(query: Any, planes: Any, starts: Any, widths: Any, slots: int, table: Any, scales: Any, out: Any) -> None:
     batch, heads, rows, dim = query.shape
-    levels, codes = np.zeros(dim + 8, np.float32), np.zeros(dim + 8, np.uint8)
+    levels, codes = np.zeros(dim, np.float32), np.zeros(dim + 8, np.uint8)  # codes come in whole bytes
     for b in range(batch):
         for h in range(heads):
             for n in range(scales.shape[2]):
                 if slots:
                     _look_up(planes[0][b, h, starts[0] + n], table, slots, levels)
                 else:
-                    _put_together(planes, starts, widths, b, h, n, codes)
-                    for i in range(dim):
-                        levels[i] = table[codes[i], 0]
+                    _put_together(planes, starts, widths, b, h, n, codes, table, levels)
                 for r in range(rows):
                     total = np.float32(0)
                     for i in range(dim):
@@ -98,16 +100,14 @@ def _combine(
     weights: Any, planes: Any, starts: Any, widths: Any, slots: int, table: Any, scales: Any, out: Any
 ) -> None:
     batch, heads, rows, dim = out.shape
-    levels, codes = np.zeros(dim + 8, np.float32), np.zeros(dim + 8, np.uint8)
+    levels, codes = np.zeros(dim, np.float32), np.zeros(dim + 8, np.uint8)  # codes come in whole bytes
     for b in range(batch):
         for h in range(heads):
             for n in range(scales.shape[2]):
                 if slots:
                     _look_up(planes[0][b, h, starts[0] + n], table, slots, levels)
                 else:
-                    _put_together(planes, starts, widths, b, h, n, codes)
-                    for i in range(dim):
-                        levels[i] = table[codes[i], 0]
+                    _put_together(planes, starts, widths, b, h, n, codes, table, levels)
                 for r in range(rows):
                     weight = weights[b, h, r, n] * scales[b, h, n]
                     for i in range(dim):
