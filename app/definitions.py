@@ -5,8 +5,8 @@ KV_BYTES = (
     "exact tokens, spare capacity and shared tables."
 )
 RATIO = (
-    "The 16-bit baseline (2 bytes a value) divided by the bytes really held, everything counted. Payload is the ratio "
-    "by the paper's formula, which counts codes and norms only."
+    "The 16-bit baseline (2 bytes a value) divided by the bytes really held, everything counted. Payload is a "
+    "formula: 16 divided by the bits of a code, without norms, exact tokens, spare capacity or tables."
 )
 BITS_PER_VALUE = (
     "Everything the cache holds, in bits, divided by the number of cached values. 16 is the uncompressed baseline."
@@ -24,7 +24,10 @@ COSINE = (
     "most attended token changes, so read it next to the top-1 match and the KL."
 )
 TOP1 = "How often the token a head attends to most is the same under full and compressed keys."
-TOP5 = "How much of the five most attended tokens is the same under full and compressed keys."
+TOP5 = (
+    "How often the token a head attends to most under full keys is among its five most attended ones under compressed "
+    "keys."
+)
 KL = (
     "How far the next-token distribution moves when the original answer is read through the compressed cache, in nats; "
     "0 is no change. Mean over the answer's tokens."

@@ -114,7 +114,7 @@ def facts(c: Comparison) -> list[tuple[str, str]]:
         ("KV cache held", human_bytes(report.bytes)),
         ("16-bit baseline", human_bytes(report.full_precision_bytes)),
         ("Compression ratio, everything counted", number(report.compression_ratio, 2, "x")),
-        ("Payload ratio by the paper's formula", number(report.payload_ratio, 2, "x")),
+        ("Payload ratio (formula: 16 / bits of a code)", number(report.payload_ratio, 2, "x")),
         ("Bits per value, everything counted", number(report.bits_per_value, 2)),
     ]
     if c.heads:

@@ -110,7 +110,7 @@ def bytes_by_part(c: Comparison) -> Chart:
     name, most = max(parts(report), key=lambda part: part[1])
     total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
     alt = (
-        f"{total} held against {full} at 16 bit ({report.compression_ratio:.2f} times less); "
+        f"{total} held against {full} at 16 bit (16-bit size / held size = {report.compression_ratio:.2f}); "
         f"the largest part, {human_bytes(most)}, is {words[name]}."
     )
     return Chart(figure, alt, table)
