@@ -75,7 +75,10 @@ class QueryRecorder:
         if self.cancelled():
             raise CancelledError
         if self.keep:
-            self.queries.setdefault(layer_idx, []).append(query[:, :, -1:].detach().float().cpu())
+            # A copy of the last row alone: a view would keep the whole prompt's queries. It stays on its device, since
+            # a transfer here would wait for the GPU in every layer and slow the side that is recorded.
+            last = query[:, :, -1:].detach().clone(memory_format=torch.contiguous_format)
+            self.queries.setdefault(layer_idx, []).append(last)
             self.scaling[layer_idx] = scaling
 
 

@@ -1,8 +1,9 @@
 """From captured queries to per-head agreement, and from an answer to per-token KL.
 
-Queries are the model's own, after rotary embedding, at the last prompt token and every generated one. For each of
-them the scores under the full keys are compared with the scores under the same keys compressed as the cache holds
-them once that token has been processed: the same packing, the same exact tokens, the same codes.
+Queries are the model's own, after rotary embedding, at the last prompt token and every generated one that was fed
+back (the very last one is not). For each of them the scores under the full keys are compared with the scores under
+the same keys compressed as the cache holds them once that token has been processed: the same packing, the same exact
+tokens, the same codes.
 """
 
 from collections.abc import Callable
@@ -140,7 +141,7 @@ def head_metrics(
         keys, values = layer.keys, layer.values
         pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
         assert pair is not None, "a method that packs has quantizers"
-        query = torch.cat(recorder.queries[layer_idx], dim=2)
+        query = torch.cat(recorder.queries[layer_idx], dim=2).float().cpu()
         agreement = _layer_agreement(
             _LayerKeys(keys.float().cpu(), pair[0], method), query, prompt_tokens, recorder.scaling[layer_idx]
         )

@@ -128,7 +128,8 @@ class HeadMetrics(Record):
     """Head agreement as the cache serves attention, and over the packed positions only.
 
     `positions` are the measured query positions: the last prompt token, then every generated token of the original
-    answer. `layer_indices` names the compressed layers, one a row of the per-head matrices.
+    answer that was fed back to the model (the very last one is not). `layer_indices` names the compressed layers, one
+    a row of the per-head matrices.
     """
 
     positions: list[int]

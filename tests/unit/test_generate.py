@@ -168,3 +168,13 @@ def test_generations_of_any_number_advance_in_turn(loaded: LoadedModel) -> None:
     assert order == [0, 1, 2, 0, 2, 0, 2, 2, 2]
     assert [len(generation.tokens) for generation in generations] == list(lengths)
     assert all(not generation.recorder.queries for generation in generations)
+
+
+def test_the_recorder_keeps_the_last_query_and_not_the_prompts() -> None:
+    """A view of the last row would hold the queries of the whole prompt in memory, in every layer."""
+    recorder = QueryRecorder()
+    query = torch.randn(1, 4, 300, 64)
+    recorder.record(0, query, 0.125)
+    (kept,) = recorder.queries[0]
+    assert torch.equal(kept, query[:, :, -1:])
+    assert kept.untyped_storage().nbytes() == 4 * 64 * 4
