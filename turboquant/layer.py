@@ -26,8 +26,8 @@ from turboquant.quantizer import PackedTensor, Quantizer
 class CachedStates:
     """What `QuantizedLayer.update` returns in place of key and value tensors; only our attention function reads it."""
 
-    def __init__(self, layer: "QuantizedLayer", key_states: Tensor, value_states: Tensor) -> None:
-        self.layer, self.key_states, self.value_states = layer, key_states, value_states
+    def __init__(self, layer: "QuantizedLayer") -> None:
+        self.layer = layer
 
     def __getattr__(self, name: str) -> NoReturn:
         """Tell the caller what is missing: another attention function was handed packed states."""
@@ -144,7 +144,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Take the keys and values of a forward call; `compress` packs them once attention has read them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = CachedStates(self, key_states, value_states)
+        states = CachedStates(self)
         added = key_states.shape[2]
         self.exact_keys = _appended(self.exact_keys, key_states.detach(), self.exact_length, self._room(added))
         self.exact_values = _appended(self.exact_values, value_states.detach(), self.exact_length, self._room(added))
@@ -172,6 +172,7 @@ class QuantizedLayer(CacheLayerMixin):
             visible: False for pad tokens, in the order of the model's attention mask; None where no row is padded.
         """
         first = not self.packed_length
+        visible = None if visible is None else visible.expand(self.batch_size, -1)  # one mask may serve all rows
         if first and visible is not None and self.exact_length == visible.shape[1]:
             self._set_padding(visible)
         longest_padding = 0 if self.padding is None else int(self.padding.max())
@@ -189,7 +190,7 @@ class QuantizedLayer(CacheLayerMixin):
     def _set_padding(self, visible: Tensor) -> None:
         leading = visible.int().argmax(dim=1)
         padding = torch.where(visible.any(dim=1), leading, visible.shape[1])
-        self.padding = padding.expand(self.batch_size).clone() if bool(padding.any()) else None
+        self.padding = padding if bool(padding.any()) else None
 
     def _set_sinks(self, sinks: int) -> None:
         """Bring each row's sinks to the front, before its pads."""

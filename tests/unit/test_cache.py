@@ -336,3 +336,19 @@ def test_a_deep_copy_goes_its_own_way(llama) -> None:
     llama(ids, past_key_values=again)
     expected = logits(llama, tokens(1, 60, seed=1), again, 1)
     assert torch.allclose(logits(llama, tokens(1, 60, seed=1), cache, 1), expected)
+
+
+def test_one_mask_may_serve_all_rows() -> None:
+    """A mask with a batch of one means the same padding in every row."""
+    states = torch.randn(3, 2, 200, 64)
+    visible = torch.ones(1, 200, dtype=torch.bool)
+    visible[:, :20] = False
+    layers = []
+    for mask in (visible, visible.repeat(3, 1)):
+        layer = QuantizedLayer(parse_method("turboquant:bits=4"), 0)
+        layer.update(states, states)
+        layer.compress(mask)
+        layers.append(layer)
+    assert layers[0].packed_length > 0
+    assert all(torch.equal(*pair) for pair in zip(layers[0].dense(), layers[1].dense(), strict=True))
+    layers[0].reorder_cache(torch.tensor([2, 0, 1]))
