@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import streamlit as st
@@ -16,21 +16,10 @@ from app import state
 from app.engine import Engine, Progress
 from app.jobs import Request
 from tests.app.factory import comparison
+from turboquant.comparison import Event
 from turboquant.results import Comparison
 
 MAIN = str(Path(__file__).resolve().parents[2] / "app" / "main.py")
-
-
-@dataclass(frozen=True)
-class FakeEvent:
-    """The shape of `turboquant.comparison.Event`."""
-
-    kind: Literal["prefill", "token", "done", "phase"]
-    side: Literal["original", "compressed"] | None = None
-    text: str = ""
-    tokens: int = 0
-    cache_bytes: int = 0
-    fraction: float | None = None
 
 
 @dataclass
@@ -70,7 +59,7 @@ class Bench:
         for step in range(1, 5):
             text += f" word{step}"
             for side in ("original", "compressed"):
-                on_event(FakeEvent("token", side, text, step, 1000 * step))
+                on_event(Event("token", side, text, step, 1000 * step))
         while not self.hold_run.wait(0.02):
             if cancelled():
                 return comparison((" half",), (" half",), finish="cancelled", measured=False, prompt=request.prompt)
