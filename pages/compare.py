@@ -5,6 +5,8 @@ import streamlit as st
 from app import state
 from app.components import live, prompt, result, share
 
+job = state.job()
+at_work = job is not None and job.live  # asked once: a run that ends while the page is drawn is collected by the rerun
 state.collect()
 st.title("Same prompt, two caches", anchor=False)
 st.markdown(
@@ -13,8 +15,7 @@ st.markdown(
 )
 prompt.render()
 
-job = state.job()
-if job is not None and job.live:
+if job is not None and at_work:
     live.stream(job)
     st.rerun()
 

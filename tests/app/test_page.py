@@ -169,6 +169,27 @@ def test_stop_keeps_the_partial_text(page: AppTest, engine: Engine, bench: Bench
     assert not page.button(key="compare").disabled
 
 
+def test_a_run_that_ends_while_the_page_is_drawn_is_shown(
+    page: AppTest, engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop redraws the page at once, and the worker ends in the middle of that: the result must not be missed."""
+    page.run()
+    bench.hold_run.clear()
+    job = engine.submit(page.session_state["session_id"], request())
+    until(lambda: job.view.state == "running")
+    collect = state.collect
+
+    def collect_then_end() -> None:
+        collect()
+        bench.hold_run.set()
+        assert job.wait(5)
+
+    monkeypatch.setattr(state, "collect", collect_then_end)
+    page.run()
+    assert page.session_state["collected"] == job.id
+    assert page.metric
+
+
 def test_stopped_in_the_queue_says_that_nothing_was_computed(page: AppTest, engine: Engine, bench: Bench) -> None:
     page.run()
     bench.hold_run.clear()
