@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -104,3 +105,11 @@ class AttentionCalls:
 
     def _note(self, module: Any, args: object) -> None:
         self.layers.append(int(module.layer_idx))
+
+
+def save_tiny(folder: Path, architecture: str = "llama", **overrides) -> Path:
+    """Write a tiny model with its tokenizer as a local model folder, for `load_model` and for commands."""
+    loaded = tiny_loaded(architecture, **overrides)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder

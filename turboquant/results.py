@@ -4,6 +4,8 @@ One comparison (`Comparison`) is what the Compare page shows, what the exports c
 `assets/runs/` holds. Every number in it was measured in that run; fields that could not be measured are None.
 """
 
+import contextlib
+import json
 import os
 import platform
 import re
@@ -12,10 +14,11 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Matrix = list[list[float | None]]
 
@@ -251,8 +254,105 @@ class DecodeBench(Record):
     report: CacheReport
 
 
+class Cell(Record):
+    """What an experiment measures once: a record's identity. Two records of one cell measured the same thing.
+
+    `model` and `weights` are as asked for, `method` is `str(method)`, `settings` are the experiment's own (context,
+    seed, text ...). Synthetic experiments have no model.
+    """
+
+    experiment: str
+    model: str | None = None
+    weights: str = "auto"
+    method: str | None = None
+    settings: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        """One text a cell; equal cells have equal keys."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    def __str__(self) -> str:
+        named = [f"{name}={_short(value)}" for name, value in self.settings.items()]
+        return " ".join(filter(None, (self.experiment, self.model, self.method, *named)))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+class ExperimentRecord(Record):
+    """One finished cell: what was measured, what the cache held, how long it took, where.
+
+    `metrics` are the headline numbers by name (percentages end in `_pct`, milliseconds in `_ms`, bytes in `_bytes`),
+    None where a number could not be had; `timing` is in seconds; `detail` is the experiment's own (per layer, per head,
+    per token ...). A cell that failed has its `error` and no metrics.
+    """
+
+    kind: Literal["experiment"] = "experiment"
+    schema_version: Literal[1] = 1
+    cell: Cell
+    model: ModelInfo | None = None
+    metrics: dict[str, float | None] = {}
+    cache: CacheReport | None = None
+    timing: dict[str, float] = {}
+    detail: dict[str, Any] = {}
+    environment: Environment
+    error: str | None = None
+
+
+class RecordFileError(ValueError):
+    """A file of records cannot be used; `records` are the good ones that were read from it."""
+
+    def __init__(self, message: str, records: "list[ExperimentRecord]") -> None:
+        super().__init__(message)
+        self.records = records
+
+
 def append_record(record: Record, path: Path) -> None:
-    """Append one record as a JSON line; folders are made where they are missing."""
+    """Append one record as a JSON line, whole or not at all; folders are made where they are missing.
+
+    The line goes out in one write under a lock, so that several processes may append to one file. What an interrupted
+    write left at the end of the file is put on a line of its own first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.model_dump_json() + "\n")
+    line = record.model_dump_json().encode() + b"\n"
+    with FileLock(path.with_name(f".{path.name}.lock")), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_records(path: Path) -> list[ExperimentRecord]:
+    """Read a file of experiment records, oldest first; an empty or missing file has none.
+
+    A last line without its line end is what an interrupted write leaves; it is passed over.
+
+    Raises:
+        RecordFileError: If a line is not such a record. It names the first such line and carries the good records.
+    """
+    if not path.exists():
+        return []
+    *lines, torn = path.read_bytes().split(b"\n")
+    records: list[ExperimentRecord] = []
+    broken: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(ExperimentRecord.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            broken.append(f"line {number} of {path} is not an experiment record ({where or 'JSON'}: {first['msg']})")
+    if torn.strip():  # complete records are kept even without their line end
+        with contextlib.suppress(ValidationError):
+            records.append(ExperimentRecord.model_validate_json(torn))
+    if broken:
+        more = f"; {len(broken) - 1} more are broken" if len(broken) > 1 else ""
+        raise RecordFileError(broken[0] + more, records)
+    return records

@@ -40,7 +40,7 @@ class CountingTokenizer:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     spec = ModelSpec("tiny", "tiny", None, "random weights", 0.001)
     loaded = LoadedModel(tiny_model("llama"), CountingTokenizer(), spec, "fp32", "cpu")
-    monkeypatch.setattr(cli, "_load", lambda name, weights: loaded)
+    monkeypatch.setattr("turboquant.cli.commands.load", lambda name, weights: loaded)
     return loaded
 
 

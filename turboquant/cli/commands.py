@@ -1,53 +1,12 @@
-"""The command line: `turboquant` and `python -m turboquant`.
-
-Exit codes: 0 done, 1 the run failed, 2 wrong use. Long work ends with one JSON line on standard output.
-"""
+"""Commands about one comparison, the models and methods there are, decode speed, and the README's tables."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from turboquant.methods import Method
-    from turboquant.models import LoadedModel
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True)
-app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
-
-ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
-MethodOption = Annotated[str, typer.Option("--method", help="Method string, such as turboquant:bits=4.")]
-WeightsOption = Annotated[str, typer.Option("--weights", help="auto, fp32, bf16, 8bit or 4bit.")]
-
-
-@app.callback()
-def _callback() -> None:
-    """What happens to a model's answers, memory and speed when its KV cache is compressed."""
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
-    typer.echo(f"turboquant: {error}", err=True)
-    raise typer.Exit(code)
-
-
-def _method(spec: str) -> "Method":
-    from turboquant.methods import parse_method
-
-    try:
-        return parse_method(spec)
-    except ValueError as error:
-        _fail(error, 2)
-
-
-def _load(name: str, weights: str) -> "LoadedModel":
-    from turboquant.models import ModelError, load_model
-
-    try:
-        return load_model(name, weights=weights, progress=lambda _, text: typer.echo(text, err=True))
-    except ModelError as error:
-        _fail(error, 1)
+from turboquant.cli.app import MethodOption, ModelOption, WeightsOption, app, bench, fail, load, read_method
 
 
 @app.command()
@@ -84,14 +43,14 @@ def compare(
     from turboquant.comparison import compare as run
     from turboquant.results import Settings
 
-    chosen = _method(method)
-    loaded = _load(model, weights)
+    chosen = read_method(method)
+    loaded = load(model, weights)
     text = sys.stdin.read() if prompt == "-" else prompt
     settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     try:
         result = run(loaded, text, chosen, settings)
     except PromptError as error:
-        _fail(error, 2)
+        fail(error, 2)
     for title, side in (("full cache", result.original), (str(chosen), result.compressed)):
         speed = f"{side.tokens_per_second:.1f} tokens/s" if side.tokens_per_second else "one token"
         typer.echo(f"--- {title}: {speed}, {side.report.bytes:,} bytes\n{side.text}\n")
@@ -116,8 +75,8 @@ def bench_decode_command(
     from turboquant.comparison import PromptError
     from turboquant.results import append_record
 
-    chosen = [_method(spec) for spec in method or ["turboquant:bits=4"]]
-    loaded = _load(model, weights)
+    chosen = [read_method(spec) for spec in method or ["turboquant:bits=4"]]
+    loaded = load(model, weights)
     for one in chosen:
         try:
             record = bench_decode(
@@ -130,9 +89,9 @@ def bench_decode_command(
             )
             append_record(record, output)
         except PromptError as error:
-            _fail(error, 2)
+            fail(error, 2)
         except (NothingCompressedError, OSError) as error:
-            _fail(error, 1)
+            fail(error, 1)
         typer.echo(record.model_dump_json())
 
 
@@ -149,13 +108,8 @@ def report(
     try:
         after = fill_readme(before, results)
     except ValueError as error:
-        _fail(error, 1)
+        fail(error, 1)
     if check and after != before:
-        _fail(ValueError(f"the tables in {readme} are stale: run `turboquant report`"), 1)
+        fail(ValueError(f"the tables in {readme} are stale: run `turboquant report`"), 1)
     if not check:
         readme.write_text(after, encoding="utf-8")
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
