@@ -1,6 +1,6 @@
 """What is asked of a model under a cache: needles, perplexity, generation, attention. One file an experiment.
 
-Each module here has its settings (a pydantic record, whose fields become the cell's settings) and an `EXPERIMENT`, whose
+Each module has its settings (a pydantic record, whose fields become the cell's settings) and an `EXPERIMENT`, whose
 `run` measures any number of methods against the full cache and shares what they have in common.
 """
 
