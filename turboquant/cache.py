@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -19,6 +21,8 @@ __all__ = [
     "build_cache",
     "cache_bytes",
     "cache_report",
+    "fill_cache",
+    "layer_states",
 ]
 
 
@@ -51,9 +55,58 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
     if method.name == "full":
         return plain
     layers = [
-        QuantizedLayer(method, idx) if type(layer) is DynamicLayer else layer for idx, layer in enumerate(plain.layers)
+        _compressed_layer(method, idx) if type(layer) is DynamicLayer else layer
+        for idx, layer in enumerate(plain.layers)
     ]
     return CompressedCache(method, layers)
+
+
+def _compressed_layer(method: Method, layer_idx: int) -> Any:
+    foreign = method.foreign_layer()
+    return QuantizedLayer(method, layer_idx) if foreign is None else foreign
+
+
+@torch.no_grad()
+def fill_cache(
+    cache: Cache,
+    layer_idx: int,
+    key_states: Float[Tensor, "batch kv_heads tokens dim"],
+    value_states: Float[Tensor, "batch kv_heads tokens value_dim"],
+) -> None:
+    """Store captured states in one layer, as one forward call over rows without padding would have stored them.
+
+    Args:
+        cache: From `build_cache`.
+        layer_idx: The layer.
+        key_states: Keys after rotary embedding, behind those held already.
+        value_states: Values.
+
+    Example:
+        >>> import torch
+        >>> from turboquant import build_cache, parse_method, tiny_model
+        >>> cache = build_cache(tiny_model("llama").config, parse_method("turboquant:bits=4"))
+        >>> fill_cache(cache, 0, torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64))
+        >>> layer_states(cache, 0)[0].shape
+        torch.Size([1, 2, 300, 64])
+    """
+    cache.update(key_states, value_states, layer_idx)
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, QuantizedLayer):
+        layer.compress(None)
+
+
+def layer_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values one layer holds, as attention will read them: packed ones are dequantized.
+
+    Both are (batch, kv_heads, tokens, dim), in the order of the attention mask and in the dtype of the model.
+
+    Raises:
+        ValueError: If the layer holds nothing.
+    """
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if layer is None or not layer.get_seq_length():
+        raise ValueError(f"layer {layer_idx} of the cache holds no tokens")
+    return layer.dense() if hasattr(layer, "dense") else (layer.keys, layer.values)
 
 
 @dataclass

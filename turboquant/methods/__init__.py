@@ -58,6 +58,14 @@ class Method(ABC):
     ) -> tuple[Quantizer[Any], Quantizer[Any]] | None:
         """Return the key and the value quantizer of one layer, or None where the method stores plain tensors."""
 
+    def foreign_layer(self) -> Any:
+        """Return a new cache layer of another library, where the method is one; None for layers of this library.
+
+        Such a layer stores and reads tokens its own way. Beside what Hugging Face asks of a layer it has `dense()`,
+        which returns all keys and values dequantized, and `held()`, which lists its tensors by purpose.
+        """
+        return None
+
     def packed_length(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
         ready = tokens - self.sink_length - self.residual_length
