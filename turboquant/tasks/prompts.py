@@ -1,0 +1,168 @@
+"""Long prompts of an exact number of tokens with a needle hidden in them, in the style of RULER (arXiv:2404.06654).
+
+A sentence "One of the special magic numbers for violet-harbor is: 4821907." stands at a chosen depth of a filler text;
+the question about it follows at the end, through the chat template where there is one, and the answer is begun for the
+model, so that its next tokens are the number.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from turboquant.generate import PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SENTENCES = "sentences"
+"""The filler that RULER repeats."""
+_REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_INTRODUCTION = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards."
+)
+_NEEDLE = " One of the special magic numbers for {word} is: {number}."
+_QUESTION = "What is the special magic number for {word} mentioned in the provided text?"
+_ANSWER = "The special magic number for {word} mentioned in the provided text is"
+_ADJECTIVES = "amber brave calm distant eager fading gentle hollow idle jolly lively mellow narrow olive patient"
+_NOUNS = "anchor basket candle dragon engine feather garden harbor island jacket kettle lantern meadow needle orchard"
+_PLACE = "<|filler goes here|>"
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """A prompt with a needle.
+
+    Attributes:
+        ids: The tokens, (1, tokens), on the CPU.
+        needle_start: Place of the needle sentence's first token.
+        needle_stop: The place behind its last token.
+        question_start: Where the filler ends and the question (with what follows it) begins.
+        word: What the number belongs to.
+        answer: The number, seven digits, as the model should go on.
+    """
+
+    ids: Int[Tensor, "1 tokens"]
+    needle_start: int
+    needle_stop: int
+    question_start: int
+    word: str
+    answer: str
+
+    def is_answered_by(self, text: str) -> bool:
+        """Return whether a continuation of the prompt names the number."""
+        return self.answer in re.sub(r"(?<=\d)[,\s](?=\d)", "", text)
+
+
+def filler_text(filler: str) -> str:
+    """Return the text that fills a prompt.
+
+    Args:
+        filler: "sentences" (what RULER repeats) or the path of a text file.
+
+    Raises:
+        PromptError: If there is no such text, or it is empty or not UTF-8.
+    """
+    if filler == SENTENCES:
+        return _REPEATED
+    try:
+        text = Path(filler).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"the filler text {filler} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the filler text {filler} is not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise PromptError(f"the filler text {filler} is empty")
+    return text
+
+
+def needle_prompt(
+    tokenizer: "PreTrainedTokenizerBase", tokens: int, depth: float = 0.5, seed: int = 0, filler: str = SENTENCES
+) -> NeedlePrompt:
+    """Return a prompt of exactly `tokens` tokens with a needle at `depth` of its filler.
+
+    The needle stands between two sentences of the filler, at the boundary nearest to the depth; the filler's last
+    sentence is cut where the length asks for it.
+
+    Args:
+        tokenizer: The model's; its chat template is used where it has one.
+        tokens: Length of the prompt, answer's beginning included.
+        depth: 0 is the start of the filler, 1 its end.
+        seed: Chooses word and number, and with a text of many sentences where in it the filler begins.
+        filler: See `filler_text`.
+
+    Raises:
+        PromptError: If the needle and the question alone are longer, the depth is out of range, or there is no filler.
+    """
+    if not 0 <= depth <= 1:
+        raise PromptError(f"depth must be from 0 to 1, got {depth}")
+    draw = random.Random(f"needle {seed}")
+    word = f"{draw.choice(_ADJECTIVES.split())}-{draw.choice(_NOUNS.split())}"
+    number = str(draw.randrange(1_000_000, 10_000_000))
+    head, tail = _frame(tokenizer, word)
+    needle = _encoded(tokenizer, [_NEEDLE.format(word=word, number=number)])[0]
+    room = tokens - len(head) - len(needle) - len(tail)
+    if room < 0:
+        raise PromptError(f"a prompt with a needle has at least {tokens - room} tokens, got {tokens}")
+    before, after = _filled(_sentences(tokenizer, filler, draw), room, depth)
+    start = len(head) + len(before)
+    return NeedlePrompt(
+        ids=torch.tensor([head + before + needle + after + tail]),
+        needle_start=start,
+        needle_stop=start + len(needle),
+        question_start=tokens - len(tail),
+        word=word,
+        answer=number,
+    )
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+    return ids
+
+
+def _frame(tokenizer: Any, word: str) -> tuple[list[int], list[int]]:
+    """Return the tokens before the filler and those behind it."""
+    content = f"{_INTRODUCTION}\n{_PLACE}\n{_QUESTION.format(word=word)}"
+    answer = _ANSWER.format(word=word)
+    if not tokenizer.chat_template:
+        head, tail = content.split(_PLACE)
+        return list(tokenizer(head).input_ids), _encoded(tokenizer, [f"{tail} {answer}"])[0]
+    rendered: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,  # templates of models that think first open the answer itself with this
+    )
+    head, tail = rendered.split(_PLACE)
+    first, second = _encoded(tokenizer, [head, tail + answer])
+    return first, second
+
+
+def _sentences(tokenizer: Any, filler: str, draw: random.Random) -> list[list[int]]:
+    """Return the filler's sentences as tokens, beginning at one that the seed chose."""
+    texts = re.split(r"(?<=[.!?])\s+", filler_text(filler).strip())
+    start = 0 if filler == SENTENCES else draw.randrange(len(texts))
+    return _encoded(tokenizer, [f" {text}" for text in texts[start:] + texts[:start]])
+
+
+def _filled(sentences: list[list[int]], room: int, depth: float) -> tuple[list[int], list[int]]:
+    """Return `room` tokens of filler, split at the sentence boundary nearest to the depth."""
+    if not any(sentences):
+        raise PromptError("the filler text has no tokens")
+    filled: list[int] = []
+    boundaries = [0]
+    for sentence in cycle(sentences):
+        if len(filled) >= room:
+            break
+        filled += sentence
+        boundaries.append(min(len(filled), room))
+    place = min(boundaries, key=lambda boundary: abs(boundary - depth * room))
+    return filled[:place], filled[place:room]
