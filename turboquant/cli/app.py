@@ -9,27 +9,38 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from turboquant.cli.flags import Commands
+
 if TYPE_CHECKING:
-    from turboquant.experiments import Experiment
+    from turboquant.experiments import Experiment, Watch
     from turboquant.methods import Method
     from turboquant.models import LoadedModel
     from turboquant.results import Cell, ExperimentRecord
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True)
+    Engine = Callable[
+        [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
+    ]
+
+app = Commands(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench = Commands(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="Method string, such as turboquant:bits=4.")]
 MethodsOption = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Method string, such as turboquant:bits=4; may be given several times."),
+    typer.Option("--method", help="Method strings, such as turboquant:bits=4; one or several."),
+]
+BitsOption = Annotated[
+    list[int] | None,
+    typer.Option("--bits", help="Bits for each --method that names none (default: turboquant); one or several."),
 ]
 WeightsOption = Annotated[str, typer.Option("--weights", help="auto, fp32, bf16, 8bit or 4bit.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
@@ -61,9 +72,26 @@ def read_method(spec: str) -> "Method":
         fail(error, 2)
 
 
-def read_methods(specs: Sequence[str] | None, default: Sequence[str]) -> "list[Method]":
-    """Return the methods named, each once, or leave with code 2."""
-    return list({str(method): method for method in map(read_method, specs or default)}.values())
+def read_methods(
+    specs: Sequence[str] | None, default: Sequence[str], bits: Sequence[int] | None = None
+) -> "list[Method]":
+    """Return the methods named, each once, or leave with code 2.
+
+    With `bits` a method that names none stands for one method each, and the default is `turboquant`. Methods that
+    have no bits to choose are taken as they are.
+    """
+    named = specs or (["turboquant"] if bits else default)
+    found = [method for spec in named for method in (_with_bits(spec, bits) if bits else [read_method(spec)])]
+    return list({str(method): method for method in found}.values())
+
+
+def _with_bits(spec: str, bits: Sequence[int]) -> "list[Method]":
+    method = read_method(spec)
+    if not hasattr(method, "bits"):
+        return [method]
+    if "bits=" in spec:
+        fail(f"bits are given twice, by --method {spec} and by --bits {' '.join(map(str, bits))}", 2)
+    return [read_method(f"{spec}{',' if ':' in spec else ':'}bits={one}") for one in bits]
 
 
 def load(name: str, weights: str) -> "LoadedModel":
@@ -114,6 +142,10 @@ class Stop:
             signal.signal(signal.SIGINT, before)
 
 
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))) if seconds >= 60 else f"{seconds:.0f} s"
+
+
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[float, str], None]]:
     """Show a bar with the time left on standard error while the block runs; yields what to call with 0 to 1 and a text.
@@ -125,12 +157,13 @@ def progress_bar(title: str) -> Iterator[Callable[[float, str], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        said = [""]
+        said, started = [""], time.monotonic()
 
         def line(fraction: float, text: str) -> None:
             if text != said[0]:
                 said[0] = text
-                say(f"{100 * fraction:3.0f} %  {text}")
+                left = (time.monotonic() - started) * (1 - fraction) / fraction if fraction >= 0.02 else None
+                say(f"{100 * fraction:3.0f} %  {text}" + (f"  (about {_duration(left)} left)" if left else ""))
 
         yield line
         return
@@ -170,20 +203,30 @@ def finished(path: Path, experiments: set[str], overwrite: bool) -> "list[Experi
 def run_recorded(
     title: str,
     cells: "Sequence[Cell]",
-    experiments: "dict[str, Experiment[Any]]",
+    experiments: "Mapping[str, Experiment[Any]]",
     output: Path,
     overwrite: bool,
     show: "Callable[[ExperimentRecord], None]" = lambda record: None,
+    engine: "Engine | None" = None,
 ) -> "list[ExperimentRecord]":
     """Measure what is missing in an output, record by record; return the records of all cells, old and new.
 
     A cell that failed before is tried again. Leaves with code 1 after Ctrl-C, saying how to go on.
+
+    Args:
+        title: What the progress bar says.
+        cells: What is wanted.
+        experiments: By name; the output may hold records of these and of no others.
+        output: The file of records.
+        overwrite: Whether to begin anew.
+        show: Called with each new record that did not fail.
+        engine: What runs the cells that are missing; without it they run in this process.
     """
-    from turboquant.experiments import Watch, run_cells
+    from turboquant.experiments import Watch
     from turboquant.results import append_record
 
     wanted = {cell.key for cell in cells}
-    before = finished(output, {cell.experiment for cell in cells}, overwrite)
+    before = finished(output, set(experiments), overwrite)
     known = {record.cell.key: record for record in before if record.error is None and record.cell.key in wanted}
     missing = [cell for cell in cells if cell.key not in known]
     if known:
@@ -192,7 +235,7 @@ def run_recorded(
     with Stop().listening() as stop, progress_bar(title) as progress:
         watch = Watch(progress=progress)
         try:
-            for record in run_cells(missing, experiments, load=_load_quietly(progress), watch=watch, stopping=stop):
+            for record in (engine or _in_this_process)(missing, experiments, watch, stop):
                 append_record(record, output)
                 known[record.cell.key] = record
                 if record.error:
@@ -206,10 +249,19 @@ def run_recorded(
     return [known[cell.key] for cell in cells]
 
 
-def _load_quietly(progress: Callable[[float, str], None]) -> "Callable[[str, str], LoadedModel]":
+def _in_this_process(
+    cells: "Sequence[Cell]",
+    experiments: "Mapping[str, Experiment[Any]]",
+    watch: "Watch",
+    stopping: Callable[[], bool],
+) -> "Iterator[ExperimentRecord]":
+    from turboquant.experiments import run_cells
     from turboquant.models import load_model
 
-    return lambda name, weights: load_model(name, weights=weights, progress=lambda _, text: progress(0.0, text))
+    def load(name: str, weights: str) -> "LoadedModel":
+        return load_model(name, weights=weights, progress=lambda _, text: watch.progress(0.0, text))
+
+    return run_cells(cells, experiments, load=load, watch=watch, stopping=stopping)
 
 
 def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, **more: Any) -> None:
