@@ -36,7 +36,7 @@ LAYERS = (
     ("ops",),
     ("kernels", "metrics"),
     ("quantizer", "packing", "rotation"),
-    ("codebook", "registry", "results"),
+    ("codebook", "grouping", "registry", "results", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {

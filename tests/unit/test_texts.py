@@ -1,0 +1,61 @@
+"""The shipped texts, and reading a user's own."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from turboquant import texts
+from turboquant.texts import TEXTS, read_text
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(texts.__file__).parent
+
+
+def test_every_shipped_text_is_listed_and_packaged() -> None:
+    assert {path.stem for path in FOLDER.glob("*.txt")} == set(TEXTS)
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert packaged["turboquant.texts"] == ["*.txt"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_are_clean(name: str) -> None:
+    text = read_text(name)
+    assert 40_000 < len(text) < 100_000
+    assert text == text.strip() + "\n"
+    assert not set("\r\t\ufeff\ufffd\xa0") & set(text)
+    assert not any(line != line.rstrip() for line in text.split("\n"))
+    assert all((text_note := TEXTS[name]).__dict__.values()), text_note
+    assert "public domain" in TEXTS[name].licence
+
+
+def test_texts_are_of_different_kinds() -> None:
+    assert len({text.kind for text in TEXTS.values()}) == len(TEXTS)
+    assert sum(len(read_text(name)) for name in TEXTS) < 600_000
+
+
+def test_a_users_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"\xef\xbb\xbfna\xc3\xafve text\n")
+    assert read_text(path) == read_text(str(path)) == "naïve text\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"caf\xe9", r"is not UTF-8: byte 3 cannot be read"),
+        (b" \n\t", r"is empty"),
+        (None, r"must be one of persuasion, .* or a file, got '.*own.txt'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "own.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_text(path)
+
+
+def test_a_folder_is_not_a_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_text(tmp_path)
