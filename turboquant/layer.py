@@ -50,11 +50,12 @@ class TokenBuffer:
         """Write tokens behind those held; grow by a sixteenth where there is no room."""
         end = self.length + new.tokens
         if self.storage is None:
-            self.storage = _resized(new, end)
+            self.storage = new.empty(end)
             new.copy_into(self.storage, 0)
         else:
             if end > self.storage.tokens:
-                larger = _resized(self.storage, end + max(new.tokens, end // 16))
+                group = new.token_group
+                larger = self.storage.empty(_round_up(end + max(new.tokens, end // 16), group))
                 self.view().copy_into(larger, 0)
                 self.storage = larger
             new.copy_into(self.storage, self.length)
@@ -66,9 +67,8 @@ class TokenBuffer:
         return self.storage.narrow(0, self.length)
 
 
-def _resized(packed: PackedTensor, tokens: int) -> Any:
-    """Return empty storage shaped like `packed` for `tokens` tokens; shared fields are kept."""
-    return packed.map_tokens(lambda t: t.new_empty(*t.shape[:2], tokens, *t.shape[3:]))
+def _round_up(tokens: int, group: int) -> int:
+    return -(-tokens // group) * group
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -175,17 +175,27 @@ class QuantizedLayer(CacheLayerMixin):
         visible = None if visible is None else visible.expand(self.batch_size, -1)  # one mask may serve all rows
         if first and visible is not None and self.exact_length == visible.shape[1]:
             self._set_padding(visible)
-        longest_padding = 0 if self.padding is None else int(self.padding.max())
+        front = self._padded_front if first else 0
         sinks = self.method.sink_length
         window = self.exact_length - (sinks if first else self.sink_length)
-        ready = window - self.method.residual_length - (longest_padding if first else 0)
+        ready = window - self.method.residual_length - front
         count = ready // self.method.block_length * self.method.block_length
         if count <= 0:
             return
         if first:
             self._set_sinks(sinks)
-            count += longest_padding
+            count += front
         self._pack(count, self._valid(visible, count) if first else None)
+
+    @property
+    def _token_group(self) -> int:
+        """Tokens that are quantized together."""
+        return max(self.key_quantizer.token_group, self.value_quantizer.token_group)
+
+    @property
+    def _padded_front(self) -> int:
+        """Places behind the sinks that hold pads in some row, up to whole groups; all are packed at the first time."""
+        return 0 if self.padding is None else _round_up(int(self.padding.max()), self._token_group)
 
     def _set_padding(self, visible: Tensor) -> None:
         leading = visible.int().argmax(dim=1)
@@ -270,15 +280,20 @@ class QuantizedLayer(CacheLayerMixin):
     # -- what generate() asks of a cache -----------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; as in Hugging Face the number is given as a negative integer."""
+        """Remove the last tokens; as in Hugging Face the number is given as a negative integer.
+
+        Where that cuts a group of tokens that were quantized together, those of the group that are left go back to the
+        exact window as they had been dequantized, and are packed again later: the one case in which a token is
+        quantized twice. So a group never holds tokens of two kinds, and its statistics are always its own.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         kept = max(0, self.get_seq_length() + tokens_to_remove)
-        front = self.sink_length + (0 if self.padding is None else int(self.padding.max()))
-        if self.packed_length and kept <= front:
-            # Less is left than sinks and pads: give up the packed order. These rows were never packed, or are pads.
+        group = self._token_group
+        if self.packed_length and (kept - self.sink_length) // group * group <= self._padded_front:
+            # No whole group is left behind sinks and pads: give up the packed order.
             keys, values = (states[:, :, :kept].clone() for states in self.dense())
             padding = self.padding
             self.reset()
@@ -287,9 +302,25 @@ class QuantizedLayer(CacheLayerMixin):
             return
         from_window = min(-tokens_to_remove, self.exact_length - self.sink_length)
         self.exact_length -= from_window
-        from_packed = -tokens_to_remove - from_window
-        self.packed_keys.length -= min(from_packed, self.packed_length)
-        self.packed_values.length = self.packed_keys.length
+        left = self.packed_length - min(-tokens_to_remove - from_window, self.packed_length)
+        if left == self.packed_length:
+            return
+        loose = left % group
+        if loose:
+            self._unpack(left - loose, loose)
+        self.packed_keys.length = self.packed_values.length = left - loose
+
+    def _unpack(self, start: int, count: int) -> None:
+        """Take `count` tokens of the group at `start` back to the (empty) exact window, dequantized."""
+        pair = []
+        for quantizer, packed, exact in (
+            (self.key_quantizer, self.packed_keys, self.exact_keys),
+            (self.value_quantizer, self.packed_values, self.exact_values),
+        ):
+            group = quantizer.dequantize(packed.view().narrow(start, self._token_group))[:, :, :count]
+            pair.append(_appended(exact, group.to(self.dtype), self.exact_length, self._room(count)))
+        self.exact_keys, self.exact_values = pair
+        self.exact_length += count
 
     def _map(self, fn: Any) -> None:
         """Apply `fn` to every tensor of a row's state (batch on axis 0)."""

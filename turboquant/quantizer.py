@@ -20,8 +20,10 @@ Self = TypeVar("Self", bound="PackedTensor")
 class PackedTensor:
     """Compressed vectors. Every field is a tensor or a tuple of tensors with batch on axis 0.
 
-    Axis 2 of every field counts tokens, except for the fields named in `shared`, which hold one value for all tokens
-    (such as the mean that was subtracted). `code_fields` names the fields that hold codes; the rest is overhead.
+    Axis 2 of every field counts tokens, or groups of a fixed number of successive tokens (such as the scale that 32
+    tokens share), except for the fields named in `shared`, which hold one value for all tokens (such as the mean that
+    was subtracted). Where there are groups, lengths are whole groups. `code_fields` names the fields that hold codes;
+    the rest is overhead.
     """
 
     shared: ClassVar[frozenset[str]] = frozenset()
@@ -53,8 +55,30 @@ class PackedTensor:
         return self._apply(fn, self._token_fields())
 
     def narrow(self: Self, start: int, length: int) -> Self:
-        """Return a view of `length` tokens from `start`."""
-        return self.map_tokens(lambda tensor: tensor.narrow(2, start, length))
+        """Return a view of `length` tokens from `start`.
+
+        Raises:
+            ValueError: If that cuts a group of tokens.
+        """
+        group = self.token_group
+        if start % group or length % group:
+            raise ValueError(f"packed tokens are cut in whole groups of {group}, got {length} tokens from {start}")
+        tokens = self.tokens
+
+        def part(tensor: Tensor) -> Tensor:
+            size = _tokens_a_row(tokens, tensor)
+            return tensor.narrow(2, start // size, length // size)
+
+        return self.map_tokens(part)
+
+    def empty(self: Self, tokens: int) -> Self:
+        """Return storage like this one for `tokens` tokens, not filled; shared fields are kept."""
+        held = self.tokens
+
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(*tensor.shape[:2], tokens // _tokens_a_row(held, tensor), *tensor.shape[3:])
+
+        return self.map_tokens(room)
 
     def tensors(self, *names: str) -> list[Tensor]:
         """Return the tensors of the named fields (of all fields when none is named)."""
@@ -67,13 +91,13 @@ class PackedTensor:
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
-        for name in self._token_fields():
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                return value.shape[2]
-            if value:  # a tuple of planes; 0-bit codes have none
-                return value[0].shape[2]
-        raise AssertionError("a packed tensor has a field with a token axis")
+        return max(tensor.shape[2] for tensor in self.tensors(*self._token_fields()))
+
+    @property
+    def token_group(self) -> int:
+        """Number of tokens that share the row of some field; 1 where every token has its own."""
+        tokens = self.tokens
+        return max(_tokens_a_row(tokens, tensor) for tensor in self.tensors(*self._token_fields()))
 
     @property
     def nbytes(self) -> int:
@@ -82,9 +106,10 @@ class PackedTensor:
 
     def copy_into(self: Self, target: Self, start: int) -> None:
         """Write these tokens into `target` at token `start`, in place."""
-        names = self._token_fields()
+        names, tokens = self._token_fields(), self.tokens
         for source, destination in zip(self.tensors(*names), target.tensors(*names), strict=True):
-            destination.narrow(2, start, source.shape[2]).copy_(source)
+            row = start // _tokens_a_row(tokens, source)
+            destination.narrow(2, row, source.shape[2]).copy_(source)
 
     @staticmethod
     def cat(parts: "Sequence[Self]") -> "Self":
@@ -98,6 +123,28 @@ class PackedTensor:
 P = TypeVar("P", bound=PackedTensor)
 
 
+def _tokens_a_row(tokens: int, tensor: Tensor) -> int:
+    """Return how many tokens share a row of a field, where the fields hold `tokens` tokens."""
+    return tokens // tensor.shape[2] if tokens else 1
+
+
+def token_groups(
+    x: Float[Tensor, "batch kv_heads tokens dim"], valid: Bool[Tensor, "batch tokens"] | None, size: int
+) -> tuple[
+    Float[Tensor, "batch kv_heads groups size dim"],
+    Bool[Tensor, "batch 1 groups size 1"] | None,
+]:
+    """Split vectors into groups of `size` successive tokens, and say which of them are real.
+
+    Raises:
+        ValueError: If the number of tokens is no multiple of `size`.
+    """
+    if x.shape[2] % size:
+        raise ValueError(f"tokens are quantized in whole groups of {size}, got {x.shape[2]}")
+    real = None if valid is None else valid.unflatten(1, (-1, size))[:, None, :, :, None]
+    return x.unflatten(2, (-1, size)), real
+
+
 class Quantizer(ABC, Generic[P]):
     """Maps key or value vectors of one layer to packed ones and back.
 
@@ -106,8 +153,8 @@ class Quantizer(ABC, Generic[P]):
     sum back once. The defaults dequantize; a method overrides what it can do better.
     """
 
-    token_group: ClassVar[int] = 1
-    """Tokens quantized together; a packed length is always a multiple of it."""
+    token_group: int = 1
+    """Tokens quantized together; `quantize` takes whole groups and a packed length is always a multiple of it."""
 
     @abstractmethod
     def quantize(

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -23,6 +24,18 @@ def check_length(value: object, name: str) -> None:
     """Raise ValueError unless `value` is a whole number of tokens, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number of tokens, 0 or more, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Method(ABC):
 class BitsMethod(Method, ABC):
     """A method with separate key and value bits; `bits` sets both and is None where they differ."""
 
+    default_bits: ClassVar[int] = 4
     bits: int | None = None
     key_bits: int | None = None
     value_bits: int | None = None
@@ -99,7 +113,7 @@ class BitsMethod(Method, ABC):
 
     def __post_init__(self) -> None:
         """Resolve the shorthand and check every number."""
-        both = 4 if self.bits is None else check_bits(self.bits)
+        both = self.default_bits if self.bits is None else check_bits(self.bits)
         key_bits = both if self.key_bits is None else check_bits(self.key_bits, "key_bits")
         value_bits = both if self.value_bits is None else check_bits(self.value_bits, "value_bits")
         object.__setattr__(self, "key_bits", key_bits)

@@ -1,0 +1,138 @@
+"""KIVI (arXiv:2402.02750): keys are rounded per channel, values per token, each group with its own range.
+
+A group of keys is one channel of `group_size` successive tokens, because a few key channels are large in every token;
+a group of values is `group_size` channels of one token. Both store their least value and their step in float16, so
+that a value costs bits + 32 / group_size: 3 bits for KIVI-2 and 5 for KIVI-4 with groups of 32, as in the paper.
+
+One thing differs from the authors' code: there keys leave the exact window `residual_length` at a time and values one
+by one; here both leave it in blocks of one group, so the window is at most one group longer than `residual_length`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from turboquant.codebook import check_bits
+from turboquant.grouping import channel_groups, half, ungrouped
+from turboquant.methods import BitsMethod, check_choice
+from turboquant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quantizer import PackedTensor, Quantizer, token_groups
+
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class PackedAffine(PackedTensor):
+    """Codes, and the least value and the step of every group in fp16.
+
+    Shapes: planes (batch, kv_heads, tokens, bytes) uint8; lows and steps (batch, kv_heads, token groups, dim) for
+    keys, (batch, kv_heads, tokens, channel groups) for values.
+    """
+
+    codes: Planes
+    lows: Tensor
+    steps: Tensor
+
+
+def _affine(lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return least values and steps in fp16; a group without a real token has 0 for both."""
+    empty = lows > highs
+    return half(lows.masked_fill(empty, 0)), half(((highs - lows) / (2**bits - 1)).masked_fill(empty, 0))
+
+
+def _codes(groups: Tensor, lows: Tensor, steps: Tensor, bits: int) -> Tensor:
+    """Round to the levels that the stored (fp16) ranges give."""
+    steps = steps.float()
+    levels = torch.where(steps == 0, 0, (groups - lows.float()) / steps)
+    return levels.round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+class PerChannel(Quantizer[PackedAffine]):
+    """Asymmetric rounding of `group_size` successive tokens of one channel (KIVI's keys)."""
+
+    def __init__(self, dim: int, bits: int, group_size: int = 32) -> None:
+        self.dim, self.bits, self.token_group = dim, check_bits(bits), group_size
+
+    def quantize(
+        self,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        like: PackedAffine | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> PackedAffine:
+        """Quantize vectors; see `Quantizer.quantize`.
+
+        Raises:
+            ValueError: If the number of tokens is no multiple of the group.
+        """
+        groups, real = token_groups(x.float(), valid, self.token_group)
+        least, greatest = (groups, groups)
+        if real is not None:
+            least, greatest = groups.masked_fill(~real, torch.inf), groups.masked_fill(~real, -torch.inf)
+        lows, steps = _affine(least.amin(dim=3), greatest.amax(dim=3), self.bits)
+        codes = _codes(groups, lows.unsqueeze(3), steps.unsqueeze(3), self.bits).flatten(2, 3)
+        return PackedAffine(pack_bits(codes, self.bits), lows, steps)
+
+    def dequantize(self, packed: PackedAffine) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the vectors in float32."""
+        levels = unpack_bits(packed.codes, self.bits, self.dim).float().unflatten(2, (-1, self.token_group))
+        return (levels * packed.steps.float().unsqueeze(3) + packed.lows.float().unsqueeze(3)).flatten(2, 3)
+
+
+class PerToken(Quantizer[PackedAffine]):
+    """Asymmetric rounding of `group_size` channels of one token (KIVI's values); the last group may be shorter."""
+
+    def __init__(self, dim: int, bits: int, group_size: int = 32) -> None:
+        self.dim, self.bits, self.group_size = dim, check_bits(bits), group_size
+
+    def quantize(
+        self,
+        x: Float[Tensor, "batch kv_heads tokens dim"],
+        like: PackedAffine | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> PackedAffine:
+        """Quantize vectors; see `Quantizer.quantize`."""
+        groups = channel_groups(x.float(), self.group_size)
+        lows, steps = _affine(groups.amin(dim=-1), groups.amax(dim=-1), self.bits)
+        codes = _codes(groups, lows.unsqueeze(-1), steps.unsqueeze(-1), self.bits)
+        return PackedAffine(pack_bits(ungrouped(codes, self.dim), self.bits), lows, steps)
+
+    def dequantize(self, packed: PackedAffine) -> Float[Tensor, "batch kv_heads tokens dim"]:
+        """Return the vectors in float32."""
+        levels = channel_groups(unpack_bits(packed.codes, self.bits, self.dim).float(), self.group_size)
+        groups = levels * packed.steps.float().unsqueeze(-1) + packed.lows.float().unsqueeze(-1)
+        return ungrouped(groups, self.dim)
+
+
+@dataclass(frozen=True)
+class KIVI(BitsMethod):
+    """KIVI; bits + 32 / group_size bits a value (for values, where group_size divides head_dim)."""
+
+    name: ClassVar[str] = "kivi"
+    title: ClassVar[str] = "KIVI"
+    summary: ClassVar[str] = (
+        "Keys are rounded per channel over 32 successive tokens and values per token over 32 channels, each group "
+        "between its own least and greatest value. The most recent tokens stay exact."
+    )
+    reference: ClassVar[str] = "arXiv:2402.02750"
+    residual_length: int = 128
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_choice("group_size", self.group_size, GROUP_SIZES)
+
+    @property
+    def block_length(self) -> int:  # type: ignore[override]
+        """Tokens leave the exact window one group at a time."""
+        return self.group_size
+
+    def quantizers(
+        self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
+    ) -> tuple[Quantizer[Any], Quantizer[Any]]:
+        """Return the key and the value quantizer of one layer."""
+        key_bits, value_bits = self.resolved_bits
+        return PerChannel(key_dim, key_bits, self.group_size), PerToken(value_dim, value_bits, self.group_size)
