@@ -5,10 +5,12 @@ run together, since they share a forward pass. Whatever runs cells (a command, a
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from turboquant.cache import NothingCompressedError
 from turboquant.comparison import model_info
@@ -87,11 +89,13 @@ def cells_for(
     ]
 
 
-def _shared(cell: Cell) -> str:
-    return cell.model_copy(update={"method": None}).key
+def groups(cells: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """Yield neighbours that differ only in the method: they share their forward passes."""
+    for _, group in groupby(cells, key=lambda cell: cell.model_copy(update={"method": None}).key):
+        yield list(group)
 
 
-class _Models:
+class Models:
     """Loads models, one at a time in memory."""
 
     def __init__(self, load: Load) -> None:
@@ -100,8 +104,10 @@ class _Models:
         self.loaded: LoadedModel | None = None
 
     def get(self, name: str, weights: str) -> LoadedModel:
+        """Return a model, loading it where the one in memory is another."""
         if self.loaded is None or self.held != (name, weights):
             self.loaded = None  # let go of the old one first
+            self.held = None  # a failed load leaves nothing behind
             self.loaded, self.held = self.load(name, weights), (name, weights)
         return self.loaded
 
@@ -111,39 +117,67 @@ def _sentence(error: BaseException) -> str:
     return text[0] if text and isinstance(error, SAYS_IT_ALL) else f"{type(error).__name__}: {error}".strip()
 
 
-def run_group(
-    experiment: Experiment[Any], cells: Sequence[Cell], models: _Models, watch: Watch
+def failed(cell: Cell, error: BaseException | str, device: torch.device | str = "cpu") -> ExperimentRecord:
+    """Return the record of a cell that could not be measured."""
+    text = error if isinstance(error, str) else _sentence(error)
+    return ExperimentRecord(cell=cell, environment=environment(device), error=text)
+
+
+def _measure(
+    experiment: Experiment[Any], cells: Sequence[Cell], loaded: LoadedModel, watch: Watch
 ) -> Iterator[ExperimentRecord]:
-    """Run cells that differ only in the method; those that fail become records with an error."""
-    waiting = {cell.method: cell for cell in cells}
-    loaded, started = None, time.perf_counter()
+    by_method = {cell.method: cell for cell in cells}
+    settings = experiment.settings.model_validate(cells[0].settings)
+    methods = [parse_method(cell.method or "") for cell in cells]
+    started = time.perf_counter()
+    for method, found in experiment.run(loaded, methods, settings, watch):
+        elapsed, started = time.perf_counter() - started, time.perf_counter()
+        yield ExperimentRecord(
+            cell=by_method.pop(str(method)),
+            model=model_info(loaded),
+            metrics=found.metrics,
+            cache=found.cache,
+            timing={"elapsed": elapsed, **found.timing},
+            detail=found.detail,
+            environment=environment(loaded.model.device),
+        )
+    for cell in by_method.values():
+        yield failed(cell, f"the experiment {experiment.name} gave no result for it", loaded.model.device)
+
+
+def run_group(
+    experiment: Experiment[Any], cells: Sequence[Cell], models: Models, watch: Watch
+) -> Iterator[ExperimentRecord]:
+    """Run cells that differ only in the method; those that fail become records with an error.
+
+    An error does not say which method it belongs to, so the methods that had not finished are then run one by one.
+    """
+    assert cells[0].model is not None
     try:
-        assert cells[0].model is not None
         loaded = models.get(cells[0].model, cells[0].weights)
-        settings = experiment.settings.model_validate(cells[0].settings)
-        methods = [parse_method(cell.method or "") for cell in cells]
-        for method, found in experiment.run(loaded, methods, settings, watch):
-            elapsed, started = time.perf_counter() - started, time.perf_counter()
-            yield ExperimentRecord(
-                cell=waiting.pop(str(method)),
-                model=model_info(loaded),
-                metrics=found.metrics,
-                cache=found.cache,
-                timing={"elapsed": elapsed, **found.timing},
-                detail=found.detail,
-                environment=environment(loaded.model.device),
-            )
+    except Exception as error:
+        yield from [failed(cell, error) for cell in cells]
+        return
+    waiting = {cell.method: cell for cell in cells}
+    try:
+        for record in _measure(experiment, cells, loaded, watch):
+            del waiting[record.cell.method]
+            yield record
+        return
     except CancelledError:
         raise
-    except Exception as error:
-        device = "cpu" if loaded is None else loaded.model.device
-        for cell in waiting.values():
-            yield ExperimentRecord(cell=cell, environment=environment(device), error=_sentence(error))
+    except Exception as error:  # its text alone is kept: the traceback would keep the tensors of the failed run
+        text = _sentence(error)
+    if len(cells) == 1:
+        yield failed(cells[0], text, loaded.model.device)
+        return
+    for cell in waiting.values():
+        yield from run_group(experiment, [cell], models, watch)
 
 
 def run_cells(
     cells: Sequence[Cell],
-    experiments: dict[str, Experiment[Any]],
+    experiments: Mapping[str, Experiment[Any]],
     load: Load = lambda name, weights: load_model(name, weights=weights),
     watch: Watch = Watch(),
     stopping: Callable[[], bool] = lambda: False,
@@ -160,11 +194,10 @@ def run_cells(
     Raises:
         CancelledError: If `watch.cancelled` said so.
     """
-    models, done = _Models(load), 0
-    for _, group in groupby(cells, key=_shared):
+    models, done = Models(load), 0
+    for part in groups(cells):
         if stopping():
             return
-        part = list(group)
         span = watch.part(done / len(cells), (done + len(part)) / len(cells))
         yield from run_group(experiments[part[0].experiment], part, models, span)
         done += len(part)

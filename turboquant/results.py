@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from filelock import FileLock
@@ -313,18 +313,44 @@ class RecordFileError(ValueError):
 def append_record(record: Record, path: Path) -> None:
     """Append one record as a JSON line, whole or not at all; folders are made where they are missing.
 
-    The line goes out in one write under a lock, so that several processes may append to one file. What an interrupted
-    write left at the end of the file is put on a line of its own first.
+    The line goes out under a lock, so that several processes may append to one file, and is on the disk when this
+    returns. What an interrupted write left at the end of the file (the start of a record) is cut off first.
+
+    Raises:
+        OSError: If the line cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json().encode() + b"\n"
     with FileLock(path.with_name(f".{path.name}.lock")), path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
+        _mend(file)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _mend(file: BinaryIO) -> None:
+    """Make a file opened with "ab+" end with a line end: cut off half a record, complete anything else."""
+    end = start = file.seek(0, os.SEEK_END)
+    tail = b""
+    while start and b"\n" not in tail:
+        step = min(start, 2**16)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    file.seek(0, os.SEEK_END)
+    if torn.startswith(b"{") and not _is_json(torn):
+        file.truncate(end - len(torn))
+    elif torn:
+        file.write(b"\n")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def read_records(path: Path) -> list[ExperimentRecord]:

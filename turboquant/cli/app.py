@@ -244,6 +244,8 @@ def run_recorded(
                     show(record)
         except KeyboardInterrupt:
             stop.asked = True
+        except OSError as error:
+            fail(f"{output} cannot be written: {error.strerror or error}", 1)
     if stop.asked and len(known) < len(cells):
         fail(f"stopped with {len(known)} of {len(cells)} records in {output}; the same command goes on from there", 1)
     return [known[cell.key] for cell in cells]
