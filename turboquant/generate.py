@@ -63,10 +63,19 @@ def check_length(loaded: LoadedModel, prompt_tokens: int, max_new_tokens: int) -
 
 @dataclass
 class QueryRecorder:
-    """Keeps the last query of every forward call, by layer, and stops the call when the caller has cancelled."""
+    """Keeps the last queries of every forward call, by layer, and stops the call when the caller has cancelled.
+
+    Attributes:
+        cancelled: Asked in every layer; once true, CancelledError is raised.
+        keep: Whether queries are kept at all.
+        last: How many of a call's queries are kept, counted from its end.
+        queries: (batch, heads, last, dim) by layer, one tensor a call.
+        scaling: The model's factor on scores, by layer.
+    """
 
     cancelled: Callable[[], bool] = lambda: False
     keep: bool = True
+    last: int = 1
     queries: dict[int, list[Tensor]] = field(default_factory=dict)
     scaling: dict[int, float] = field(default_factory=dict)
 
@@ -75,9 +84,9 @@ class QueryRecorder:
         if self.cancelled():
             raise CancelledError
         if self.keep:
-            # A copy of the last row alone: a view would keep the whole prompt's queries. It stays on its device, since
+            # A copy of the last rows alone: a view would keep the whole prompt's queries. It stays on its device, since
             # a transfer here would wait for the GPU in every layer and slow the side that is recorded.
-            last = query[:, :, -1:].detach().clone(memory_format=torch.contiguous_format)
+            last = query[:, :, -self.last :].detach().clone(memory_format=torch.contiguous_format)
             self.queries.setdefault(layer_idx, []).append(last)
             self.scaling[layer_idx] = scaling
 

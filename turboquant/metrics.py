@@ -1,10 +1,17 @@
 """Pure functions from tensors to numbers: agreement of attention, and of next-token distributions."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TOP = 5
+
+
+def attention_weights(
+    scores: Float[Tensor, "*heads queries tokens"], visible: Bool[Tensor, "queries tokens"], scaling: float
+) -> Float[Tensor, "*heads queries tokens"]:
+    """Return the softmax of raw scores over the visible tokens; 0 elsewhere."""
+    return (scores * scaling).masked_fill_(~visible, -torch.inf).softmax(dim=-1)
 
 
 def head_agreement(
@@ -12,6 +19,7 @@ def head_agreement(
     compressed: Float[Tensor, "*heads queries tokens"],
     visible: Bool[Tensor, "queries tokens"],
     scaling: float,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Float[Tensor, "*heads queries"]]:
     """Compare raw attention scores of the same queries under full and compressed keys.
 
@@ -20,6 +28,7 @@ def head_agreement(
         compressed: The same with the compressed keys.
         visible: Which tokens count for each query; each query sees at least one.
         scaling: The model's factor on scores before softmax.
+        weights: Both sides' `attention_weights`, where the caller has them already.
 
     Returns:
         `cosine_scores` and `cosine_weights` (before and after softmax, -1 to 1), `top1` (the most-attended token is
@@ -27,20 +36,28 @@ def head_agreement(
         Of equal scores the earlier token counts as the higher, on both sides.
     """
     hidden = ~visible
-    zeroed = [scores.masked_fill(hidden, 0.0) for scores in (full, compressed)]
-    masked = [scores.masked_fill(hidden, -torch.inf) for scores in (full, compressed)]
-    weights = [(scores * scaling).softmax(dim=-1) for scores in masked]
-    first = masked[0].argmax(dim=-1)
-    rank = _rank(masked[1], first)
+    if weights is None:
+        weights = (attention_weights(full, visible, scaling), attention_weights(compressed, visible, scaling))
+    cosine_scores = _cosine(full.masked_fill(hidden, 0.0), compressed.masked_fill(hidden, 0.0))
+    first = full.masked_fill(hidden, -torch.inf).argmax(dim=-1)
+    rank = rank_of(compressed.masked_fill(hidden, -torch.inf), first)
     return {
-        "cosine_scores": torch.cosine_similarity(zeroed[0], zeroed[1], dim=-1),
-        "cosine_weights": torch.cosine_similarity(weights[0], weights[1], dim=-1),
+        "cosine_scores": cosine_scores,
+        "cosine_weights": _cosine(*weights),
         "top1": (rank == 0).float(),
         "top5": (rank < TOP).float(),
     }
 
 
-def _rank(scores: Tensor, index: Tensor) -> Tensor:
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity along the last axis, without temporaries of the tensors' size; 0 where one of them is 0."""
+    length = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return torch.einsum("...t,...t->...", a, b) / length.clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def rank_of(
+    scores: Float[Tensor, "*heads tokens"], index: Int[Tensor, "*heads"]
+) -> Int[Tensor, "*heads"]:
     """Return how many tokens stand before `index`: those with higher scores, and earlier ones with the same."""
     index = index.unsqueeze(-1)
     own = scores.gather(-1, index)

@@ -9,7 +9,6 @@ import random
 import re
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from turboquant.generate import PromptError
+from turboquant.texts import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,22 +65,12 @@ def filler_text(filler: str) -> str:
     """Return the text that fills a prompt.
 
     Args:
-        filler: "sentences" (what RULER repeats) or the path of a text file.
+        filler: "sentences" (what RULER repeats), the name of a shipped text, or the path of a text file.
 
     Raises:
-        PromptError: If there is no such text, or it is empty or not UTF-8.
+        ValueError: If there is no such text, or it cannot be used (see `turboquant.texts.read_text`).
     """
-    if filler == SENTENCES:
-        return _REPEATED
-    try:
-        text = Path(filler).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise PromptError(f"the filler text {filler} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise PromptError(f"the filler text {filler} is not UTF-8 (byte {error.start})") from error
-    if not text.strip():
-        raise PromptError(f"the filler text {filler} is empty")
-    return text
+    return _REPEATED if filler == SENTENCES else read_text(filler)
 
 
 def needle_prompt(
@@ -99,7 +89,8 @@ def needle_prompt(
         filler: See `filler_text`.
 
     Raises:
-        PromptError: If the needle and the question alone are longer, the depth is out of range, or there is no filler.
+        PromptError: If the needle and the question alone are longer, or the depth is out of range.
+        ValueError: If there is no such filler.
     """
     if not 0 <= depth <= 1:
         raise PromptError(f"depth must be from 0 to 1, got {depth}")
