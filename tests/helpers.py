@@ -76,23 +76,29 @@ def reachable_storages(thing: object) -> dict[int, int]:
     found: dict[int, int] = {}
     seen: set[int] = set()
     queue = [thing]
-    skip = (type, types.ModuleType, types.FunctionType)
+    skip = (type, types.ModuleType, types.FunctionType, torch.device, torch.dtype)
     while queue:
         item = queue.pop()
         if id(item) in seen or isinstance(item, skip):
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, torch.Tensor) and not hasattr(item, "__tensor_flatten__"):
             storage = item.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            queue += item.values()
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += item
-        elif type(item).__module__.startswith(("turboquant", "transformers.cache_utils")):
-            queue += vars(item).values()
+        else:
+            queue += _contents(item)
     return found
+
+
+def _contents(item: Any) -> list[Any]:
+    """What an object holds; quanto's tensors are shells around plain ones."""
+    if isinstance(item, dict):
+        return list(item.values())
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return list(item)
+    walked = ("turboquant", "transformers.cache_utils", "optimum.quanto", "hqq")
+    return list(vars(item).values()) if type(item).__module__.startswith(walked) and hasattr(item, "__dict__") else []
 
 
 class AttentionCalls:

@@ -33,7 +33,7 @@ LAYERS = (
     ("cache",),
     ("layer",),
     ("methods",),
-    ("ops",),
+    ("ops", "hf_layers"),
     ("kernels", "metrics"),
     ("quantizer", "packing", "rotation"),
     ("codebook", "grouping", "registry", "results", "texts"),
@@ -42,6 +42,7 @@ ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {
     "cache",
     "layer",
+    "hf_layers",
     "hf_attention",
     "generate",
     "probe",

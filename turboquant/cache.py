@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from turboquant.hf_layers import ForeignLayer
 from turboquant.layer import CachedStates, QuantizedLayer
 from turboquant.methods import Method
 from turboquant.results import CacheReport
@@ -106,7 +107,7 @@ def layer_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if layer is None or not layer.get_seq_length():
         raise ValueError(f"layer {layer_idx} of the cache holds no tokens")
-    return layer.dense() if hasattr(layer, "dense") else (layer.keys, layer.values)
+    return layer.dense() if isinstance(layer, (QuantizedLayer, ForeignLayer)) else (layer.keys, layer.values)
 
 
 @dataclass
@@ -145,12 +146,17 @@ def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
         count.shared += sum(_new_storage(t, seen) for t in tables)
 
 
+def _add(count: _Bytes, part: str, tensors: list[Tensor], seen: set[int]) -> None:
+    """Count tensors under one purpose, and what their storages hold beyond them as spare."""
+    held = sum(t.nbytes for t in tensors)
+    setattr(count, part, getattr(count, part) + held)
+    count.spare += sum(_new_storage(t, seen) for t in tensors) - held
+
+
 def _plain_bytes(layer: Any, count: _Bytes, seen: set[int]) -> int:
     """Count a layer of plain tensors as exact; return how many values it holds."""
     states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-    held = sum(t.nbytes for t in states)
-    count.exact += held
-    count.spare += sum(_new_storage(t, seen) for t in states) - held
+    _add(count, "exact", states, seen)
     return sum(t.numel() for t in states)
 
 
@@ -160,6 +166,13 @@ def _new_storage(tensor: Tensor, seen: set[int]) -> int:
         return 0
     seen.add(storage.data_ptr())
     return storage.nbytes()
+
+
+def _payload_bits(method: Method | None, count: _Bytes, packed_values: int) -> float | None:
+    """Return the bits of a code by the method's formula, or as held where its layers differ."""
+    if method is None or not packed_values:
+        return None
+    return method.payload_bits or 8 * (count.key + count.value) / packed_values
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -175,20 +188,22 @@ def cache_report(cache: Cache) -> CacheReport:
     without norms, windows or tables) and stands beside the measured ratio, never in its place.
     """
     count, seen = _Bytes(), set[int]()
-    values = compressed_layers = compressed = 0
+    values = packed_values = compressed_layers = compressed = 0
     for layer in cache.layers:
+        if not isinstance(layer, (QuantizedLayer, ForeignLayer)):
+            values += _plain_bytes(layer, count, seen)
+            continue
         if isinstance(layer, QuantizedLayer):
             _layer_bytes(layer, count, seen)
-            compressed_layers += 1
-            compressed = max(compressed, layer.packed_length)
-            if layer.exact_keys is not None and layer.exact_values is not None:
-                rows, heads = layer.exact_keys.shape[:2]
-                dims = layer.exact_keys.shape[3] + layer.exact_values.shape[3]
-                values += rows * heads * layer.get_seq_length() * dims
         else:
-            values += _plain_bytes(layer, count, seen)
-    method = getattr(cache, "method", None)
-    payload = None if method is None else method.payload_bits
+            for part, tensors in layer.held().items():
+                _add(count, part, tensors, seen)
+        compressed_layers += 1
+        compressed = max(compressed, layer.packed_length)
+        values += layer.held_values
+        if layer.packed_length:
+            packed_values += layer.held_values * layer.packed_length // layer.get_seq_length()
+    payload = _payload_bits(getattr(cache, "method", None), count, packed_values)
     tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
     return CacheReport(
         cache_class=type(cache).__name__,
@@ -207,5 +222,5 @@ def cache_report(cache: Cache) -> CacheReport:
         full_precision_bytes=2 * values,
         bits_per_value=8 * count.total / values if values else 0.0,
         compression_ratio=2 * values / count.total if count.total else 1.0,
-        payload_ratio=16 / payload if payload and compressed else None,
+        payload_ratio=16 / payload if payload else None,
     )

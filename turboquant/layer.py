@@ -135,6 +135,14 @@ class QuantizedLayer(CacheLayerMixin):
         """Rows held."""
         return 0 if self.exact_keys is None else self.exact_keys.shape[0]
 
+    @property
+    def held_values(self) -> int:
+        """Key and value numbers held, packed or exact."""
+        if self.exact_keys is None or self.exact_values is None:
+            return 0
+        rows, heads, _, dim = self.exact_keys.shape
+        return rows * heads * self.get_seq_length() * (dim + self.exact_values.shape[3])
+
     # -- growing -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -69,13 +69,15 @@ class Method(ABC):
     def quantizers(
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
     ) -> tuple[Quantizer[Any], Quantizer[Any]] | None:
-        """Return the key and the value quantizer of one layer, or None where the method stores plain tensors."""
+        """Return the key and the value quantizer of one layer.
+
+        None where the method stores plain tensors, or where its layers quantize by themselves (`foreign_layer`).
+        """
 
     def foreign_layer(self) -> Any:
         """Return a new cache layer of another library, where the method is one; None for layers of this library.
 
-        Such a layer stores and reads tokens its own way. Beside what Hugging Face asks of a layer it has `dense()`,
-        which returns all keys and values dequantized, and `held()`, which lists its tensors by purpose.
+        Such a layer (`turboquant.hf_layers.ForeignLayer`) stores and reads tokens its own way.
         """
         return None
 
