@@ -63,8 +63,7 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
 
 
 def _compressed_layer(method: Method, layer_idx: int) -> Any:
-    foreign = method.foreign_layer()
-    return QuantizedLayer(method, layer_idx) if foreign is None else foreign
+    return method.foreign_layer() if method.foreign else QuantizedLayer(method, layer_idx)
 
 
 @torch.no_grad()

@@ -181,7 +181,10 @@ def _measure(
     emit: OnEvent,
     cancelled: Callable[[], bool],
 ) -> tuple[HeadMetrics | None, TokenMetrics | None]:
-    """Measure heads, then tokens; a cancel leaves None for what was not finished."""
+    """Measure heads, then tokens; a cancel leaves None for what was not finished.
+
+    Heads are compared through a method's quantizers; layers of another library have none, and no head figures.
+    """
 
     def progress(text: str, fraction: float) -> None:
         emit(Event("phase", text=text, fraction=fraction))
@@ -189,9 +192,10 @@ def _measure(
     heads = None
     try:
         with torch.no_grad():
-            heads = head_metrics(
-                original.cache, recorder, method, ids.shape[1], partial(progress, "Comparing attention heads")
-            )
+            if not method.foreign:
+                heads = head_metrics(
+                    original.cache, recorder, method, ids.shape[1], partial(progress, "Comparing attention heads")
+                )
         report = partial(progress, "Reading the original answer through both caches")
         return heads, token_metrics(loaded, ids, original.tokens, method, report, cancelled)
     except CancelledError:

@@ -52,6 +52,8 @@ class Method(ABC):
     title: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
+    foreign: ClassVar[bool] = False
+    """Do the layers belong to another library (`foreign_layer`)? Then there are no quantizers."""
     residual_length = 0  # not annotated, so not an option: methods that have a window declare the field
     sink_length = 0
     block_length: ClassVar[int] = 32
@@ -75,10 +77,7 @@ class Method(ABC):
         """
 
     def foreign_layer(self) -> Any:
-        """Return a new cache layer of another library, where the method is one; None for layers of this library.
-
-        Such a layer (`turboquant.hf_layers.ForeignLayer`) stores and reads tokens its own way.
-        """
+        """Return a new cache layer (`turboquant.hf_layers.ForeignLayer`) where the method is `foreign`, else None."""
         return None
 
     def packed_length(self, tokens: int) -> int:

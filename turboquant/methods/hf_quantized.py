@@ -19,6 +19,8 @@ GROUP_SIZES = (16, 32, 64, 128)
 class HFMethod(Method, ABC):
     """A method whose layers are Hugging Face's."""
 
+    foreign: ClassVar[bool] = True
+
     def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
         """Return None: the layers quantize by themselves."""
         return None
