@@ -1,0 +1,133 @@
+"""`turboquant validate`: what it prints, records and refuses, how it is stopped and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from turboquant import cli
+from turboquant.results import read_records
+
+RUNNER = CliRunner()
+SMALL = ["--dims", "64", "--seeds", "6", "--vectors", "64"]
+
+
+def invoke(*arguments: str):
+    return RUNNER.invoke(cli.app, ["validate", *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("validate") / "validate.jsonl"
+    result = invoke(*SMALL, "--bits", "1", "3", "--output", str(output))
+    return result, output
+
+
+def test_a_line_a_cell_and_a_json_line_at_the_end(finished) -> None:
+    result, output = finished
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert (last["experiment"], last["records"], last["failed"], last["checks_failed"]) == ("validate", 2, 0, 0)
+    records = read_records(output)
+    assert [(r.cell.model, r.cell.settings["dim"], r.cell.settings["bits"]) for r in records] == [
+        (None, 64, 1),
+        (None, 64, 3),
+    ]
+    assert last["checks"] == sum(len(record.detail["checks"]) for record in records) == 24
+    assert "pass  MSE, exact density" in result.stdout
+    assert records[1].metrics["mse"] == pytest.approx(records[1].metrics["mse_theory"], rel=0.05)
+    assert records[0].metrics["gain_mse"] == pytest.approx(0.64, abs=0.03)
+    assert min(v for k, v in records[0].metrics.items() if k.endswith("_per_second") and v is not None) > 0
+
+
+def test_what_is_recorded_is_not_measured_again(finished) -> None:
+    _, output = finished
+    before = output.read_bytes()
+    result = invoke(*SMALL, "--bits", "1", "3", "--output", str(output))
+    assert result.exit_code == 0
+    assert "2 of 2 records are in" in result.stderr
+    assert output.read_bytes() == before
+
+
+def test_a_check_that_fails_is_named_and_fails_the_command(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("turboquant.synthetic.TOLERANCE", 0.0)  # nothing is that exact
+    result = invoke(*SMALL, "--bits", "2", "--output", str(tmp_path / "v.jsonl"))
+    assert result.exit_code == 1
+    assert "FAIL  MSE, exact density" in result.stdout
+    assert "12 of 12 checks failed" in result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["checks_failed"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "9"], "'--bits'"),
+        (["--rotation", "givens"], "rotation must be one of hadamard, qr, got 'givens'"),
+        (["--device", "abacus"], "device must be cpu or cuda, got 'abacus'"),
+        (["--dims", "1"], "'--dims'"),
+        (["--seeds", "2"], "'--seeds'"),
+    ],
+)
+def test_wrong_use_is_refused_before_any_work(tmp_path: Path, arguments: list[str], message: str) -> None:
+    output = tmp_path / "v.jsonl"
+    result = invoke(*arguments, "--output", str(output))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not output.exists()
+
+
+def test_another_experiments_output_is_refused(finished, tmp_path: Path) -> None:
+    record = read_records(finished[1])[0]
+    other = record.model_copy(update={"cell": record.cell.model_copy(update={"experiment": "needle"})})
+    output = tmp_path / "needle.jsonl"
+    output.write_text(other.model_dump_json() + "\n")
+    assert invoke(*SMALL, "--bits", "1", "--output", str(output)).exit_code == 2
+    assert read_records(output) == [other]
+
+
+def start(output: Path) -> subprocess.Popen:
+    arguments = ["--bits", *"12345678", "--dims", "64", "80", "--seeds", "16", "--output", str(output)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "turboquant", "validate", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_a_record(output: Path) -> None:
+    end = time.monotonic() + 60
+    while not (output.exists() and output.read_bytes().count(b"\n")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_ctrl_c_finishes_the_record_and_says_how_to_go_on_and_a_killed_run_keeps_its_records(tmp_path: Path) -> None:
+    output = tmp_path / "v.jsonl"
+    first = start(output)
+    wait_for_a_record(output)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert "the same command goes on from there" in errors
+    kept = output.read_bytes()
+    assert 1 <= len(read_records(output)) < 16
+
+    second = start(output)
+    end = time.monotonic() + 60
+    while len(output.read_bytes()) == len(kept):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    second.kill()
+    _, errors = second.communicate(timeout=60)
+    assert f"{len(read_records(output))} of 16" not in errors
+    assert output.read_bytes().startswith(kept)
+    keys = [record.cell.key for record in read_records(output)]
+    assert len(keys) == len(set(keys))

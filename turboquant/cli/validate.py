@@ -1,0 +1,183 @@
+"""`turboquant validate`: the quantizers on random unit vectors against exact theory and the paper's bounds."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turboquant.cli.app import OverwriteOption, app, check_writable, fail, finish, run_recorded, say
+
+if TYPE_CHECKING:
+    from turboquant.experiments import Watch
+    from turboquant.results import Cell, ExperimentRecord
+
+DIMS = (64, 80, 96, 128, 256)
+BITS = tuple(range(1, 9))
+QUICK_DIMS, QUICK_BITS, QUICK_SEEDS = (64, 128), (1, 2, 3, 4), 12
+COLUMNS = (
+    ("MSE", "mse", "{:.5f}"),
+    ("theory", "mse_theory", "{:.5f}"),
+    ("IP mse", "inner_product_mse", "{:.4f}"),
+    ("IP prod", "inner_product_prod_gaussian", "{:.4f}"),
+    ("theory", "inner_product_prod_gaussian_theory", "{:.4f}"),
+    ("IP orth", "inner_product_prod_orthogonal", "{:.4f}"),
+    ("theory", "inner_product_prod_orthogonal_theory", "{:.4f}"),
+    ("gain mse", "gain_mse", "{:.4f}"),
+    ("prod", "gain_prod_gaussian", "{:.4f}"),
+    ("R@1 full", "recall_full_pct", "{:.0f}"),
+    ("mse", "recall_mse_pct", "{:.0f}"),
+    ("prod", "recall_prod_gaussian_pct", "{:.0f}"),
+    ("enc Mv/s", "encode_mse_vectors_per_second", "{:.2f}"),
+    ("dec Mv/s", "decode_mse_vectors_per_second", "{:.2f}"),
+)
+LEGEND = (
+    "IP: d E[error^2] of inner products with random unit queries; prod and orth: TurboQuant_prod with Gaussian and "
+    "orthogonal S. gain: mean estimate over truth for queries at cosine 0.6 with their key (1 is unbiased). R@1: how "
+    "often a query finds its key among near neighbours, %. Mv/s: million vectors a second. z: standard errors from "
+    "theory, the largest of the cell's checks."
+)
+
+
+@app.command()
+def validate(
+    bits: Annotated[list[int] | None, typer.Option(min=1, max=8, help="Bits a coordinate; default 1 to 8.")] = None,
+    dims: Annotated[list[int] | None, typer.Option(min=2, help="Head dims; default 64 80 96 128 256.")] = None,
+    vectors: Annotated[int, typer.Option(min=2, help="Vectors a seed.")] = 256,
+    seeds: Annotated[int | None, typer.Option(min=3, help="Seeds; default 32. Standard errors are over them.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    rotation: Annotated[str, typer.Option(help="qr or hadamard.")] = "qr",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[Path, typer.Option(help="One record a (dim, bits).")] = Path("results/validate.jsonl"),
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this HTML file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer dims, bits and seeds.")] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Check distortion, bias and retrieval of the codes on random unit vectors against exact theory; no model.
+
+    Leaves with code 1 where a check fails.
+    """
+    started = time.perf_counter()
+    _check_options(rotation, device)
+    if plot is not None:
+        check_writable(plot)
+    seeds = seeds or (QUICK_SEEDS if quick else 32)
+    shared = {"vectors": vectors, "seeds": seeds, "seed": seed, "rotation": rotation, "device": device}
+    cells = _cells(dims or (QUICK_DIMS if quick else DIMS), bits or (QUICK_BITS if quick else BITS), shared)
+    experiments: dict[str, Any] = {"validate": None}
+    records = run_recorded("validate", cells, experiments, output, overwrite, engine=_measure)
+    done = [record for record in records if not record.error]
+    _show_table(done)
+    failed = _show_checks(done)
+    if plot is not None:
+        _write_plot(done, plot)
+    checks = sum(len(record.detail["checks"]) for record in done)
+    if failed:
+        say(f"turboquant: {failed} of {checks} checks failed")
+    finish(records, output, started, checks=checks, checks_failed=failed, plot=None if plot is None else str(plot))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_options(rotation: str, device: str) -> None:
+    import torch
+
+    from turboquant.rotation import ROTATIONS
+
+    if rotation not in ROTATIONS:
+        fail(f"rotation must be one of {', '.join(ROTATIONS)}, got {rotation!r}", 2)
+    if device not in ("cpu", "cuda"):
+        fail(f"device must be cpu or cuda, got {device!r}", 2)
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("device is cuda, but no CUDA device is to be had", 2)
+
+
+def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
+    from turboquant.results import Cell
+    from turboquant.synthetic import SyntheticSettings
+
+    settings = [
+        SyntheticSettings(dim=dim, bits=b, **shared) for dim in dict.fromkeys(dims) for b in dict.fromkeys(bits)
+    ]
+    return [Cell(experiment="validate", settings=one.model_dump(mode="json")) for one in settings]
+
+
+def _measure(
+    cells: "Sequence[Cell]", experiments: Mapping[str, Any], watch: "Watch", stopping: Callable[[], bool]
+) -> "Iterator[ExperimentRecord]":
+    from turboquant.results import ExperimentRecord, environment
+    from turboquant.synthetic import SyntheticSettings, validate
+
+    for i, cell in enumerate(cells):
+        if stopping():
+            return
+        part = watch.part(i / len(cells), (i + 1) / len(cells))
+        settings = SyntheticSettings.model_validate(cell.settings)
+        text = f"{settings.bits} bits in {settings.dim} dimensions"
+        begun = time.perf_counter()
+        found = validate(settings, lambda done, part=part, text=text: part.progress(done, text))  # type: ignore[misc]
+        yield ExperimentRecord(
+            cell=cell,
+            metrics=found.metrics(),
+            timing={"elapsed": time.perf_counter() - begun},
+            detail=found.model_dump(mode="json", exclude={"settings"}),
+            environment=environment(settings.device),
+        )
+
+
+def _show_table(records: "Sequence[ExperimentRecord]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("dim", "bits", *(title for title, _, _ in COLUMNS), "z", "checks"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for record in records:
+        settings, metrics, checks = record.cell.settings, record.metrics, record.detail["checks"]
+        cells = []
+        for _, name, form in COLUMNS:
+            value = metrics[name]
+            assert value is not None
+            cells.append(form.format(value / 1e6 if name.endswith("_vectors_per_second") else value))
+        worst = max(check["z"] for check in checks)
+        passed = sum(check["passed"] for check in checks)
+        verdict = "pass" if passed == len(checks) else f"FAIL {len(checks) - passed}"
+        table.add_row(str(settings["dim"]), str(settings["bits"]), *cells, f"{worst:.1f}", verdict)
+    Console(width=max(160, Console().width)).print(table)
+    typer.echo(LEGEND)
+
+
+def _show_checks(records: "Sequence[ExperimentRecord]") -> int:
+    """Print a line for each kind of check with its worst case, and each that failed; return how many failed."""
+    from turboquant.synthetic import TOLERANCE
+
+    typer.echo(f"\nA check passes below {TOLERANCE:g} standard errors. Its worst case:")
+    rows = [(check, record.cell.settings) for record in records for check in record.detail["checks"]]
+    rows.sort(key=lambda row: row[0]["name"])
+    failed = 0
+    for name, group in groupby(rows, key=lambda row: row[0]["name"]):
+        found = list(group)
+        passed = sum(check["passed"] for check, _ in found)
+        failed += len(found) - passed
+        typer.echo(f"{'pass' if passed == len(found) else 'FAIL'}  {name:38} {passed} of {len(found)}; {_worst(found)}")
+        for check, settings in found:
+            if not check["passed"]:
+                typer.echo(f"      failed: {_worst([(check, settings)])}")
+    return failed
+
+
+def _worst(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    check, settings = max(rows, key=lambda row: row[0]["z"])
+    figure = f"{check['measured']:.5g} ± {check['standard_error']:.2g}, expected {check['expected']}"
+    return f"{figure}, z {check['z']:.1f} ({settings['bits']} bits, dim {settings['dim']})"
+
+
+def _write_plot(records: "Sequence[ExperimentRecord]", path: Path) -> None:
+    try:
+        from turboquant.plots import validate_figure
+    except ImportError as error:
+        fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[app]'", 1)
+    validate_figure(records).write_html(path, include_plotlyjs=True)
+    say(f"the curves are in {path}")
