@@ -1,10 +1,28 @@
 """Pure functions from tensors to numbers: agreement of attention, and of next-token distributions."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TOP = 5
+TILE_SCORES = 2**20
+"""Scores of one side that `compare_layer` holds at once (4 MiB), at least one query's of all heads."""
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Places `start` to `stop` of a context."""
+
+    start: int
+    stop: int
+
+    @property
+    def places(self) -> slice:
+        """As an index."""
+        return slice(self.start, self.stop)
 
 
 def attention_weights(
@@ -55,14 +73,87 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("...t,...t->...", a, b) / length.clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def rank_of(
-    scores: Float[Tensor, "*heads tokens"], index: Int[Tensor, "*heads"]
-) -> Int[Tensor, "*heads"]:
+def rank_of(scores: Float[Tensor, "*heads tokens"], index: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
     """Return how many tokens stand before `index`: those with higher scores, and earlier ones with the same."""
     index = index.unsqueeze(-1)
     own = scores.gather(-1, index)
     earlier = torch.arange(scores.shape[-1], device=scores.device) < index
     return ((scores > own) | ((scores == own) & earlier)).sum(dim=-1)
+
+
+def _scores(query: Float[Tensor, "heads queries dim"], keys: Float[Tensor, "kv_heads tokens dim"]) -> Tensor:
+    """Inner products of all query heads with the keys of their KV head, (heads, queries, tokens)."""
+    grouped = query.unflatten(0, (keys.shape[0], -1))
+    return (grouped.flatten(1, 2) @ keys.mT).view(*query.shape[:2], -1)
+
+
+def _outputs(weights: Float[Tensor, "heads queries tokens"], values: Float[Tensor, "kv_heads tokens dim"]) -> Tensor:
+    """Weighted sums of the values of each head's KV head, (heads, queries, dim)."""
+    grouped = weights.unflatten(0, (values.shape[0], -1))
+    return (grouped.flatten(1, 2) @ values).view(*weights.shape[:2], -1)
+
+
+def compare_layer(
+    query: Float[Tensor, "heads queries dim"],
+    full: Pair,
+    served: Pair,
+    scaling: float,
+    packed: Span | None,
+    needle: Span,
+) -> dict[str, dict[str, Tensor]]:
+    """Compare attention of the last queries of a context in one layer, all query heads at once, in tiles of queries.
+
+    Args:
+        query: After rotary embedding; query i of n stands at token `tokens - n + i` and sees everything up to itself.
+        full: Keys and values, (kv_heads, tokens, dim) each, as the model computed them.
+        served: The same as a compressed cache serves them.
+        scaling: The model's factor on scores.
+        packed: Which places are packed; None for none.
+        needle: Where the needle is.
+
+    Returns:
+        `served` and `packed`: what `head_agreement` gives, (heads, queries), over all visible tokens and over the
+        packed ones (empty if none are). `served` has `output_error` too: the length of the attention output's error,
+        relative to the output's. `needle`, (heads,), for the last query: on either side the rank of the needle's most
+        attended token (1 is the highest of all tokens) and the share of attention that the needle gets.
+    """
+    heads, queries = query.shape[:2]
+    tokens = full[0].shape[1]
+    size = max(1, TILE_SCORES // (heads * tokens))
+    place = torch.arange(tokens, device=query.device)
+    found: dict[str, list[dict[str, Tensor]]] = {"served": [], "packed": []}
+    last: dict[str, Tensor] = {}
+    for start in range(0, queries, size):
+        rows = query[:, start : start + size]
+        own = torch.arange(tokens - queries + start, tokens - queries + start + rows.shape[1], device=query.device)
+        visible = place <= own[:, None]
+        scores = _scores(rows, full[0]), _scores(rows, served[0])
+        weights = attention_weights(scores[0], visible, scaling), attention_weights(scores[1], visible, scaling)
+        outputs = _outputs(weights[0], full[1]), _outputs(weights[1], served[1])
+        agreement = head_agreement(*scores, visible, scaling, weights)
+        agreement["output_error"] = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
+        found["served"].append(agreement)
+        if packed is not None:
+            part = scores[0][..., packed.places], scores[1][..., packed.places]
+            found["packed"].append(head_agreement(*part, torch.ones_like(visible[:, packed.places]), scaling))
+        last = _needle(scores, weights, needle)
+    joined = {side: _joined(tiles) for side, tiles in found.items()}
+    return {**joined, "needle": last}
+
+
+def _joined(tiles: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([tile[name] for tile in tiles], dim=-1).cpu() for name in (tiles[0] if tiles else ())}
+
+
+def _needle(scores: Pair, weights: Pair, needle: Span) -> dict[str, Tensor]:
+    """Rank and mass of the needle for the last query of a tile, under full and compressed states."""
+    found = {}
+    for name, side, weight in zip(("_full", ""), scores, weights, strict=True):
+        row = side[:, -1]
+        best = row[:, needle.places].argmax(dim=-1) + needle.start
+        found[f"rank{name}"] = (rank_of(row, best) + 1).float().cpu()
+        found[f"mass{name}"] = weight[:, -1, needle.places].sum(dim=-1).cpu()
+    return found
 
 
 def token_agreement(

@@ -54,8 +54,8 @@ class _LayerKeys:
         return full.reshape(shape), compressed.reshape(shape), self.packed_length
 
 
-def _groups(method: Method, prompt_tokens: int, steps: int) -> list[tuple[int, int]]:
-    """Split the steps into runs during which the cache packs nothing."""
+def packing_runs(method: Method, prompt_tokens: int, steps: int) -> list[tuple[int, int]]:
+    """Split the steps behind a prompt into runs (start, stop) during which the cache packs nothing."""
     runs: list[tuple[int, int]] = []
     for step in range(steps):
         if runs and method.packed_length(prompt_tokens + step) == method.packed_length(prompt_tokens + runs[-1][0]):
@@ -73,7 +73,7 @@ def _layer_agreement(
     packed: list[dict[str, Tensor]] = []
     counts: list[int] = []
     sinks = layer.method.sink_length
-    for start, stop in _groups(layer.method, prompt_tokens, query.shape[2]):
+    for start, stop in packing_runs(layer.method, prompt_tokens, query.shape[2]):
         tokens = prompt_tokens + stop - 1
         full, compressed, count = layer.scores(query[:, :, start:stop], tokens)
         seen = torch.arange(prompt_tokens + start, prompt_tokens + stop)[:, None]
@@ -90,27 +90,29 @@ def _layer_agreement(
     return join, join_packed, counts
 
 
-def _mean(values: Tensor) -> float | None:
+def mean_of(values: Tensor) -> float | None:
+    """Return the mean of the numbers that are there (not NaN), or None."""
     mean = float(values.nanmean())
     return None if mean != mean else mean
 
 
-def _row(values: Tensor) -> list[float | None]:
+def row_of(values: Tensor) -> list[float | None]:
+    """Return numbers as a list, NaN as None."""
     return [None if value != value else value for value in values.tolist()]
 
 
-def _head_scores(layers: list[dict[str, Tensor]]) -> HeadScores:
-    """Average (layer, head, step) agreement over steps, over heads, and over all."""
+def head_scores(layers: list[dict[str, Tensor]]) -> HeadScores:
+    """Average agreement, (heads, steps) a layer, over steps, over heads, and over all."""
     stacked = {name: torch.stack([layer[name] for layer in layers]) for name in METRICS}
     fields: dict[str, Any] = {}
     for name, values in stacked.items():
-        fields[f"per_head_{name}"] = [_row(row) for row in values.nanmean(dim=2)]
-        fields[f"per_step_{name}"] = _row(values.flatten(0, 1).nanmean(dim=0))
-    top1, top5 = _mean(stacked["top1"]), _mean(stacked["top5"])
+        fields[f"per_head_{name}"] = [row_of(row) for row in values.nanmean(dim=2)]
+        fields[f"per_step_{name}"] = row_of(values.flatten(0, 1).nanmean(dim=0))
+    top1, top5 = mean_of(stacked["top1"]), mean_of(stacked["top5"])
     return HeadScores(
         **fields,
-        cosine_scores=_mean(stacked["cosine_scores"]),
-        cosine_weights=_mean(stacked["cosine_weights"]),
+        cosine_scores=mean_of(stacked["cosine_scores"]),
+        cosine_weights=mean_of(stacked["cosine_weights"]),
         top1_match_pct=None if top1 is None else 100 * top1,
         top5_match_pct=None if top5 is None else 100 * top5,
         heads_at_risk_pct=None if top1 is None else 100 - 100 * top1,
@@ -153,8 +155,8 @@ def head_metrics(
         positions=[prompt_tokens - 1 + step for step in range(len(counts))],
         packed_tokens=counts,
         layer_indices=indices,
-        served=_head_scores(served),
-        packed=_head_scores(packed),
+        served=head_scores(served),
+        packed=head_scores(packed),
     )
 
 
@@ -186,7 +188,7 @@ def token_metrics(
     model, device = loaded.model, prompt.device
     caches = [build_cache(model.config, m) for m in (METHODS["full"](), method)]
     fed = torch.tensor([answer[:-1]], device=device, dtype=torch.long)
-    chunks = [fed[:, start:stop] for start, stop in _groups(method, prompt.shape[1], fed.shape[1])]
+    chunks = [fed[:, start:stop] for start, stop in packing_runs(method, prompt.shape[1], fed.shape[1])]
     pieces = [prompt, *(piece for chunk in chunks for piece in chunk.split(CHUNK_TOKENS, dim=1))]
     parts: list[dict[str, Tensor]] = []
     place = 0
