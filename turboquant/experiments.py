@@ -57,19 +57,25 @@ class Measurement:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+def _any_model(loaded: LoadedModel, settings: Record) -> None:
+    """Refuse nothing."""
+
+
 @dataclass(frozen=True)
 class Experiment(Generic[S]):
-    """A kind of measurement.
+    """A kind of measurement. Its functions are importable by name, since other processes run them too.
 
     Attributes:
         name: As in records and on the command line.
         settings: The record class of its settings.
         run: Measures methods with a model, yielding each as soon as it is known, in any order.
+        check: Raises ValueError where a model cannot serve the settings; quick, and asked before `run`.
     """
 
     name: str
     settings: type[S]
     run: Callable[[LoadedModel, Sequence[Method], S, Watch], Iterator[tuple[Method, Measurement]]]
+    check: Callable[[LoadedModel, S], None] = _any_model
 
 
 def cells_for(
@@ -189,15 +195,18 @@ def run_cells(
         experiments: By name.
         load: Loads a model by name and weights; a model is kept for as long as the next cell uses it.
         watch: Progress over all cells, and cancelling in the middle of one.
-        stopping: Asked between groups: once true, what is in hand has been finished and nothing new is begun.
+        stopping: Asked after every record: once true, what is in hand has been finished and nothing new is begun.
 
     Raises:
         CancelledError: If `watch.cancelled` said so.
     """
     models, done = Models(load), 0
     for part in groups(cells):
+        span = watch.part(done / len(cells), (done + len(part)) / len(cells))
         if stopping():
             return
-        span = watch.part(done / len(cells), (done + len(part)) / len(cells))
-        yield from run_group(experiments[part[0].experiment], part, models, span)
+        for record in run_group(experiments[part[0].experiment], part, models, span):
+            yield record
+            if stopping():
+                return
         done += len(part)
