@@ -208,6 +208,7 @@ def run_recorded(
     overwrite: bool,
     show: "Callable[[ExperimentRecord], None]" = lambda record: None,
     engine: "Engine | None" = None,
+    store: "Store | None" = None,
 ) -> "list[ExperimentRecord]":
     """Measure what is missing in an output, record by record; return the records of all cells, old and new.
 
@@ -221,12 +222,16 @@ def run_recorded(
         overwrite: Whether to begin anew.
         show: Called with each new record that did not fail.
         engine: What runs the cells that are missing; without it they run in this process.
+        store: What the output held before, and how a record is added to it; without it the output is a file of records.
     """
     from turboquant.experiments import Watch
     from turboquant.results import append_record
 
     wanted = {cell.key for cell in cells}
-    before = finished(output, set(experiments), overwrite)
+    before, keep = store or (
+        finished(output, set(experiments), overwrite),
+        lambda record: append_record(record, output),
+    )
     known = {record.cell.key: record for record in before if record.error is None and record.cell.key in wanted}
     missing = [cell for cell in cells if cell.key not in known]
     if known:
@@ -236,7 +241,7 @@ def run_recorded(
         watch = Watch(progress=progress)
         try:
             for record in (engine or _in_this_process)(missing, experiments, watch, stop):
-                append_record(record, output)
+                keep(record)
                 known[record.cell.key] = record
                 if record.error:
                     say(f"failed: {record.cell}: {record.error}")
@@ -257,13 +262,27 @@ def _in_this_process(
     watch: "Watch",
     stopping: Callable[[], bool],
 ) -> "Iterator[ExperimentRecord]":
-    from turboquant.experiments import run_cells
-    from turboquant.models import load_model
+    """Run cells here; one model's settings that it cannot serve are refused with code 2 before anything is measured."""
+    from turboquant.experiments import groups, run_cells
+    from turboquant.models import ModelError, load_model
 
     def load(name: str, weights: str) -> "LoadedModel":
         return load_model(name, weights=weights, progress=lambda _, text: watch.progress(0.0, text))
 
-    return run_cells(cells, experiments, load=load, watch=watch, stopping=stopping)
+    wanted = {(cell.model, cell.weights) for cell in cells}
+    if len(wanted) != 1:
+        return run_cells(cells, experiments, load=load, watch=watch, stopping=stopping)
+    try:
+        loaded = load(str(cells[0].model), cells[0].weights)
+    except ModelError as error:
+        fail(error, 1)
+    for first, *_ in groups(cells):
+        experiment = experiments[first.experiment]
+        try:
+            experiment.check(loaded, experiment.settings.model_validate(first.settings))
+        except ValueError as error:
+            fail(error, 2)
+    return run_cells(cells, experiments, load=lambda name, weights: loaded, watch=watch, stopping=stopping)
 
 
 def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, **more: Any) -> None:
