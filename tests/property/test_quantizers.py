@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant.kernels import cpu
-from turboquant.methods import METHODS, parse_method
+from turboquant.methods import METHODS, BitsMethod, parse_method
 from turboquant.ops import codes as ops
 from turboquant.packing import PLANE_WIDTHS, pack_bits, unpack_bits
 from turboquant.quantizer import PackedTensor
@@ -16,17 +16,22 @@ CPU = torch.device("cpu")
 DIMS = st.sampled_from([2, 8, 40, 64, 80, 96, 112, 128, 256])
 SPECS = [
     f"{name}:{option}"
-    for name in METHODS
-    if name != "full"
+    for name, method in METHODS.items()
+    if issubclass(method, BitsMethod)
     for option in ("bits=2", "bits=3", "bits=4", "key_bits=8,value_bits=1", "key_bits=1,value_bits=5")
 ] + [
     "turboquant:bits=3,qjl=orthogonal",
     "turboquant:bits=4,qjl=gaussian,rotation=qr,scale=unbiased",
     "turboquant:bits=2,scale=norm,center=false",
+    "rtn:bits=2,rotation=hadamard",
+    "rtn:bits=4,group_size=128",
+    "kivi:bits=3,group_size=64",
+    "polarquant:bits=4,rotation=hadamard",
+    "qjl:bits=1,outliers=0,double_layers=0",
 ]
 
 
-def vectors(dim: int, tokens: int = 40, seed: int = 0, batch: int = 2, heads: int = 3) -> torch.Tensor:
+def vectors(dim: int, tokens: int = 64, seed: int = 0, batch: int = 2, heads: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, heads, tokens, dim, generator=generator) * 3 + 1
 
@@ -90,7 +95,7 @@ def test_orders_without_a_construction_fall_back_to_a_haar_rotation(order: int) 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("dim", [2, 40, 64, 80, 96, 112, 128])
 def test_scores_and_combine_agree_with_dequantized_vectors(spec: str, dim: int) -> None:
     x, query = vectors(dim), vectors(dim, 5, seed=1)
     for quantizer in pair(spec, dim):
@@ -104,13 +109,18 @@ def test_scores_and_combine_agree_with_dequantized_vectors(spec: str, dim: int) 
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@given(cut=st.integers(1, 39))
-def test_quantizing_in_two_parts_is_quantizing_at_once(spec: str, cut: int) -> None:
-    """With the statistics of what came first, the codes of later tokens do not depend on how they were split."""
-    x = vectors(64)
+@given(groups=st.integers(1, 9))
+def test_quantizing_in_two_parts_is_quantizing_at_once(spec: str, groups: int) -> None:
+    """With the statistics of what came first, the codes of later tokens do not depend on how they were split.
+
+    Methods that quantize several tokens together (`Quantizer.token_group`) are split between their groups.
+    """
     for quantizer in pair(spec, 64):
+        x = vectors(64, 10 * quantizer.token_group)
+        cut = groups * quantizer.token_group
         whole = quantizer.quantize(x)
         parts = [quantizer.quantize(x[:, :, :cut], like=whole), quantizer.quantize(x[:, :, cut:], like=whole)]
+        assert PackedTensor.cat(parts).tokens == whole.tokens == 10 * quantizer.token_group
         for one, two in zip(whole.tensors(), PackedTensor.cat(parts).tensors(), strict=True):
             close = (one.float() - two.float()).abs() <= 1e-3 * one.float().abs()
             if one.dtype == torch.uint8:  # a coordinate on a decision point may fall either way: count, do not blur
@@ -131,29 +141,37 @@ def test_codes_do_not_depend_on_the_scale_of_a_vector(spec: str, power: int) -> 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-7, 6e4, 1e30])
 def test_extreme_vectors_stay_finite(spec: str, value: float) -> None:
-    x = torch.full((1, 1, 4, 64), value)
+    x = torch.full((1, 1, 64, 64), value)
     for quantizer in pair(spec, 64):
         assert quantizer.dequantize(quantizer.quantize(x)).isfinite().all()
 
 
-@pytest.mark.parametrize("spec", ["turboquant:bits=4", "turboquant-paper:bits=4"])
+@pytest.mark.parametrize("spec", SPECS)
 def test_nan_is_shown_not_hidden(spec: str) -> None:
     x = vectors(64)
     x[0, 0, 3, 5] = torch.nan
-    _keys, values = pair(spec, 64)
-    assert values.dequantize(values.quantize(x))[0, 0, 3].isnan().any()
-    assert values.dequantize(values.quantize(x))[1].isfinite().all()
+    for quantizer in pair(spec, 64):
+        dense = quantizer.dequantize(quantizer.quantize(x))
+        assert dense[0, 0, 3].isnan().any()
+        assert dense[1].isfinite().all()
 
 
-@pytest.mark.parametrize("scale", ["matched", "norm", "unbiased"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(f"turboquant:scale={scale}" for scale in ("matched", "norm", "unbiased")),
+        *("rtn:rotation=none", "rtn:rotation=hadamard", "kivi:seed=0", "polarquant:seed=0", "qjl:seed=0"),
+    ],
+)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
-def test_more_bits_never_hurt(scale: str, dim: int) -> None:
+def test_more_bits_never_hurt(spec: str, dim: int) -> None:
     x = vectors(dim, 256)
-    errors = []
-    for bits in range(1, 9):
-        _, quantizer = pair(f"turboquant:bits={bits},scale={scale}", dim)
-        errors.append(float((quantizer.dequantize(quantizer.quantize(x)) - x).square().mean()))
-    assert errors == sorted(errors, reverse=True)
+    for side in (0, 1):
+        errors = []
+        for bits in range(1, 9):
+            quantizer = pair(f"{spec},bits={bits}", dim)[side]
+            errors.append(float((quantizer.dequantize(quantizer.quantize(x)) - x).square().mean()))
+        assert errors == sorted(errors, reverse=True)
 
 
 def test_matched_scale_keeps_lengths() -> None:
@@ -173,10 +191,42 @@ def test_centring_takes_away_an_offset_that_plain_codes_cannot_carry() -> None:
     assert errors["true"] < errors["false"] / 20
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@given(pads=st.integers(1, 64))
+def test_what_stands_in_pads_changes_no_other_token(spec: str, pads: int) -> None:
+    x = vectors(64)
+    valid = torch.ones(2, 64, dtype=torch.bool)
+    valid[0, :pads] = False
+    for quantizer in pair(spec, 64):
+        dense = []
+        for content in (0.0, 1e3, torch.inf):
+            x[0, :, :pads] = content
+            dense.append(quantizer.dequantize(quantizer.quantize(x, valid=valid)))
+        for other in dense[1:]:
+            assert torch.equal(other[0, :, pads:], dense[0][0, :, pads:])
+            assert torch.equal(other[1], dense[0][1])
+
+
+@pytest.mark.parametrize("spec", ["kivi:bits=2", "kivi:bits=4,group_size=128", "qjl:bits=2"])
+def test_groups_of_tokens_are_whole(spec: str) -> None:
+    keys, values = pair(spec, 64)
+    group = keys.token_group
+    with pytest.raises(ValueError, match=f"whole groups of {group}, got {group + 1}"):
+        keys.quantize(vectors(64, group + 1))
+    packed = keys.quantize(vectors(64, 3 * group))
+    assert (packed.tokens, packed.token_group) == (3 * group, group)
+    assert packed.narrow(group, group).tokens == group
+    assert torch.equal(keys.dequantize(packed.narrow(group, group)), keys.dequantize(packed)[:, :, group : 2 * group])
+    with pytest.raises(ValueError, match=f"whole groups of {group}, got {group} tokens from 1"):
+        packed.narrow(1, group)
+    assert values.token_group == 1
+    assert values.quantize(vectors(64, 3)).token_group == 1
+
+
 def test_pad_tokens_stay_out_of_the_mean() -> None:
     x = vectors(64)
     x[0, :, :10] = 1e3
-    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid = torch.ones(2, 64, dtype=torch.bool)
     valid[0, :10] = False
     keys, _ = pair("turboquant:bits=4", 64)
     packed = keys.quantize(x, valid=valid)
