@@ -6,7 +6,7 @@ run together, since they share a forward pass. Whatever runs cells (a command, a
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
@@ -32,10 +32,12 @@ class Watch:
     Attributes:
         progress: Called with the fraction of the present piece that is done (0 to 1) and what is being done.
         cancelled: Asked often; once true, the work raises CancelledError.
+        stopping: Asked by an experiment before it begins another method; once true, it yields what it has and returns.
     """
 
     progress: Callable[[float, str], None] = lambda fraction, text: None
     cancelled: Callable[[], bool] = lambda: False
+    stopping: Callable[[], bool] = lambda: False
 
     def check(self) -> None:
         """Raise CancelledError if the caller asked to stop."""
@@ -44,7 +46,7 @@ class Watch:
 
     def part(self, start: float, stop: float) -> "Watch":
         """Return a watch whose 0 to 1 is `start` to `stop` of this one."""
-        return Watch(lambda fraction, text: self.progress(start + (stop - start) * fraction, text), self.cancelled)
+        return replace(self, progress=lambda fraction, text: self.progress(start + (stop - start) * fraction, text))
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _measure(
             detail=found.detail,
             environment=environment(loaded.model.device),
         )
+    if watch.stopping():
+        return
     for cell in by_method.values():
         yield failed(cell, f"the experiment {experiment.name} gave no result for it", loaded.model.device)
 
@@ -195,18 +199,16 @@ def run_cells(
         experiments: By name.
         load: Loads a model by name and weights; a model is kept for as long as the next cell uses it.
         watch: Progress over all cells, and cancelling in the middle of one.
-        stopping: Asked after every record: once true, what is in hand has been finished and nothing new is begun.
+        stopping: Asked between methods: once true, what is in hand has been finished and nothing new is begun.
 
     Raises:
         CancelledError: If `watch.cancelled` said so.
     """
     models, done = Models(load), 0
+    watch = replace(watch, stopping=stopping)
     for part in groups(cells):
         span = watch.part(done / len(cells), (done + len(part)) / len(cells))
         if stopping():
             return
-        for record in run_group(experiments[part[0].experiment], part, models, span):
-            yield record
-            if stopping():
-                return
+        yield from run_group(experiments[part[0].experiment], part, models, span)
         done += len(part)

@@ -102,12 +102,12 @@ def test_progress_runs_from_nought_to_one_over_all_cells() -> None:
     assert seen == pytest.approx([i / 6 for i in range(6)])
 
 
-def test_stopping_finishes_the_record_in_hand_and_cancelling_does_not() -> None:
+def test_stopping_finishes_the_group_in_hand_and_cancelling_does_not() -> None:
     two = cells(SizeSettings(), SizeSettings(seed=1))
     done: list[ExperimentRecord] = []
     for record in run_cells(two, EXPERIMENTS, load=Loader(), stopping=lambda: bool(done)):
         done.append(record)
-    assert [record.cell for record in done] == two[:1]
+    assert [record.cell for record in done] == two[:3]
     with pytest.raises(CancelledError):
         list(run_cells(two, EXPERIMENTS, load=Loader(), watch=Watch(cancelled=lambda: True)))
 
@@ -177,10 +177,10 @@ def test_ctrl_c_keeps_what_is_in_hand_and_the_same_call_goes_on(
             wanted, output, show=lambda one: os.kill(os.getpid(), signal.SIGINT) if one.cell.method == FULL else None
         )
     assert left.value.exit_code == 1
-    assert [one.cell for one in read_records(output)] == wanted[:1]
+    assert [one.cell for one in read_records(output)] == wanted[:3]
     said = capsys.readouterr().err
     assert "the record in hand is finished first" in said
-    assert "stopped with 1 of 6 records" in said
+    assert "stopped with 3 of 6 records" in said
     assert [one.cell for one in record(wanted, output)] == wanted
     assert len(read_records(output)) == 6
 

@@ -197,7 +197,7 @@ def test_text_begins_as_the_tokenizer_begins_it(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize(
     ("update", "message"),
     [
-        ({"context": 513}, "context of 513 tokens was asked for, but tiny-llama has 512"),
+        ({"context": 513}, "tiny-llama has a context of 512 tokens, got 513"),
         ({"windows": 900}, "the text persuasion has .* tokens, too few for 900 windows of 201 from token 0"),
         ({"start": 89_500}, "too few for 1 windows"),
         ({"texts": ("nope",)}, "the text must be one of"),
@@ -234,6 +234,14 @@ def test_cancelling_stops_between_layers(tiny: LoadedModel) -> None:
     with pytest.raises(CancelledError):
         list(EXPERIMENT.run(tiny, [parse_method("rtn")], SMALL, Watch(cancelled=cancelled)))
     assert len(asked) == 6
+
+
+def test_stopping_ends_before_the_next_method(tiny: LoadedModel) -> None:
+    done: list[object] = []
+    methods = [parse_method("rtn:bits=4"), parse_method("rtn:bits=2")]
+    for method, _ in EXPERIMENT.run(tiny, methods, SMALL, Watch(stopping=lambda: bool(done))):
+        done.append(method)
+    assert done == methods[:1]
 
 
 def test_progress_rises_to_one(tiny: LoadedModel) -> None:

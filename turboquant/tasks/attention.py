@@ -229,6 +229,8 @@ def run(
     captured = capture(loaded, ids, settings.queries, settings.chunk_tokens, watch.part(0.0, forward))
     share = (1 - forward) / len(methods)
     for done, method in enumerate(methods):
+        if watch.stopping():
+            return
         part = watch.part(forward + done * share, forward + (done + 1) * share)
         yield method, measure(loaded, method, captured, prompt, part)
 

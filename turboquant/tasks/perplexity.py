@@ -27,8 +27,10 @@ from turboquant.cache import NothingCompressedError, build_cache, cache_report
 from turboquant.experiments import Experiment, Measurement, Watch
 from turboquant.generate import PromptError, QueryRecorder
 from turboquant.hf_attention import observe_queries
+from turboquant.memory import check_context
 from turboquant.methods import METHODS, Method
 from turboquant.metrics import token_agreement
+from turboquant.model_checks import free_bytes
 from turboquant.models import LoadedModel
 from turboquant.probe import packing_runs
 from turboquant.results import CacheReport, Record
@@ -93,13 +95,10 @@ def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Wind
 
     Raises:
         ValueError: If a text cannot be read.
-        PromptError: If a text is too short or the windows are longer than the model's context.
+        PromptError: If a text is too short, or the windows longer than the model's context or this machine's memory.
     """
-    limit = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and settings.context > limit:
-        raise PromptError(
-            f"a context of {settings.context:,} tokens was asked for, but {loaded.spec.name} has {limit:,}"
-        )
+    free = free_bytes(torch.device(loaded.device))
+    check_context(loaded.spec.name, loaded.model.config, settings.context, loaded.weights, free)
     tokenizer: Any = loaded.tokenizer
     head: list[int] = list(tokenizer("").input_ids)
     size = settings.context + 1 - len(head)
@@ -337,6 +336,8 @@ def run(
     full_seconds = time.perf_counter() - began
     idle = []
     for i, method in enumerate(methods):
+        if watch.stopping():
+            return
         part = watch.part(share * (i + 1), share * (i + 2))
         began = time.perf_counter()
         if method.name == "full":
