@@ -38,6 +38,8 @@ __all__ = [
     "available_models",
     "estimate_bytes",
     "load_model",
+    "read_config",
+    "resolve",
     "tiny_model",
 ]
 
@@ -82,8 +84,7 @@ def load_model(
         ModelError: If the model cannot be loaded as asked; the message says what to do.
     """
     report = progress or (lambda fraction, text: None)
-    target = _device(device)
-    weights = _weights(weights, target)
+    weights, target = resolve(weights, device)
     spec = find_spec(name)
     with _library_errors(spec, target):
         folder = _folder_with_config(spec, lambda fraction, text: report(0.6 * fraction, text))
@@ -122,6 +123,27 @@ def available_models() -> list[str]:
         for name, spec in MODELS.items()
         if (embedded.is_available() if name == EMBEDDED else hub.cached_folder(spec) is not None)
     ]
+
+
+def read_config(name: str) -> "PreTrainedConfig":
+    """Return a model's configuration; of a hub model nothing else is fetched.
+
+    Raises:
+        ModelError: If there is no such model or its configuration cannot be read.
+    """
+    spec = find_spec(name)
+    with _library_errors(spec, torch.device("cpu")):
+        return _config(_folder_with_config(spec, lambda fraction, text: None), spec)
+
+
+def resolve(weights: str = "auto", device: str = "auto") -> tuple[str, torch.device]:
+    """Return the precision and the device that `load_model` would take.
+
+    Raises:
+        ModelError: If there is no such precision or device.
+    """
+    target = _device(device)
+    return _weights(weights, target), target
 
 
 def estimate_bytes(name_or_config: "str | PreTrainedConfig", weights: str) -> int:

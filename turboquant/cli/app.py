@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Engine = Callable[
         [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
     ]
+    Store = tuple[Sequence[ExperimentRecord], Callable[[ExperimentRecord], None]]
 
 app = Commands(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = Commands(no_args_is_help=True)

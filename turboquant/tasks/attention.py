@@ -209,20 +209,31 @@ def build_prompt(loaded: LoadedModel, settings: AttentionSettings) -> NeedleProm
     """Return the prompt of some settings.
 
     Raises:
-        PromptError: If model or machine have no room for it, or it has no room for needle, question and queries.
+        PromptError: If the context has no room for the needle and the question, or for the queries.
         ValueError: If there is no such filler.
     """
-    device = torch.device(loaded.device)
-    check_context(loaded.spec.name, loaded.model.config, settings.context, loaded.weights, free_bytes(device))
     if settings.queries >= settings.context:
         raise PromptError(f"queries must be fewer than the context's {settings.context:,}, got {settings.queries:,}")
     return needle_prompt(loaded.tokenizer, settings.context, settings.depth, settings.seed, settings.filler)
+
+
+def check(loaded: LoadedModel, settings: AttentionSettings) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        PromptError: If model or machine have no room for the context, or it has none for the needle or the queries.
+        ValueError: If there is no such filler.
+    """
+    free = free_bytes(torch.device(loaded.device))
+    check_context(loaded.spec.name, loaded.model.config, settings.context, loaded.weights, free)
+    build_prompt(loaded, settings)
 
 
 def run(
     loaded: LoadedModel, methods: Sequence[Method], settings: AttentionSettings, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
     """Read the context once, then measure one method after the other."""
+    check(loaded, settings)
     prompt = build_prompt(loaded, settings)
     ids = prompt.ids.to(loaded.model.device)
     forward = 0.7  # of the progress; the methods share the rest
@@ -235,4 +246,4 @@ def run(
         yield method, measure(loaded, method, captured, prompt, part)
 
 
-EXPERIMENT = Experiment("attention", AttentionSettings, run)
+EXPERIMENT = Experiment("attention", AttentionSettings, run, check)

@@ -1,0 +1,147 @@
+"""`evaluate`: attention under compressed caches over long contexts with a hidden needle."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turboquant.cli.app import (
+    BitsOption,
+    MethodsOption,
+    ModelOption,
+    OverwriteOption,
+    WeightsOption,
+    app,
+    check_writable,
+    fail,
+    finish,
+    read_methods,
+    run_recorded,
+    say,
+)
+
+if TYPE_CHECKING:
+    from turboquant.cli.app import Store
+    from turboquant.results import Cell, ExperimentRecord
+
+CONTEXTS = (2048, 4096, 8192)
+COLUMNS = {
+    "bits/value": ("bits_per_value", ".2f"),
+    "ratio": ("compression_ratio", ".2f"),
+    "cosine": ("cosine_similarity", ".4f"),
+    "top-1 %": ("top1_match_pct", ".1f"),
+    "top-5 %": ("top5_match_pct", ".1f"),
+    "packed top-1 %": ("packed_top1_match_pct", ".1f"),
+    "KL": ("kl_mean", ".4f"),
+    "same top %": ("same_top_pct", ".1f"),
+    "needle heads": ("needle_heads", ".0f"),
+    "of": ("needle_heads_full", ".0f"),
+}
+
+
+@app.command()
+def evaluate(
+    model: ModelOption = "smollm2-135m",
+    bits: BitsOption = None,
+    method: MethodsOption = None,
+    contexts: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of each context; one or several.")] = None,
+    output: Annotated[Path, typer.Option(help="The JSON file; running again goes on with it.")] = Path(
+        "results/evaluate.json"
+    ),
+    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the needle is hidden, 0 to 1.")] = 0.5,
+    queries: Annotated[int, typer.Option(min=1, help="Tokens at the end that ask the cache.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the needle.")] = 0,
+    filler: Annotated[str, typer.Option(help="sentences, a shipped text or a UTF-8 file.")] = "sentences",
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once; memory against speed.")] = 512,
+    weights: WeightsOption = "auto",
+    overwrite: OverwriteOption = False,
+    records: Annotated[Path | None, typer.Option(help="Append the records to this JSONL file as well.")] = None,
+) -> None:
+    """Compare attention under compressed caches with the full one over long contexts; the needle's rank; KL.
+
+    Every method and number of bits shares one forward pass a context. The file has the methodology's schema (model,
+    bits, by_context) with measured figures, and each context's whole record.
+    """
+    started = time.perf_counter()
+    methods = read_methods(method, ["turboquant:bits=4"], bits)
+    lengths = sorted(set(contexts or CONTEXTS))
+    check_writable(output)
+    if records is not None:
+        check_writable(records)
+    _check_machine(model, weights, max(lengths))
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
+
+    settings = [
+        AttentionSettings(
+            context=length, depth=depth, queries=queries, seed=seed, filler=filler, chunk_tokens=chunk_tokens
+        )
+        for length in lengths
+    ]
+    cells = cells_for(EXPERIMENT, model, methods, settings, weights)
+    store = _store(output, overwrite, cells[0], records)
+
+    found = run_recorded(f"evaluate {model}", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite, store=store)
+    _table(found)
+    finish(found, output, started)
+
+
+def _check_machine(model: str, weights: str, context: int) -> None:
+    """Leave where the model has no such context (code 2) or this machine no memory for it, before anything loads."""
+    from turboquant.generate import PromptError
+    from turboquant.memory import check_context
+    from turboquant.model_checks import free_bytes
+    from turboquant.models import ModelError, estimate_bytes, read_config, resolve
+
+    try:
+        precision, device = resolve(weights)
+        config = read_config(model)
+        free = free_bytes(device) - estimate_bytes(config, precision)
+        check_context(model, config, context, precision, free)
+    except ModelError as error:
+        fail(error, 1)
+    except PromptError as error:
+        fail(error, 2)
+
+
+def _store(output: Path, overwrite: bool, cell: "Cell", also: Path | None) -> "Store":
+    """Return what the output holds and how a record is added; leave with code 2 for a file of something else."""
+    from turboquant.evaluation import EvaluationFileError, difference, read_document, write_document
+    from turboquant.results import append_record
+
+    try:
+        before = [] if overwrite else read_document(output)
+    except (EvaluationFileError, OSError) as error:
+        fail(f"{error}: give another --output, or --overwrite", 2)
+    if unlike := difference(before, cell):
+        fail(f"{output} holds results of {unlike}: give another --output, or --overwrite", 2)
+    held = {record.cell.key: record for record in before}
+
+    def keep(record: "ExperimentRecord") -> None:
+        if not record.error:
+            held[record.cell.key] = record
+            write_document(list(held.values()), output)
+        if also is not None:
+            append_record(record, also)
+
+    return before, keep
+
+
+def _table(records: "Sequence[ExperimentRecord]") -> None:
+    """Print the headline figures for people."""
+    good = [record for record in records if not record.error]
+    if not good:
+        return
+    width = max(len(record.cell.method or "") for record in good)
+    typer.echo(f"{'method':{width}}  context  " + "  ".join(COLUMNS))
+    for record in good:
+        cells = [
+            format(value, spec).rjust(len(title))
+            if (value := record.metrics.get(name)) is not None
+            else "-".rjust(len(title))
+            for title, (name, spec) in COLUMNS.items()
+        ]
+        typer.echo(f"{record.cell.method:{width}}  {record.cell.settings['context']:>7}  " + "  ".join(cells))
+    say("top-1 and top-5: the full cache's most-attended token is the first, or among the first five, when compressed")
