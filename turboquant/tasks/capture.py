@@ -104,7 +104,9 @@ class Captured:
 
 
 @torch.no_grad()
-def capture(loaded: LoadedModel, ids: Int[Tensor, "1 tokens"], last: int, chunk_tokens: int, watch: Watch) -> Captured:
+def capture(
+    loaded: LoadedModel, ids: Int[Tensor, "1 tokens"], last: int, chunk_tokens: int, watch: Watch, room: int = 0
+) -> Captured:
     """Read a context with the full cache, chunk by chunk, and keep what was seen.
 
     Beside the full cache one chunk's activations and scores (chunk_tokens x tokens at most) are held.
@@ -115,13 +117,14 @@ def capture(loaded: LoadedModel, ids: Int[Tensor, "1 tokens"], last: int, chunk_
         last: Tokens of the last chunk, fewer than the context has.
         chunk_tokens: Tokens of every other chunk, at most.
         watch: Told after each chunk, asked in each layer.
+        room: Tokens behind the context that the full cache has room for, to go on from there.
 
     Raises:
         CancelledError: If the caller asked to stop.
     """
     model, tokens = loaded.model, ids.shape[1]
     cache = build_cache(model.config, METHODS["full"]())
-    cache.layers = [RoomyLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(tokens + room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     before = tokens - last
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
         for start in range(0, before, chunk_tokens):

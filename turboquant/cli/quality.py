@@ -1,0 +1,221 @@
+"""`turboquant perplexity` and `turboquant needle`: what a cache does to predictions, and to finding a fact."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turboquant.cli.app import (
+    BitsOption,
+    MethodsOption,
+    ModelOption,
+    OverwriteOption,
+    WeightsOption,
+    app,
+    check_writable,
+    fail,
+    finish,
+    read_methods,
+    run_recorded,
+)
+
+if TYPE_CHECKING:
+    from turboquant.results import ExperimentRecord, Record
+
+DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
+
+TextsOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Shipped texts or paths of UTF-8 files; default persuasion factbook sqlite."),
+]
+ChunkOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens fed at once; faster and coarser. Default: exactly as decoding token by token."),
+]
+
+
+def read_settings(kind: "type[Record]", values: dict[str, Any]) -> Any:
+    """Return an experiment's settings, or leave with code 2; None stands for a setting's default."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(place) for place in first["loc"])
+        text = first["msg"].removeprefix("Value error, ")
+        fail(f"{where}: {text}" if where else text, 2)
+
+
+def read_texts(texts: Sequence[str]) -> None:
+    """Leave with code 2 where a text cannot be read; asked before a model is loaded."""
+    from turboquant.texts import read_text
+
+    for text in texts:
+        try:
+            read_text(text)
+        except ValueError as error:
+            fail(error, 2)
+
+
+def number(value: float | None, form: str) -> str:
+    """Format a metric; one that could not be had is a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows with aligned columns, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join([row[0].ljust(len(first)), *rest]))
+
+
+PERPLEXITY = (
+    "method",
+    "bits held",
+    "packed",
+    "PPL",
+    "dPPL %",
+    "KL mean",
+    "95 % interval",
+    "KL p99",
+    "same top %",
+)
+
+
+def perplexity_row(record: "ExperimentRecord") -> list[str]:
+    """Return one line of the table."""
+    figures = record.metrics
+    return [
+        str(record.cell.method),
+        number(figures["bits_per_value"], ".2f"),
+        number(figures["packed_bits_per_value"], ".2f"),
+        number(figures["ppl"], ".3f"),
+        number(figures["delta_ppl_pct"], "+.2f"),
+        number(figures["kl_mean"], ".4f"),
+        f"{number(figures['kl_low'], '.4f')} to {number(figures['kl_high'], '.4f')}",
+        number(figures["kl_p99"], ".3f"),
+        number(figures["same_top_pct"], ".1f"),
+    ]
+
+
+@app.command()
+def perplexity(
+    model: ModelOption = "smollm2-135m",
+    method: MethodsOption = None,
+    bits: BitsOption = None,
+    text: TextsOption = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call; not measured.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
+    start: Annotated[int, typer.Option(min=0, help="Token of the text where the first window begins.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="0: windows in a row; else their places are drawn.")] = 0,
+    chunk_tokens: ChunkOption = None,
+    weights: WeightsOption = "auto",
+    output: Annotated[Path, typer.Option(help="One record a method.")] = Path("results/perplexity.jsonl"),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Read texts through compressed caches: perplexity, KL from the full cache, and how often the top token stays."""
+    started = time.perf_counter()
+    methods = read_methods(method, DEFAULT, bits)
+    check_writable(output)
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.perplexity import EXPERIMENT
+
+    values = {"texts": tuple(text) if text else None, "context": context, "prefill": prefill, "windows": windows}
+    values |= {"start": start, "seed": seed, "chunk_tokens": chunk_tokens}
+    settings = read_settings(EXPERIMENT.settings, values)
+    read_texts(settings.texts)
+    cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
+    records = run_recorded("perplexity", cells, {"perplexity": EXPERIMENT}, output, overwrite)
+    measured = [record for record in records if not record.error]
+    if measured:
+        show_perplexity(measured)
+    finish(records, output, started, results={str(r.cell.method): r.metrics for r in measured})
+
+
+def show_perplexity(records: "Sequence[ExperimentRecord]") -> None:
+    """Print the table with what it was measured on."""
+    first = records[0]
+    assert first.model is not None
+    settings = first.cell.settings
+    typer.echo(
+        f"{first.model.name} {first.model.dtype} on {first.environment.device}; {', '.join(settings['texts'])}: "
+        f"{first.metrics['measured_tokens']:.0f} tokens behind {settings['prefill']}; "
+        f"full cache PPL {first.metrics['ppl_full']:.3f}"
+    )
+    print_table(PERPLEXITY, [perplexity_row(record) for record in records])
+    typer.echo("bits held: everything the cache holds at the end; packed: codes and scales of packed tokens alone.")
+
+
+@app.command()
+def needle(
+    model: ModelOption = "smollm2-135m",
+    method: MethodsOption = None,
+    bits: BitsOption = None,
+    contexts: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a prompt; default 1024 2048.")] = None,
+    depths: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Where the needle stands; default 0 0.5 1.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Needles for each length and depth.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the needles.")] = 0,
+    filler: Annotated[str, typer.Option(help="sentences (RULER's), a shipped text or a path.")] = "sentences",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    weights: WeightsOption = "auto",
+    output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Hide a number in a long text and ask for it, with the full cache and with compressed ones."""
+    started = time.perf_counter()
+    methods = read_methods(method, DEFAULT, bits)
+    check_writable(output)
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.needle import EXPERIMENT
+
+    if filler != "sentences":
+        read_texts([filler])
+    shared = {"repetitions": repetitions, "seed": seed, "filler": filler, "max_new_tokens": max_new_tokens}
+    grid = [
+        read_settings(EXPERIMENT.settings, {"context": context, "depth": depth, **shared})
+        for context in contexts or (1024, 2048)
+        for depth in depths or (0.0, 0.5, 1.0)
+    ]
+    cells = cells_for(EXPERIMENT, model, methods, grid, weights)
+    records = run_recorded("needle", cells, {"needle": EXPERIMENT}, output, overwrite)
+    measured = [record for record in records if not record.error]
+    if measured:
+        show_needles(measured)
+    finish(records, output, started, success_pct=_needle_totals(measured))
+
+
+def _needle_totals(records: "Sequence[ExperimentRecord]") -> dict[str, float]:
+    """Return the share of needles found by each method over all lengths and depths, in percent."""
+    counts: dict[str, tuple[float, float]] = {}
+    for record in records:
+        found, asked = counts.get(str(record.cell.method), (0.0, 0.0))
+        repetitions = record.metrics["repetitions"] or 0.0
+        counts[str(record.cell.method)] = (
+            found + (record.metrics["success_pct"] or 0.0) / 100 * repetitions,
+            asked + repetitions,
+        )
+    return {method: round(100 * found / asked, 2) for method, (found, asked) in counts.items()}
+
+
+def show_needles(records: "Sequence[ExperimentRecord]") -> None:
+    """Print one line a method, length and depth."""
+    rows = [
+        [
+            str(record.cell.method),
+            f"{record.cell.settings['context']:,}",
+            f"{record.cell.settings['depth']:g}",
+            number(record.metrics["bits_per_value"], ".2f"),
+            f"{record.metrics['success_pct']:.0f}",
+            f"{record.metrics['success_low_pct']:.0f} to {record.metrics['success_high_pct']:.0f}",
+            f"{record.metrics['success_full_pct']:.0f}",
+        ]
+        for record in records
+    ]
+    print_table(("method", "tokens", "depth", "bits held", "found %", "95 % interval", "full cache %"), rows)
