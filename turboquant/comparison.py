@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from turboquant.results import (
     environment,
 )
 
-__all__ = ["Event", "PromptError", "compare", "prompt_ids"]
+__all__ = ["Event", "PromptError", "Question", "answer_twice", "compare", "prompt_ids"]
 
 
 @dataclass(frozen=True)
@@ -97,28 +98,64 @@ def compare(
     Raises:
         PromptError: If the prompt is empty or does not fit the model's context.
     """
-    emit = on_event or (lambda _: None)
     ids = prompt_ids(loaded, prompt, chat)
     check_length(loaded, ids.shape[1], settings.max_new_tokens)
     recorders = [QueryRecorder(cancelled), QueryRecorder(cancelled, keep=False)]
-    methods = [METHODS["full"](), method]
-    generations = [
+    original, compressed = (
         Generation(loaded, ids, build_cache(loaded.model.config, m), settings, recorder)
-        for m, recorder in zip(methods, recorders, strict=True)
-    ]
+        for m, recorder in zip((METHODS["full"](), method), recorders, strict=True)
+    )
+    return answer_twice(Question(loaded, prompt, method, original, compressed, chat), on_event, cancelled)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt about to be answered by both sides.
+
+    Attributes:
+        loaded: The model.
+        prompt: What was typed.
+        method: How the compressed side stores its cache.
+        original: The full side's generation, nothing generated yet; its recorder keeps queries.
+        compressed: The other side's.
+        chat: Whether the prompt goes through a chat template.
+        history: What the original's cache held before, in the pieces (1, tokens) that went through it.
+    """
+
+    loaded: LoadedModel
+    prompt: str
+    method: Method
+    original: Generation
+    compressed: Generation
+    chat: bool = True
+    history: tuple[Tensor, ...] = ()
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the original answer follows."""
+        return sum(piece.shape[1] for piece in self.history) + self.original.prompt.shape[1]
+
+
+def answer_twice(
+    question: Question, on_event: OnEvent | None = None, cancelled: Callable[[], bool] = lambda: False
+) -> Comparison:
+    """Generate both answers in turn and measure the difference on the original one; see `compare`."""
+    emit = on_event or (lambda _: None)
+    loaded, method = question.loaded, question.method
+    generations = [question.original, question.compressed]
     generate_in_turn(generations, lambda i: _emit_step(emit, i, generations[i]))
-    original, compressed = (_side(loaded, m, g) for m, g in zip(methods, generations, strict=True))
+    original, compressed = (_side(loaded, m, g) for m, g in zip((METHODS["full"](), method), generations, strict=True))
     notes = [note for note in (_unmeasured(original, compressed, method),) if note]
     heads, tokens = None, None
     if not (notes or cancelled()) and compressed.report.compressed_tokens:
-        heads, tokens = _measure(loaded, ids, generations[0], recorders[0], method, emit, cancelled)
+        heads, tokens = _measure(question, emit, cancelled)
     return Comparison(
         environment=environment(loaded.model.device),
         model=model_info(loaded),
-        prompt=prompt,
-        chat=chat,
-        prompt_tokens=ids.shape[1],
-        settings=settings,
+        prompt=question.prompt,
+        chat=question.chat,
+        prompt_tokens=question.context_tokens,
+        settings=question.original.settings,
         original=original,
         compressed=compressed,
         divergence=first_divergence(original, compressed),
@@ -161,6 +198,8 @@ def _unmeasured(original: SideResult, compressed: SideResult, method: Method) ->
     if not report.compressed_layers:
         return f"{method.name} packed nothing: none of the model's {report.layers} layers has plain full attention."
     if report.compressed_tokens:
+        if not (method.foreign or method.packed_length(original.report.tokens)):
+            return "Only the compressed side's text is long enough to be packed, so there is nothing to measure."
         return None if original.token_ids else "The original answer is empty, so there is nothing to measure."
     needed = method.sink_length + method.residual_length + method.block_length
     if compressed.finish == "cancelled" and (not compressed.token_ids or report.tokens >= needed):
@@ -173,13 +212,7 @@ def _unmeasured(original: SideResult, compressed: SideResult, method: Method) ->
 
 
 def _measure(
-    loaded: LoadedModel,
-    ids: Tensor,
-    original: Generation,
-    recorder: QueryRecorder,
-    method: Method,
-    emit: OnEvent,
-    cancelled: Callable[[], bool],
+    question: Question, emit: OnEvent, cancelled: Callable[[], bool]
 ) -> tuple[HeadMetrics | None, TokenMetrics | None]:
     """Measure heads, then tokens; a cancel leaves None for what was not finished.
 
@@ -189,15 +222,19 @@ def _measure(
     def progress(text: str, fraction: float) -> None:
         emit(Event("phase", text=text, fraction=fraction))
 
+    method, original, history = question.method, question.original, question.history
     heads = None
     try:
         with torch.no_grad():
             if not method.foreign:
+                report = partial(progress, "Comparing attention heads")
+                lengths = tuple(accumulate(piece.shape[1] for piece in history))
                 heads = head_metrics(
-                    original.cache, recorder, method, ids.shape[1], partial(progress, "Comparing attention heads")
+                    original.cache, original.recorder, method, question.context_tokens, report, lengths
                 )
         report = partial(progress, "Reading the original answer through both caches")
-        return heads, token_metrics(loaded, ids, original.tokens, method, report, cancelled)
+        prompt, answer = original.prompt, original.tokens
+        return heads, token_metrics(question.loaded, prompt, answer, method, report, cancelled, history)
     except CancelledError:
         return heads, None
 

@@ -5,7 +5,7 @@ library's logits processors, and each side draws from its own generator, seeded 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,16 +37,31 @@ def prompt_ids(loaded: LoadedModel, prompt: str, chat: bool = True) -> Int[Tenso
     Raises:
         PromptError: If the prompt is empty.
     """
-    if not prompt.strip():
+    return conversation_ids(loaded, [{"role": "user", "content": prompt}], chat)
+
+
+def conversation_ids(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], chat: bool = True
+) -> Int[Tensor, "1 tokens"]:
+    """Return the token ids of a conversation whose next turn is the model's, (1, tokens).
+
+    Args:
+        loaded: The model.
+        messages: Each with `role` (user, assistant) and `content`; the last is the user's.
+        chat: Go through the model's chat template, where it has one; otherwise the contents are lines of one text.
+
+    Raises:
+        PromptError: If the last message is empty.
+    """
+    if not messages[-1]["content"].strip():
         raise PromptError("The prompt is empty: type some text first.")
     tokenizer: Any = loaded.tokenizer
     if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        encoded = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
     return ids.to(loaded.model.device)
 
@@ -114,8 +129,8 @@ class Generation:
 
     Args:
         loaded: The model.
-        ids: Prompt tokens (1, tokens).
-        cache: An empty cache; it holds everything but the last sampled token.
+        ids: Prompt tokens (1, tokens), behind those that the cache holds already.
+        cache: Usually empty; in the end it holds everything but the last sampled token.
         settings: Sampling settings.
         recorder: Sees the queries of this side's forward calls.
         ignore_eos: Go on past end-of-sequence tokens (benchmarks).
@@ -135,7 +150,7 @@ class Generation:
     ) -> None:
         self.measure_bytes = measure_bytes
         self.loaded, self.cache, self.settings, self.recorder = loaded, cache, settings, recorder
-        self.next_ids = ids
+        self.prompt = self.next_ids = ids
         self.tokens: list[int] = []
         self.text = ""
         self.finish: Literal["stop", "length", "cancelled"] | None = None

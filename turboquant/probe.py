@@ -6,7 +6,7 @@ the same keys compressed as the cache holds them once that token has been proces
 tokens, the same codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,18 @@ class _LayerKeys:
         self.packed: list[Any] = []
         self.packed_length = 0
 
-    def scores(self, query: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
-        """Return full and compressed scores (heads, queries, tokens) and how many tokens are packed."""
+    def pack(self, tokens: int) -> None:
+        """Pack what is due after a forward call that ended with `tokens` tokens."""
         sinks = self.method.sink_length
         if self.packed_length < (due := self.method.packed_length(tokens)):
             block = self.keys[:, :, sinks + self.packed_length : sinks + due]
             self.packed.append(self.quantizer.quantize(block, like=self.packed[0] if self.packed else None))
             self.packed_length = due
+
+    def scores(self, query: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
+        """Return full and compressed scores (heads, queries, tokens) and how many tokens are packed."""
+        sinks = self.method.sink_length
+        self.pack(tokens)
         kv_heads = self.keys.shape[1]
         grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
         full = grouped @ self.keys[:, :, :tokens].mT
@@ -120,7 +125,12 @@ def head_scores(layers: list[dict[str, Tensor]]) -> HeadScores:
 
 
 def head_metrics(
-    cache: Cache, recorder: QueryRecorder, method: Method, prompt_tokens: int, progress: Progress = lambda _: None
+    cache: Cache,
+    recorder: QueryRecorder,
+    method: Method,
+    prompt_tokens: int,
+    progress: Progress = lambda _: None,
+    earlier: Sequence[int] = (),
 ) -> HeadMetrics:
     """Compare attention under full and compressed keys for every recorded query, layer and query head.
 
@@ -128,8 +138,9 @@ def head_metrics(
         cache: The full cache at the end of the run, whose plain layers hold every key.
         recorder: The queries of that run: one a forward call, the first for the last prompt token.
         method: How the keys are compressed.
-        prompt_tokens: Tokens of the prompt.
+        prompt_tokens: Tokens of the prompt, with all that stands before it.
         progress: Called with the fraction done.
+        earlier: How many tokens the cache held after each forward call before the prompt's (turns of a conversation).
 
     Raises:
         CancelledError: If the recorder's caller asked to stop; asked between layers.
@@ -144,9 +155,10 @@ def head_metrics(
         pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
         assert pair is not None, "a method that packs has quantizers"
         query = torch.cat(recorder.queries[layer_idx], dim=2).float().cpu()
-        agreement = _layer_agreement(
-            _LayerKeys(keys.float().cpu(), pair[0], method), query, prompt_tokens, recorder.scaling[layer_idx]
-        )
+        layer_keys = _LayerKeys(keys.float().cpu(), pair[0], method)
+        for tokens in earlier:
+            layer_keys.pack(tokens)
+        agreement = _layer_agreement(layer_keys, query, prompt_tokens, recorder.scaling[layer_idx])
         served.append(agreement[0])
         packed.append(agreement[1])
         counts = agreement[2]
@@ -168,6 +180,7 @@ def token_metrics(
     method: Method,
     progress: Progress = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
+    history: Sequence[Tensor] = (),
 ) -> TokenMetrics:
     """Feed the original answer through a fresh full and a fresh compressed cache, and compare every next token.
 
@@ -181,6 +194,7 @@ def token_metrics(
         method: The compressed side.
         progress: Called with the fraction done.
         cancelled: Asked between layers.
+        history: What the cache held before the prompt, in the pieces (1, tokens) that went through it.
 
     Raises:
         CancelledError: If the caller asked to stop.
@@ -188,11 +202,15 @@ def token_metrics(
     model, device = loaded.model, prompt.device
     caches = [build_cache(model.config, m) for m in (METHODS["full"](), method)]
     fed = torch.tensor([answer[:-1]], device=device, dtype=torch.long)
-    chunks = [fed[:, start:stop] for start, stop in packing_runs(method, prompt.shape[1], fed.shape[1])]
+    held = sum(piece.shape[1] for piece in (*history, prompt))
+    chunks = [fed[:, start:stop] for start, stop in packing_runs(method, held, fed.shape[1])]
     pieces = [prompt, *(piece for chunk in chunks for piece in chunk.split(CHUNK_TOKENS, dim=1))]
     parts: list[dict[str, Tensor]] = []
     place = 0
     with observe_queries(QueryRecorder(cancelled, keep=False)):
+        for piece in history:
+            for cache in caches:
+                model(piece, past_key_values=cache, logits_to_keep=1)
         for i, piece in enumerate(pieces):
             keep = 1 if i == 0 else piece.shape[1]
             full, compressed = (model(piece, past_key_values=cache, logits_to_keep=keep).logits[0] for cache in caches)
