@@ -1,5 +1,7 @@
-"""How long a context this machine has the memory for."""
+"""How long a context this machine has the memory for, and giving back what is free."""
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +77,13 @@ def check_context(name: str, config: Any, tokens: int, weights: str, free: int) 
             f"a context of {tokens:,} tokens needs {needed / 2**30:.1f} GiB beside the weights of {name} and "
             f"{max(0, free) / 2**30:.1f} GiB are free: {fit:,} tokens fit"
         )
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    Tensors of growing sizes, taken and freed layer after layer, leave holes in the heap that glibc keeps; on a long
+    context they come to as much as half the cache. Costs milliseconds.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from turboquant.cache import NothingCompressedError, cache_report, layer_states
 from turboquant.experiments import Experiment, Measurement, Watch
 from turboquant.generate import PromptError
-from turboquant.memory import check_context
+from turboquant.memory import check_context, trim
 from turboquant.methods import Method
 from turboquant.metrics import Span, compare_layer, token_agreement
 from turboquant.model_checks import free_bytes
@@ -95,6 +95,7 @@ def compare_attention(
         for side, values_of in found.items():
             if values_of:
                 layers[side].append(values_of)
+        trim()
     return layers
 
 

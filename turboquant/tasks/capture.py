@@ -19,6 +19,7 @@ from turboquant.cache import build_cache, fill_cache
 from turboquant.experiments import Watch
 from turboquant.generate import QueryRecorder
 from turboquant.hf_attention import observe_queries
+from turboquant.memory import trim
 from turboquant.methods import METHODS, Method
 from turboquant.models import LoadedModel
 
@@ -91,6 +92,7 @@ class Captured:
                 continue
             keys, values = self.states(layer_idx)
             fill_cache(cache, layer_idx, keys[:, :, : self.before], values[:, :, : self.before])
+            trim()
         for layer_idx, layer in self.windows.items():
             cache.layers[layer_idx] = copy.deepcopy(layer)
         return cache
@@ -131,6 +133,7 @@ def capture(
             stop = min(start + chunk_tokens, before)
             watch.progress(start / tokens, f"Reading {tokens:,} tokens")
             model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
+            trim()
     kept = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, RoomyLayer)}
     windows = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if i not in kept}
     recorder = QueryRecorder(watch.cancelled, last=last)
