@@ -156,6 +156,7 @@ def _plain_bytes(layer: Any, count: _Bytes, seen: set[int]) -> int:
     """Count a layer of plain tensors as exact; return how many values it holds."""
     states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     _add(count, "exact", states, seen)
+    count.spare += sum(_new_storage(t, seen) for t in vars(layer).values() if isinstance(t, Tensor))
     return sum(t.numel() for t in states)
 
 

@@ -170,6 +170,13 @@ class GroupWiseLayer(ForeignLayer):
                 raise ValueError(f"group_size {self.q_group_size} must divide head_dim, got {states.shape[-1]}")
         super().lazy_initialization(key_states, value_states)
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """Return the tensors held, by purpose; the order of the rows counts as scales do."""
+        held = super().held()
+        if self._rows is not None:
+            held["scale"].append(self._rows)
+        return held
+
     def _quantize(self, tensor: Tensor, axis: int) -> Any:
         self._rows = None  # by now both keys and values have been read, in the order of the rows
         try:
