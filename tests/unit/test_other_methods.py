@@ -131,7 +131,7 @@ def test_layer_states_of_a_plain_cache_are_its_tensors() -> None:
 
 
 def test_an_empty_layer_is_named(llama) -> None:
-    for spec in ("full", "turboquant", "hf-fp8"):
+    for spec in ("full", "turboquant", "kivi"):
         with pytest.raises(ValueError, match="layer 1 of the cache holds no tokens"):
             layer_states(build_cache(llama.config, parse_method(spec)), 1)
 
