@@ -125,8 +125,9 @@ class ForeignLayer(cache_utils.DynamicLayer):
     def _select_codes(self, rows: Tensor) -> None:
         raise NotImplementedError
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens; the number is given as a negative integer."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands a tensor over
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:

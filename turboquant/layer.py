@@ -287,13 +287,14 @@ class QuantizedLayer(CacheLayerMixin):
 
     # -- what generate() asks of a cache -----------------------------------------------------------------------------
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens; as in Hugging Face the number is given as a negative integer.
 
         Where that cuts a group of tokens that were quantized together, those of the group that are left go back to the
         exact window as they had been dequantized, and are packed again later: the one case in which a token is
         quantized twice. So a group never holds tokens of two kinds, and its statistics are always its own.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands a tensor over
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
