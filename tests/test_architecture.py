@@ -34,7 +34,7 @@ LAYERS = (
     ("layer",),
     ("methods",),
     ("ops", "hf_layers"),
-    ("kernels", "metrics"),
+    ("kernels", "metrics", "verdict"),
     ("quantizer", "packing", "rotation"),
     ("codebook", "grouping", "registry", "results", "texts"),
 )

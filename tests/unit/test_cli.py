@@ -40,7 +40,8 @@ class CountingTokenizer:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     spec = ModelSpec("tiny", "tiny", None, "random weights", 0.001)
     loaded = LoadedModel(tiny_model("llama"), CountingTokenizer(), spec, "fp32", "cpu")
-    monkeypatch.setattr("turboquant.cli.commands.load", lambda name, weights: loaded)
+    for module in ("commands", "compare"):
+        monkeypatch.setattr(f"turboquant.cli.{module}.load", lambda name, weights: loaded)
     return loaded
 
 

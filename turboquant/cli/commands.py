@@ -1,12 +1,11 @@
-"""Commands about one comparison, the models and methods there are, decode speed, and the README's tables."""
+"""Commands about the models and methods there are, decode speed, and the README's tables."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import MethodOption, ModelOption, WeightsOption, app, bench, fail, load, read_method
+from turboquant.cli.app import ModelOption, WeightsOption, app, bench, fail, load, read_method
 
 
 @app.command()
@@ -26,37 +25,6 @@ def methods() -> None:
 
     for cls in METHODS.values():
         typer.echo(f"{cls()}\n    {cls.title}. {cls.summary}\n    {cls.reference}")
-
-
-@app.command()
-def compare(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
-    model: ModelOption = "smollm2-135m",
-    method: MethodOption = "turboquant:bits=4",
-    weights: WeightsOption = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, max=5.0)] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Answer a prompt with the full cache and with a compressed one; the record is the JSON line at the end."""
-    from turboquant.comparison import PromptError
-    from turboquant.comparison import compare as run
-    from turboquant.results import Settings
-
-    chosen = read_method(method)
-    loaded = load(model, weights)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    try:
-        result = run(loaded, text, chosen, settings)
-    except PromptError as error:
-        fail(error, 2)
-    for title, side in (("full cache", result.original), (str(chosen), result.compressed)):
-        speed = f"{side.tokens_per_second:.1f} tokens/s" if side.tokens_per_second else "one token"
-        typer.echo(f"--- {title}: {speed}, {side.report.bytes:,} bytes\n{side.text}\n")
-    for note in result.notes:
-        typer.echo(note)
-    typer.echo(result.model_dump_json())
 
 
 @bench.command("decode")

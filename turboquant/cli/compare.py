@@ -1,0 +1,343 @@
+"""`turboquant compare`: one prompt, several, or a conversation, answered with both caches while you watch."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from turboquant.cli.app import (
+    MethodOption,
+    ModelOption,
+    OverwriteOption,
+    Stop,
+    WeightsOption,
+    app,
+    check_writable,
+    fail,
+    load,
+    read_method,
+    say,
+)
+
+if TYPE_CHECKING:
+    from turboquant.comparison import Event
+    from turboquant.results import Comparison, Record, SideResult
+    from turboquant.session import Session, Turn
+
+HELP = """Type a prompt; both answers appear, then the figures.
+/help    this text
+/reset   begin a new conversation (with --chat)
+/fork original, /fork compressed   make that side's conversation the context of both (with --chat)
+/exit    end; so does Ctrl-D. Ctrl-C stops the answer in hand."""
+
+
+@app.command()
+def compare(
+    text: Annotated[str | None, typer.Argument(help="The prompt; - reads all of standard input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt, as an option.")] = None,
+    model: ModelOption = "smollm2-135m",
+    method: MethodOption = "turboquant:bits=4",
+    weights: WeightsOption = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="One conversation; each side keeps its cache.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=5.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of the table of steps, evenly spaced; 0 for all.")] = 12,
+    output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Answer prompts with the full cache and with a compressed one; the record is the JSON line after each.
+
+    Without a prompt it asks for one after the other: at the terminal, or one a line from standard input.
+    """
+    from turboquant.results import Settings
+
+    if text is not None and prompt is not None:
+        fail("the prompt is given twice, as an argument and by --prompt", 2)
+    first = sys.stdin.read() if text == "-" else text if text is not None else prompt
+    chosen = read_method(method)
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if output is not None:
+        _check_output(output, chat, overwrite)
+    loaded = load(model, weights)
+    asking = _Asking(_chat(loaded, chosen, settings) if chat else _single(loaded, chosen, settings), rows, output)
+    if first is not None and not chat:
+        if not asking.answer(first):
+            raise typer.Exit(asking.code)
+        return
+    _loop(asking, first)
+
+
+def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
+    """Leave with code 2 where the file cannot be written or holds something else."""
+    from pydantic import ValidationError
+
+    from turboquant.results import Comparison
+    from turboquant.session import Turn
+
+    check_writable(path)
+    if overwrite:
+        path.write_bytes(b"")
+    if not path.exists():
+        return
+    kind: type[Record] = Turn if chat else Comparison
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                kind.model_validate_json(line)
+            except ValidationError:
+                what = "a turn of a conversation" if chat else "a comparison"
+                fail(f"line {number} of {path} is not {what}: give another --output, or --overwrite", 2)
+
+
+Ask = Callable[[str, "Callable[[Event], None]", Callable[[], bool]], "Comparison | Turn"]
+
+
+@dataclass(frozen=True)
+class _Answerer:
+    """Puts a prompt to both sides; `session` is the conversation, if there is one."""
+
+    ask: Ask
+    session: "Session | None" = None
+
+
+def _single(loaded: Any, method: Any, settings: Any) -> _Answerer:
+    from turboquant.comparison import compare
+
+    return _Answerer(lambda p, show, stop: compare(loaded, p, method, settings, on_event=show, cancelled=stop))
+
+
+def _chat(loaded: Any, method: Any, settings: Any) -> _Answerer:
+    from turboquant.session import Session
+
+    session = Session(loaded, method)
+    return _Answerer(lambda p, show, stop: session.ask(p, settings, on_event=show, cancelled=stop), session)
+
+
+class _StopAnswer(Stop):
+    """Ctrl-C stops the answer in hand; the second time it leaves at once."""
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("stopping this answer (press Ctrl-C again to leave at once)")
+
+
+@dataclass
+class _Asking:
+    """Answers prompts, prints what came of them and keeps the records; `code` is the exit code of the last failure."""
+
+    answerer: _Answerer
+    rows: int
+    output: Path | None
+    code: int = 0
+
+    def answer(self, prompt: str) -> bool:
+        """Answer one prompt; return False where it was refused or stopped."""
+        from turboquant.comparison import PromptError
+        from turboquant.results import append_record
+
+        with _StopAnswer().listening() as stop, _streaming() as show:
+            try:
+                result = self.answerer.ask(prompt, show, stop)
+            except PromptError as error:
+                say(f"turboquant: {error}")
+                self.code = 2
+                return False
+        _print_result(result, self.rows)
+        if self.output is not None:
+            append_record(result, self.output)
+        typer.echo(result.model_dump_json())
+        if stop.asked:
+            self.code = 1
+        return not stop.asked
+
+    def command(self, line: str) -> None:
+        """Carry out a command other than /exit."""
+        name, _, rest = line.partition(" ")
+        session = self.answerer.session
+        if name == "/help":
+            say(HELP)
+        elif name in ("/reset", "/fork") and session is None:
+            say(f"{name} needs a conversation: start with --chat")
+        elif name == "/reset" and session is not None:
+            session.reset()
+            say("a new conversation, both caches empty")
+        elif name == "/fork" and session is not None and rest.strip() in ("original", "compressed"):
+            session.fork("original" if rest.strip() == "original" else "compressed")
+            say(f"both sides go on from the {rest.strip()} conversation")
+        else:
+            say(f"unknown command {line!r}: /help lists them")
+
+
+def _loop(asking: _Asking, first: str | None) -> None:
+    """Answer prompt after prompt; from a pipe the exit code tells whether all of them were answered."""
+    typing = sys.stdin.isatty()
+    failed = first is not None and not asking.answer(first)
+    if typing:
+        say("Type a prompt; /help lists commands, Ctrl-D ends.")
+    for line in _lines(typing):
+        if line.strip() == "/exit":
+            break
+        if line.startswith("/"):
+            asking.command(line.strip())
+        elif line.strip():
+            failed |= not asking.answer(line)
+    if failed and not typing:
+        raise typer.Exit(1)
+
+
+def _lines(typing: bool) -> Iterator[str]:
+    while True:
+        try:
+            line = input("\n> ") + "\n" if typing else sys.stdin.readline()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("nothing to stop: /exit or Ctrl-D ends")
+            continue
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def _streaming() -> "Iterator[Callable[[Event], None]]":
+    """Show both texts side by side as they grow, where standard error is a terminal."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: None
+        return
+    texts, phase = {"original": "", "compressed": ""}, [""]
+
+    def drawing() -> Columns:
+        width, height = max(20, console.width // 2 - 1), max(6, console.height - 6)
+        panels = []
+        for side, text in texts.items():
+            lines = Text(text).wrap(console, width - 4)
+            shown = Text("\n").join(lines[-height:])
+            panels.append(Panel(shown, title=side, subtitle=phase[0], width=width))
+        return Columns(panels)
+
+    with Live(console=console, transient=True, refresh_per_second=10) as live:
+
+        def show(event: "Event") -> None:
+            if event.kind == "phase":
+                phase[0] = f"{event.text} {100 * (event.fraction or 0):.0f} %"
+            elif event.side is not None:
+                texts[event.side] = event.text
+            live.update(drawing())
+
+        yield show
+
+
+def _print_result(result: "Comparison | Turn", rows: int) -> None:
+    from turboquant.results import Comparison
+    from turboquant.verdict import verdict
+
+    comparison = result if isinstance(result, Comparison) else result.comparison
+    packed = comparison.compressed.report.compressed_tokens > 0
+    for title, side in (("full cache", comparison.original), (comparison.compressed.method, comparison.compressed)):
+        typer.echo(f"--- {title}: {_side_line(side, packed)}\n{side.text}\n")
+    if not isinstance(result, Comparison):
+        _print_contexts(result)
+    if packed:
+        _print_quality(comparison)
+        _print_steps(comparison, rows)
+    for note in comparison.notes:
+        typer.echo(note)
+    if isinstance(result, Comparison) or result.same_history:
+        typer.echo(verdict(comparison))
+
+
+def _side_line(side: "SideResult", packed: bool) -> str:
+    from turboquant.verdict import human_bytes
+
+    parts = [f"{len(side.token_ids)} tokens"]
+    if side.tokens_per_second:
+        parts.append(f"{side.tokens_per_second:.1f} tokens/s")
+    if side.time_to_first_token_ms is not None:
+        parts.append(f"first token after {side.time_to_first_token_ms:.0f} ms")
+    if packed:
+        report = side.report
+        parts.append(f"{human_bytes(report.bytes)} held for {report.tokens:,} tokens")
+        if report.compressed_tokens:
+            parts.append(f"{report.compressed_tokens:,} of them packed")
+            parts.append(f"{report.compression_ratio:.2f}x smaller than 16 bits, everything counted")
+    return ", ".join(parts)
+
+
+def _print_contexts(turn: "Turn") -> None:
+    for name, context in (("original", turn.original), ("compressed", turn.compressed)):
+        how = "cache built anew" if context.rebuilt else f"{context.reused_tokens:,} tokens held"
+        cut = f", {context.cropped_tokens:,} taken back" if context.cropped_tokens and not context.rebuilt else ""
+        typer.echo(f"turn {turn.index + 1}, {name}: {how}{cut}, {context.fed_tokens:,} read")
+    if not turn.kept:
+        typer.echo("Stopped before both sides had begun to answer: the turn is undone.")
+
+
+def _print_quality(comparison: "Comparison") -> None:
+    parts = []
+    if comparison.heads is not None:
+        served = comparison.heads.served
+        figures = (
+            ("heads at risk", served.heads_at_risk_pct, "{:.1f} %"),
+            ("top-1 match", served.top1_match_pct, "{:.1f} %"),
+            ("top-5 match", served.top5_match_pct, "{:.1f} %"),
+            ("cosine of scores", served.cosine_scores, "{:.4f}"),
+        )
+        parts += [f"{name} {form.format(value)}" for name, value, form in figures if value is not None]
+    if comparison.tokens is not None:
+        parts.append(f"mean KL {comparison.tokens.mean_kl:.4f} nats")
+        parts.append(f"same top token {comparison.tokens.same_top_pct:.1f} %")
+    if parts:
+        typer.echo("; ".join(parts))
+
+
+def _print_steps(comparison: "Comparison", rows: int) -> None:
+    """A row a generation step: attention agreement and KL for the original answer, and what both caches held."""
+    from turboquant.verdict import human_bytes
+
+    heads, tokens = comparison.heads, comparison.tokens
+    columns: list[tuple[str, list[Any], Callable[[Any], str]]] = []
+    if heads is not None:
+        served = heads.served
+        columns += [
+            ("cosine", served.per_step_cosine_scores, "{:.4f}".format),
+            ("top-1 %", [None if v is None else 100 * v for v in served.per_step_top1], "{:.1f}".format),
+            ("top-5 %", [None if v is None else 100 * v for v in served.per_step_top5], "{:.1f}".format),
+        ]
+    if tokens is not None:
+        columns.append(("KL", tokens.kl, "{:.4f}".format))
+    columns += [
+        ("full KV", comparison.original.cache_bytes, human_bytes),
+        ("packed KV", comparison.compressed.cache_bytes, human_bytes),
+    ]
+    steps = list(zip_longest(*(values for _, values, _ in columns)))
+    typer.echo("  ".join(["step".rjust(5), *(title.rjust(11) for title, _, _ in columns)]))
+    for step in _spaced(len(steps), rows):
+        cells = [
+            ("" if value is None else form(value)).rjust(11)
+            for value, (_, _, form) in zip(steps[step], columns, strict=True)
+        ]
+        typer.echo("  ".join([str(step + 1).rjust(5), *cells]))
+
+
+def _spaced(count: int, rows: int) -> list[int]:
+    """Return `rows` of `count` steps, evenly spaced with both ends; all of them for 0."""
+    if not rows or count <= rows:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / max(1, rows - 1)) for i in range(rows)})
