@@ -1,0 +1,116 @@
+"""`turboquant generate-bench`: speed and memory of the whole generation loop, with compression in the loop."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turboquant.cli.app import (
+    BitsOption,
+    MethodsOption,
+    ModelOption,
+    OverwriteOption,
+    WeightsOption,
+    app,
+    check_writable,
+    finish,
+    read_methods,
+    run_recorded,
+)
+from turboquant.cli.quality import number, print_table, read_settings, read_texts
+
+if TYPE_CHECKING:
+    from turboquant.results import ExperimentRecord
+
+COLUMNS = (
+    "method",
+    "rows",
+    "tokens",
+    "tokens/s",
+    "p20 to p80",
+    "full",
+    "ratio",
+    "first ms",
+    "full",
+    "encode ms",
+    "a step",
+    "KV MB",
+    "full",
+    "peak MB",
+    "full",
+)
+
+
+@app.command("generate-bench")
+def generate_bench(
+    model: ModelOption = "smollm2-135m",
+    method: MethodsOption = None,
+    bits: BitsOption = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Rows; one or several; default 1 4.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each row.")] = 128,
+    shortest: Annotated[
+        float, typer.Option(help="Shortest prompt as a share of the longest; below 1 rows are left-padded.")
+    ] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; all sides in turn in each.")] = 5,
+    text: Annotated[str, typer.Option(help="Where prompts come from: a shipped text or a path.")] = "persuasion",
+    weights: WeightsOption = "auto",
+    output: Annotated[Path, typer.Option(help="One record a method and batch.")] = Path("results/generation.jsonl"),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Generate with the full cache and with compressed ones: tokens a second, first token, packing, memory."""
+    started = time.perf_counter()
+    methods = read_methods(method, ("turboquant:bits=4",), bits)
+    check_writable(output)
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.generation import EXPERIMENT
+
+    read_texts([text])
+    shared = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens, "shortest": shortest}
+    shared |= {"repeats": repeats, "text": text}
+    grid = [read_settings(EXPERIMENT.settings, {"batch": rows, **shared}) for rows in batch or (1, 4)]
+    cells = cells_for(EXPERIMENT, model, methods, grid, weights)
+    records = run_recorded("generate-bench", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
+    measured = [record for record in records if not record.error]
+    if measured:
+        show(measured)
+    ratios = [[str(r.cell.method), r.cell.settings["batch"], r.metrics["speed_ratio"]] for r in measured]
+    finish(records, output, started, speed_ratios=ratios)
+
+
+def show(records: "Sequence[ExperimentRecord]") -> None:
+    """Print one line a method and batch."""
+    first = records[0]
+    assert first.model is not None
+    typer.echo(
+        f"{first.model.name} {first.model.dtype} on {first.environment.device}, {first.environment.cpu_threads} "
+        f"threads; medians of {first.cell.settings['repeats']} rounds; peak memory: {first.detail['peak_memory']}"
+    )
+    print_table(COLUMNS, [_row(record) for record in records])
+
+
+def _row(record: "ExperimentRecord") -> list[str]:
+    figures, settings = record.metrics, record.cell.settings
+
+    def megabytes(name: str) -> str:
+        return f"{(figures[name] or 0.0) / 1e6:.1f}"
+
+    return [
+        str(record.cell.method),
+        str(settings["batch"]),
+        f"{settings['context'] - settings['new_tokens']} + {settings['new_tokens']}",
+        number(figures["tokens_per_second"], ".1f"),
+        f"{number(figures['p20_tokens_per_second'], '.1f')} to {number(figures['p80_tokens_per_second'], '.1f')}",
+        number(figures["full_tokens_per_second"], ".1f"),
+        number(figures["speed_ratio"], ".2f"),
+        number(figures["time_to_first_token_ms"], ".0f"),
+        number(figures["full_time_to_first_token_ms"], ".0f"),
+        number(figures["encode_prompt_ms"], ".1f"),
+        number(figures["encode_step_ms"], ".2f"),
+        megabytes("cache_bytes"),
+        megabytes("full_cache_bytes"),
+        megabytes("peak_memory_bytes"),
+        megabytes("full_peak_memory_bytes"),
+    ]

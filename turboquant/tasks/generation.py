@@ -1,0 +1,351 @@
+"""What compression costs and saves while a model generates: the whole loop, with the cache packing as it goes.
+
+Each side (the full cache and every method) is run once with instruments, which also warms it up: bytes held after every
+step, time spent packing, peak memory. Then come the timed runs without instruments, all sides in turn in every round.
+Rows of a batch read different pieces of a text, decode greedily and do not stop at an end-of-text token.
+
+Peak memory is what the allocator reached on a GPU; on the CPU it is the process's resident memory, sampled, less what
+it was before the run (memory that was freed has gone back to the system first).
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Bool, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from turboquant.cache import NothingCompressedError, QuantizedLayer, build_cache, cache_bytes, cache_report
+from turboquant.experiments import Experiment, Measurement, Watch
+from turboquant.generate import PromptError
+from turboquant.memory import cache_shape, check_context, tokens_that_fit, trim
+from turboquant.methods import METHODS, Method
+from turboquant.model_checks import free_bytes
+from turboquant.models import LoadedModel
+from turboquant.results import CacheReport, Record
+from turboquant.texts import read_text
+
+SAMPLED_MS = 5.0
+FIGURES = ("tokens_per_second", "time_to_first_token_ms")
+
+
+class GenerationSettings(Record):
+    """What is generated.
+
+    Attributes:
+        context: Tokens of a row in the end: its prompt and `new_tokens`.
+        new_tokens: Tokens generated for each row.
+        batch: Rows.
+        shortest: Length of the shortest row's prompt as a share of the longest; below 1 rows are left-padded.
+        repeats: Timed rounds.
+        text: Where prompts come from.
+    """
+
+    context: int = Field(640, ge=3)
+    new_tokens: int = Field(128, ge=2)
+    batch: int = Field(1, ge=1, le=64)
+    shortest: float = Field(1.0, gt=0.0, le=1.0)
+    repeats: int = Field(5, ge=1)
+    text: str = "persuasion"
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> "GenerationSettings":
+        if self.new_tokens >= self.context:
+            raise ValueError(f"new_tokens must be fewer than the context's {self.context}, got {self.new_tokens}")
+        return self
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts; `mask` is None where no row is padded."""
+
+    ids: Int[Tensor, "rows tokens"]
+    mask: Bool[Tensor, "rows tokens"] | None
+
+
+@dataclass
+class Instruments:
+    """What the instrumented run notes.
+
+    Attributes:
+        encode_ms: Milliseconds spent packing, by forward call; the first call is the prompt's.
+        cache_bytes: Bytes held after each forward call.
+    """
+
+    encode_ms: list[float] = field(default_factory=list)
+    cache_bytes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation: its tokens (rows, new tokens), first token's and remaining tokens' time, and the cache."""
+
+    tokens: Int[Tensor, "rows tokens"]
+    first_ms: float
+    rest_ms: float
+    report: CacheReport
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all rows a second, the first of each left out."""
+        return 1e3 * self.tokens.shape[0] * (self.tokens.shape[1] - 1) / self.rest_ms
+
+
+@dataclass
+class _Side:
+    """What is known of one side."""
+
+    instruments: Instruments = field(default_factory=Instruments)
+    peak_bytes: int = 0
+    warm: Run | None = None
+    runs: list[Run] = field(default_factory=list)
+
+
+class _TimedLayer(QuantizedLayer):
+    """A layer that notes how long it packs; only for the instrumented run, since it waits for the device."""
+
+    def __init__(self, method: Method, layer_idx: int, notes: Instruments) -> None:
+        super().__init__(method, layer_idx)
+        self.notes = notes
+
+    def compress(self, visible: Tensor | None = None) -> None:
+        """Pack, with a clock."""
+        _wait(self.device)
+        began = time.perf_counter()
+        super().compress(visible)
+        _wait(self.device)
+        self.notes.encode_ms[-1] += 1e3 * (time.perf_counter() - began)
+
+
+class PeakMemory:
+    """Measures by how much memory grows at most while the block runs; `peak_bytes` once it has ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peak_bytes = self._top = self._before = 0
+        self._process = psutil.Process()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLED_MS / 1e3):
+            self._top = max(self._top, self._process.memory_info().rss)
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            trim()
+            self._before = self._top = self._process.memory_info().rss
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            top = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._ended.set()
+            self._thread.join()
+            top = max(self._top, self._process.memory_info().rss)
+        self.peak_bytes = top - self._before
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def build_prompts(loaded: LoadedModel, settings: GenerationSettings) -> Prompts:
+    """Return one prompt a row, cut from successive places of the text; shorter ones are padded on the left."""
+    tokenizer: Any = loaded.tokenizer
+    count = settings.context - settings.new_tokens
+    found = tokenizer(read_text(settings.text), add_special_tokens=False, verbose=False).input_ids
+    text = torch.tensor(found, device=loaded.model.device)
+    places = torch.arange(settings.batch * count, device=text.device) % len(text)
+    ids = text[places].view(settings.batch, count)
+    lengths = torch.linspace(1.0, settings.shortest, settings.batch, device=ids.device)
+    padding = count - (lengths * count).long().clamp_min(1)
+    if not padding.any():
+        return Prompts(ids, None)
+    mask = torch.arange(count, device=ids.device) >= padding[:, None]
+    return Prompts(ids.masked_fill(~mask, tokenizer.pad_token_id or 0), mask)
+
+
+def check(loaded: LoadedModel, settings: GenerationSettings) -> None:
+    """Raise ValueError where model or machine have no room for the batch, or the text cannot be read."""
+    read_text(settings.text)
+    config, free = loaded.model.config, free_bytes(torch.device(loaded.device))
+    check_context(loaded.spec.name, config, settings.context, loaded.weights, free)
+    fit = tokens_that_fit(cache_shape(config, loaded.weights), free)
+    if settings.batch * settings.context > fit:
+        raise PromptError(
+            f"{settings.batch} rows of {settings.context:,} tokens do not fit into the free memory: {fit:,} tokens do"
+        )
+
+
+@torch.no_grad()
+def generate_batch(
+    loaded: LoadedModel,
+    prompts: Prompts,
+    cache: Cache,
+    new_tokens: int,
+    watch: Watch,
+    notes: Instruments | None = None,
+) -> Run:
+    """Generate greedily for all rows.
+
+    Args:
+        loaded: The model.
+        prompts: The batch.
+        cache: Empty.
+        new_tokens: Tokens a row, at least 2.
+        watch: Asked before every forward call.
+        notes: Where the bytes after each call go; measuring them slows the run.
+
+    Raises:
+        CancelledError: If the caller asked to stop.
+    """
+    model, mask, ids = loaded.model, prompts.mask, prompts.ids
+    chosen: list[Tensor] = []
+    positions = None if mask is None else (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+    _wait(ids.device)
+    clock = [time.perf_counter()]
+    for step in range(new_tokens):
+        watch.check()
+        if notes is not None:
+            notes.encode_ms.append(0.0)
+        options = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions}
+        logits = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
+        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        chosen.append(ids)
+        if mask is not None and positions is not None:
+            mask, positions = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1), positions[:, -1:] + 1
+        if notes is not None:
+            notes.cache_bytes.append(cache_bytes(cache))
+        if step == 0 or step == new_tokens - 1:
+            _wait(ids.device)
+            clock.append(time.perf_counter())
+    first, rest = 1e3 * (clock[1] - clock[0]), 1e3 * (clock[2] - clock[1])
+    return Run(torch.cat(chosen, dim=1), first, rest, cache_report(cache))
+
+
+def _instrumented(
+    loaded: LoadedModel, prompts: Prompts, method: Method, settings: GenerationSettings, watch: Watch
+) -> _Side:
+    side = _Side()
+    cache = build_cache(loaded.model.config, method)
+    cache.layers = [
+        _TimedLayer(method, i, side.instruments) if isinstance(layer, QuantizedLayer) else layer
+        for i, layer in enumerate(cache.layers)
+    ]
+    with PeakMemory(loaded.model.device) as memory:
+        side.warm = generate_batch(loaded, prompts, cache, settings.new_tokens, watch, side.instruments)
+    side.peak_bytes = memory.peak_bytes
+    return side
+
+
+def _spread(prefix: str, values: Sequence[float], unit: str) -> dict[str, float | None]:
+    p20, p80 = np.percentile(values, [20, 80])
+    return {
+        f"{prefix}{unit}": statistics.median(values),
+        f"{prefix}p20_{unit}": float(p20),
+        f"{prefix}p80_{unit}": float(p80),
+    }
+
+
+def _speeds(prefix: str, side: _Side) -> dict[str, float | None]:
+    return {
+        **_spread(prefix, [run.tokens_per_second for run in side.runs], "tokens_per_second"),
+        **_spread(prefix, [run.first_ms for run in side.runs], "time_to_first_token_ms"),
+        f"{prefix}cache_bytes": float(side.instruments.cache_bytes[-1]),
+        f"{prefix}peak_memory_bytes": float(side.peak_bytes),
+    }
+
+
+def _encode(side: _Side, new_tokens: int) -> dict[str, float | None]:
+    """Return the time spent packing: for the prompt, and for each step after it; None where it cannot be seen."""
+    spent = side.instruments.encode_ms
+    if not any(spent):
+        return {"encode_prompt_ms": None, "encode_step_ms": None}
+    return {"encode_prompt_ms": spent[0], "encode_step_ms": sum(spent[1:]) / (new_tokens - 1)}
+
+
+def _measurement(method: Method, own: _Side, full: _Side, settings: GenerationSettings, device: str) -> Measurement:
+    assert own.warm is not None
+    assert full.warm is not None
+    report = own.warm.report
+    speeds = [statistics.median(run.tokens_per_second for run in side.runs) for side in (own, full)]
+    same = own.warm.tokens == full.warm.tokens
+    return Measurement(
+        metrics={
+            **_speeds("", own),
+            **_speeds("full_", full),
+            "speed_ratio": speeds[0] / speeds[1],
+            **_encode(own, settings.new_tokens),
+            "same_tokens_pct": 100 * float(same.float().mean()),
+            "bits_per_value": report.bits_per_value,
+            "compression_ratio": report.compression_ratio,
+            "compressed_tokens": float(report.compressed_tokens),
+        },
+        cache=report,
+        detail={
+            "cache_bytes": own.instruments.cache_bytes,
+            "full_cache_bytes": full.instruments.cache_bytes,
+            "tokens_per_second": [run.tokens_per_second for run in own.runs],
+            "full_tokens_per_second": [run.tokens_per_second for run in full.runs],
+            "first_difference": [int((~row).int().argmax()) if not row.all() else None for row in same],
+            "peak_memory": "allocator" if device.startswith("cuda") else f"resident, sampled every {SAMPLED_MS:g} ms",
+        },
+    )
+
+
+def run(
+    loaded: LoadedModel, methods: Sequence[Method], settings: GenerationSettings, watch: Watch
+) -> Iterator[tuple[Method, Measurement]]:
+    """Time all methods against one full cache, in turn.
+
+    Raises:
+        PromptError: If model or machine have no room for the batch.
+        NothingCompressedError: If a method packed nothing; the others come first.
+        CancelledError: If the caller asked to stop.
+    """
+    check(loaded, settings)
+    prompts = build_prompts(loaded, settings)
+    full = METHODS["full"]()
+    sides: dict[Method, _Side] = {}
+    idle: list[Method] = []
+    every = list(dict.fromkeys((full, *methods)))
+    total = len(every) * (settings.repeats + 1)
+    for i, method in enumerate(every):
+        watch.progress(i / total, f"{settings.batch} rows, instrumented: {method}")
+        side = _instrumented(loaded, prompts, method, settings, watch)
+        assert side.warm is not None
+        if method == full or side.warm.report.compressed_tokens:
+            sides[method] = side
+        else:
+            idle.append(method)
+    for repeat in range(settings.repeats):
+        for i, (method, side) in enumerate(sides.items()):
+            done = (len(every) * (repeat + 1) + i) / total
+            watch.progress(done, f"{settings.batch} rows, round {repeat + 1} of {settings.repeats}: {method}")
+            cache = build_cache(loaded.model.config, method)
+            side.runs.append(generate_batch(loaded, prompts, cache, settings.new_tokens, watch))
+    for method in methods:
+        if method in sides:
+            yield method, _measurement(method, sides[method], sides[full], settings, loaded.device)
+    if idle:
+        raise NothingCompressedError(
+            f"{idle[0]} packed none of {settings.context} tokens: give a longer context or a smaller window"
+        )
+
+
+EXPERIMENT = Experiment("generation", GenerationSettings, run, check)
