@@ -11,6 +11,8 @@ is what would otherwise fail or be silently wrong in some supported version of t
 - The fp8 scale is that of the first call; larger values later are clamped to its range (torch on some devices and
   versions makes them NaN).
 - Groups that do not divide head_dim are refused at the first call instead of in the middle of an answer.
+
+`offload` moves the exact window only; codes stay where they are.
 """
 
 import copy

@@ -112,6 +112,15 @@ def test_rtn_error_on_gaussians_is_that_of_a_brute_force(bits: int, rotated: boo
     assert relative_error(quantizer.dequantize(quantizer.quantize(x)), x) == pytest.approx(expected, rel=0.03)
 
 
+def test_a_short_last_group_has_its_own_scale() -> None:
+    """80 channels are groups of 32, 32 and 16; at 1 bit the scale is a mean, which padding must not shift."""
+    x = gaussian(1, 1, 50, 80)
+    for bits in (1, 2, 3):
+        dense = RoundToNearest(80, bits).dequantize(RoundToNearest(80, bits).quantize(x))[0, 0].double().numpy()
+        tail = np.stack([brute_symmetric(row, bits) for row in x[0, 0, :, 64:].double().numpy()])
+        assert np.allclose(dense[:, 64:], tail, rtol=2e-3)
+
+
 def test_a_hadamard_rotation_tames_outliers() -> None:
     x = gaussian(1, 1, 500, 64)
     x[..., 5] *= 40

@@ -49,6 +49,29 @@ def test_str_and_parse_are_inverse(  # noqa: PLR0913
     assert method.bits == (key if key == value else None)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rtn:bits=3,group_size=64,rotation=hadamard",
+        "kivi:key_bits=4,value_bits=2,residual_length=0,group_size=64",
+        "polarquant:bits=3,sink_length=4,seed=7,rotation=hadamard",
+        "qjl:key_bits=3,value_bits=4,double_layers=0,outliers=4",
+        "hf-quanto:bits=2,group_size=32,axis_value=-1",
+        "hf-hqq:bits=8,residual_length=64",
+        "hf-fp8",
+    ],
+)
+def test_options_read_back(spec: str) -> None:
+    assert str(parse_method(spec)) == spec
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    assert parse_method("qjl") == parse_method("qjl:bits=2,residual_length=128,double_layers=15,outliers=8")
+    assert parse_method("kivi") == parse_method("kivi:bits=4,residual_length=128,group_size=32")
+    assert parse_method("polarquant") == parse_method("polarquant:bits=4,residual_length=0,rotation=qr")
+    assert parse_method("rtn") == parse_method("rtn:bits=4,residual_length=0,group_size=32,rotation=none")
+
+
 def test_bits_is_a_shorthand() -> None:
     assert parse_method("turboquant:bits=3") == parse_method("turboquant:key_bits=3,value_bits=3")
     assert str(parse_method("turboquant: key_bits = 3 , value_bits=3 ")) == "turboquant:bits=3"
@@ -91,6 +114,8 @@ def test_packed_length_follows_the_contract() -> None:
     method = parse_method("turboquant:bits=4")
     assert [method.packed_length(n) for n in (0, 99, 100, 131, 132, 512)] == [0, 0, 32, 32, 64, 416]
     assert parse_method("turboquant-paper:bits=4").packed_length(7) == 7
+    assert [parse_method("kivi:group_size=64").packed_length(n) for n in (128, 191, 192, 300)] == [0, 0, 64, 128]
+    assert parse_method("hf-quanto").packed_length(7) == 7
 
 
 def test_two_methods_cannot_share_a_name() -> None:

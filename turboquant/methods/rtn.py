@@ -54,7 +54,12 @@ class RoundToNearest(Quantizer[PackedRTN]):
 
     def _scales(self, groups: Tensor) -> Tensor:
         if self.bits == 1:
-            return 2 * groups.abs().mean(dim=-1)
+            missing = -self.dim % self.group_size  # the last channel stands that often too many in the last group
+            total = groups.abs().sum(dim=-1)
+            total[..., -1] -= missing * groups[..., -1, -1].abs()
+            counts = torch.full_like(total, self.group_size)
+            counts[..., -1] -= missing
+            return 2 * total / counts
         if self.bits < 4:
             return groups.abs().amax(dim=-1) / 2 ** (self.bits - 1)
         largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
