@@ -21,6 +21,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
+from turboquant.cli.quality import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
@@ -134,14 +135,13 @@ def _table(records: "Sequence[ExperimentRecord]") -> None:
     good = [record for record in records if not record.error]
     if not good:
         return
-    width = max(len(record.cell.method or "") for record in good)
-    typer.echo(f"{'method':{width}}  context  " + "  ".join(COLUMNS))
-    for record in good:
-        cells = [
-            format(value, spec).rjust(len(title))
-            if (value := record.metrics.get(name)) is not None
-            else "-".rjust(len(title))
-            for title, (name, spec) in COLUMNS.items()
+    rows = [
+        [
+            record.cell.method or "",
+            f"{record.cell.settings['context']:,}",
+            *(number(record.metrics.get(name), form) for name, form in COLUMNS.values()),
         ]
-        typer.echo(f"{record.cell.method:{width}}  {record.cell.settings['context']:>7}  " + "  ".join(cells))
+        for record in good
+    ]
+    print_table(["method", "context", *COLUMNS], rows)
     say("top-1 and top-5: the full cache's most-attended token is the first, or among the first five, when compressed")
