@@ -35,8 +35,8 @@ LAYERS = (
     ("methods",),
     ("ops", "hf_layers"),
     ("kernels", "metrics", "verdict"),
-    ("quantizer", "packing", "rotation"),
-    ("codebook", "grouping", "registry", "results", "texts"),
+    ("quantizer", "packing", "rotation", "statistics"),
+    ("codebook", "grouping", "pareto", "registry", "results", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {

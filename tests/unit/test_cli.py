@@ -54,7 +54,7 @@ def test_bare_command_and_every_command_explain_themselves() -> None:
 
 
 def test_lists_name_everything() -> None:
-    methods, models = (RUNNER.invoke(cli.app, [name]).output for name in ("methods", "models"))
+    methods, models = (RUNNER.invoke(cli.app, words).output for words in (["methods", "--list"], ["models"]))
     assert all(name in methods for name in METHODS)
     assert all(name in models for name in MODELS)
 

@@ -1,4 +1,4 @@
-"""Commands about the models and methods there are, decode speed, and the README's tables."""
+"""Commands about the models there are, decode speed, and the README's tables."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,15 +16,6 @@ def models() -> None:
     here = set(available_models())
     for name, spec in MODELS.items():
         typer.echo(f"{name:24} {'here' if name in here else '':5} {spec.hub_id:40} {spec.note}")
-
-
-@app.command()
-def methods() -> None:
-    """List the methods with their default options."""
-    from turboquant.methods import METHODS
-
-    for cls in METHODS.values():
-        typer.echo(f"{cls()}\n    {cls.title}. {cls.summary}\n    {cls.reference}")
 
 
 @bench.command("decode")

@@ -68,8 +68,8 @@ def generate_bench(
     from turboquant.tasks.generation import EXPERIMENT
 
     read_texts([text])
-    shared = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens, "shortest": shortest}
-    shared |= {"repeats": repeats, "text": text}
+    shared: dict[str, object] = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens}
+    shared |= {"shortest": shortest, "repeats": repeats, "text": text}
     grid = [read_settings(EXPERIMENT.settings, {"batch": rows, **shared}) for rows in batch or (1, 4)]
     cells = cells_for(EXPERIMENT, model, methods, grid, weights)
     records = run_recorded("generate-bench", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)

@@ -137,16 +137,20 @@ def perplexity(
     finish(records, output, started, results={str(r.cell.method): r.metrics for r in measured})
 
 
+def describe(record: "ExperimentRecord") -> None:
+    """Print on what a table was measured."""
+    assert record.model is not None
+    settings = record.cell.settings
+    typer.echo(
+        f"{record.model.name} {record.model.dtype} on {record.environment.device}; {', '.join(settings['texts'])}: "
+        f"{record.metrics['measured_tokens']:.0f} tokens behind {settings['prefill']}; "
+        f"full cache PPL {record.metrics['ppl_full']:.3f}"
+    )
+
+
 def show_perplexity(records: "Sequence[ExperimentRecord]") -> None:
     """Print the table with what it was measured on."""
-    first = records[0]
-    assert first.model is not None
-    settings = first.cell.settings
-    typer.echo(
-        f"{first.model.name} {first.model.dtype} on {first.environment.device}; {', '.join(settings['texts'])}: "
-        f"{first.metrics['measured_tokens']:.0f} tokens behind {settings['prefill']}; "
-        f"full cache PPL {first.metrics['ppl_full']:.3f}"
-    )
+    describe(records[0])
     print_table(PERPLEXITY, [perplexity_row(record) for record in records])
     typer.echo("bits held: everything the cache holds at the end; packed: codes and scales of packed tokens alone.")
 

@@ -1,0 +1,143 @@
+"""`turboquant methods`: every method on the same texts, quality against the bits that it really holds."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turboquant.cli.app import (
+    BitsOption,
+    MethodsOption,
+    ModelOption,
+    OverwriteOption,
+    WeightsOption,
+    app,
+    check_writable,
+    finish,
+    read_methods,
+    run_recorded,
+    say,
+)
+from turboquant.cli.quality import (
+    PERPLEXITY,
+    ChunkOption,
+    TextsOption,
+    describe,
+    perplexity_row,
+    print_table,
+    read_settings,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    from turboquant.methods import Method
+    from turboquant.results import ExperimentRecord
+
+# From 2 to 8 bits a value; other libraries' caches come last, since one that fails has the rest measured one by one.
+GRID = (
+    "full",
+    *(f"turboquant:{bits}" for bits in ("bits=2", "bits=3", "key_bits=4,value_bits=2", "key_bits=4,value_bits=3")),
+    *(f"turboquant:bits={bits}" for bits in (4, 8)),
+    *(f"turboquant-paper:bits={bits}" for bits in (2, 3, 4)),
+    *(f"turboquant-paper:bits={bits},qjl=orthogonal" for bits in (2, 3, 4)),
+    *(f"rtn:bits={bits}" for bits in (3, 4, 8)),
+    *(f"rtn:bits={bits},rotation=hadamard" for bits in (2, 3, 4)),
+    *(f"kivi:bits={bits}" for bits in (2, 4)),
+    "polarquant",
+    "qjl",
+    *(f"hf-quanto:bits={bits}" for bits in (2, 4)),
+    *(f"hf-hqq:bits={bits}" for bits in (2, 4)),
+    "hf-fp8",
+)
+
+
+def usable(grid: Sequence[str]) -> "tuple[list[Method], dict[str, str]]":
+    """Return the methods that can run here, and why each of the others cannot."""
+    from turboquant.methods import parse_method
+
+    methods: list[Method] = []
+    skipped: dict[str, str] = {}
+    for spec in grid:
+        try:
+            method = parse_method(spec)
+            method.foreign_layer()  # another library's package may be missing
+            methods.append(method)
+        except (ValueError, ImportError) as error:
+            skipped[spec] = str(error)
+    return methods, skipped
+
+
+def list_methods() -> None:
+    """Print the methods there are with their default options."""
+    from turboquant.methods import METHODS
+
+    for cls in METHODS.values():
+        typer.echo(f"{cls()}\n    {cls.title}. {cls.summary}\n    {cls.reference}")
+
+
+@app.command()
+def methods(
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the methods with their options; measure nothing.")
+    ] = False,
+    model: ModelOption = "smollm2-135m",
+    method: MethodsOption = None,
+    bits: BitsOption = None,
+    text: TextsOption = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call; not measured.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
+    chunk_tokens: ChunkOption = None,
+    weights: WeightsOption = "auto",
+    output: Annotated[Path, typer.Option(help="One perplexity record a method.")] = Path("results/methods.jsonl"),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Measure all methods side by side (perplexity, KL), sorted by the bits that they hold, with the Pareto front.
+
+    Without --method or --bits a grid from 2 to 8 bits is measured.
+    """
+    if listed:
+        list_methods()
+        return
+    started = time.perf_counter()
+    chosen, skipped = (read_methods(method, GRID, bits), {}) if method or bits else usable(GRID)
+    for spec, reason in skipped.items():
+        say(f"left out: {spec}: {reason}")
+    check_writable(output)
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.perplexity import EXPERIMENT
+
+    values = {"texts": tuple(text) if text else None, "context": context, "prefill": prefill, "windows": windows}
+    settings = read_settings(EXPERIMENT.settings, values | {"chunk_tokens": chunk_tokens})
+    read_texts(settings.texts)
+    cells = cells_for(EXPERIMENT, model, chosen, [settings], weights)
+    records = run_recorded("methods", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
+    measured = sorted(
+        (record for record in records if not record.error), key=lambda record: record.metrics["bits_per_value"] or 0.0
+    )
+    front = show(measured) if measured else {}
+    finish(records, output, started, left_out=skipped, pareto_front=[name for name, mark in front.items() if mark])
+
+
+def show(records: "Sequence[ExperimentRecord]") -> dict[str, str]:
+    """Print the table; return by method on which Pareto fronts (KL against bits held, packed) it is."""
+    from turboquant.pareto import pareto_front
+
+    fronts = [
+        pareto_front([(record.metrics[cost], record.metrics["kl_mean"]) for record in records])
+        for cost in ("bits_per_value", "packed_bits_per_value")
+    ]
+    marks = [
+        " ".join(name for name, on in zip(("held", "packed"), pair, strict=True) if on)
+        for pair in zip(*fronts, strict=True)
+    ]
+    describe(records[0])
+    rows = [[*perplexity_row(record), mark] for record, mark in zip(records, marks, strict=True)]
+    print_table((*PERPLEXITY, "front"), rows)
+    typer.echo(
+        "bits held: everything the cache holds at the end, exact tokens in the model's own dtype; packed: codes and "
+        "scales of packed tokens alone. front: no other method has both fewer of these bits and less KL."
+    )
+    return {str(record.cell.method): mark for record, mark in zip(records, marks, strict=True)}

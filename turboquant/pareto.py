@@ -1,0 +1,29 @@
+"""Which of several choices are worth having: those that no other beats on both cost and loss."""
+
+from collections.abc import Sequence
+
+Point = tuple[float | None, float | None]
+
+
+def pareto_front(points: Sequence[Point]) -> list[bool]:
+    """Return for each point whether no other is at least as good in both numbers and better in one; less is better.
+
+    Args:
+        points: (cost, loss), such as bits per value and KL. A point without a number is never on the front.
+
+    Example:
+        >>> pareto_front([(2.0, 0.5), (4.0, 0.1), (4.5, 0.2), (None, 0.0)])
+        [True, True, False, False]
+    """
+    return [_is_known(point) and not any(_beats(other, point) for other in points) for point in points]
+
+
+def _is_known(point: Point) -> bool:
+    return None not in point
+
+
+def _beats(other: Point, point: Point) -> bool:
+    (a, b), (cost, loss) = other, point
+    if a is None or b is None or cost is None or loss is None:
+        return False
+    return a <= cost and b <= loss and (a < cost or b < loss)
