@@ -1,6 +1,10 @@
 """Hugging Face's own quantized layers beside the plain cache: every operation is right, or clearly refused."""
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -18,10 +22,12 @@ from turboquant.methods import parse_method
 from turboquant.models import tiny_model
 from turboquant.results import Settings
 
-HAVE_QUANTO, HAVE_HQQ = transformers.utils.is_optimum_quanto_available(), transformers.utils.is_hqq_available()
+HAVE_HQQ = transformers.utils.is_hqq_available()
+# quanto compiles its extension at first use.
+HAVE_QUANTO = transformers.utils.is_optimum_quanto_available() and shutil.which("ninja") and shutil.which("c++")
 HAVE_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
 BACKENDS = {
-    "hf-quanto": pytest.mark.skipif(not HAVE_QUANTO, reason="optimum-quanto is not installed"),
+    "hf-quanto": pytest.mark.skipif(not HAVE_QUANTO, reason="needs optimum-quanto, ninja and a C++ compiler"),
     "hf-hqq": pytest.mark.skipif(not HAVE_HQQ, reason="hqq is not installed"),
     "hf-fp8": pytest.mark.skipif(not HAVE_FP8, reason="this transformers has no fp8 cache"),
 }
@@ -247,6 +253,19 @@ def test_a_missing_package_is_named(llama, monkeypatch, spec: str, package: str)
         monkeypatch.setattr(transformers.utils, name, lambda: False)
     with pytest.raises(ImportError, match=f"{spec} needs the package {package}: pip install {package}"):
         build_cache(llama.config, parse_method(spec))
+
+
+@BACKENDS["hf-quanto"]
+def test_without_a_compiler_quanto_says_what_it_needs() -> None:
+    code = (
+        "import torch; from turboquant.methods import parse_method; layer = parse_method('hf-quanto').foreign_layer(); "
+        "layer.update(*torch.randn(2, 1, 2, 8, 64)); layer.dense()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PATH": ""}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    assert "could not build its extension at first use (it needs ninja and a C++ compiler" in done.stderr
 
 
 def test_a_transformers_without_fp8_is_named(llama, monkeypatch) -> None:

@@ -107,6 +107,28 @@ def test_a_crop_that_leaves_no_whole_group_gives_up_packing(spec: str) -> None:
     assert layer.batch_size == 2
 
 
+@pytest.mark.parametrize("spec", ["kivi:residual_length=8,sink_length=2", "qjl:residual_length=0"])
+@pytest.mark.parametrize("pads", [5, 32, 70])
+def test_what_stands_in_pads_never_reaches_a_group(spec: str, pads: int) -> None:
+    """Also where pads end inside a group, and where the first blocks hold nothing else."""
+    states = torch.randn(2, 2, 200, 64, generator=torch.Generator().manual_seed(0))
+    visible = torch.ones(2, 200, dtype=torch.bool)
+    visible[0, :pads] = False
+    dense = []
+    for content in (0.0, 1e4):
+        states[0, :, :pads] = content
+        layer = QuantizedLayer(parse_method(spec), 0)
+        for start in range(0, 200, 50):
+            layer.update(*(states[:, :, start : start + 50],) * 2)
+            layer.compress(visible[:, : start + 50])
+        assert layer.packed_length % 32 == 0
+        assert layer.packed_length >= pads
+        dense.append(layer.dense())
+    for one, two in zip(*dense, strict=True):
+        assert torch.equal(one[0, :, pads:], two[0, :, pads:])
+        assert torch.equal(one[1], two[1])
+
+
 def test_filling_a_layer_is_what_a_prefill_call_does(llama) -> None:
     ids = torch.randint(3, 256, (2, 200), generator=torch.Generator().manual_seed(0))
     plain, expected = (build_cache(llama.config, parse_method(name)) for name in ("full", "turboquant:bits=3"))
