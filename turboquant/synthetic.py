@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from scipy import stats
 from torch import Tensor
 
 from turboquant.codebook import check_bits, check_dim, expected_mse
@@ -22,6 +21,7 @@ from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
 from turboquant.quantizer import Quantizer
 from turboquant.results import Record, Spread
 from turboquant.rotation import RotationKind, qjl_projection, qjl_scale, random_rotation
+from turboquant.statistics import Estimate, estimate
 
 TOLERANCE = 4.0
 """Standard errors, or what is as improbable with few seeds (1 in 16,000), between a measured value and its theory."""
@@ -90,25 +90,6 @@ def theory(bits: int, dim: int) -> Theory:
         lower=4.0**-bits,
         shrink=1 - mse,
     )
-
-
-class Estimate(Record):
-    """A mean over seeds and its standard error."""
-
-    mean: float
-    standard_error: float
-    seeds: int
-
-    def z(self, expected: float, rounding: float = 0.0) -> float:
-        """Return how far off the mean is, as the normal deviate that is as improbable as its t statistic (0 to 99).
-
-        `rounding` is what the storage format alone may add, absolute.
-        """
-        excess = max(0.0, abs(self.mean - expected) - rounding)
-        if excess == 0:
-            return 0.0
-        t = excess / self.standard_error if self.standard_error else math.inf
-        return float(min(99.0, stats.norm.isf(stats.t.sf(t, self.seeds - 1))))
 
 
 class Check(Record):
@@ -233,11 +214,6 @@ def _distortion_of_seed(settings: SyntheticSettings, seed: int) -> dict[str, dic
     return found
 
 
-def _estimate(values: list[float]) -> Estimate:
-    x = torch.tensor(values, dtype=torch.float64)
-    return Estimate(mean=float(x.mean()), standard_error=float(x.std()) / math.sqrt(len(values)), seeds=len(values))
-
-
 def measure_distortion(settings: SyntheticSettings, progress: Progress = lambda _: None) -> Distortion:
     """Measure MSE, inner-product errors and bias over the seeds (sections 3.1 and 3.2).
 
@@ -250,7 +226,7 @@ def measure_distortion(settings: SyntheticSettings, progress: Progress = lambda 
         parts.append(_distortion_of_seed(settings, settings.seed + i))
         progress((i + 1) / settings.seeds)
     means = {
-        figure: {name: _estimate([part[figure][name] for part in parts]) for name in QUANTIZERS} for figure in parts[0]
+        figure: {name: estimate([part[figure][name] for part in parts]) for name in QUANTIZERS} for figure in parts[0]
     }
     exact = theory(settings.bits, settings.dim)
     ratio = exact.prod_gaussian / exact.prod_orthogonal
@@ -258,7 +234,7 @@ def measure_distortion(settings: SyntheticSettings, progress: Progress = lambda 
     return Distortion(
         **means,
         variance_ratio=means["inner_product"]["prod_gaussian"].mean / means["inner_product"]["prod_orthogonal"].mean,
-        variance_gap=_estimate([pair["prod_gaussian"] - ratio * pair["prod_orthogonal"] for pair in pairs]),
+        variance_gap=estimate([pair["prod_gaussian"] - ratio * pair["prod_orthogonal"] for pair in pairs]),
     )
 
 
@@ -283,7 +259,7 @@ def measure_recall(settings: SyntheticSettings, progress: Progress = lambda _: N
             found[name] = float((scores.argmax(-1) == right).double().mean())
         parts.append(found)
         progress((i + 1) / settings.seeds)
-    return {name: _estimate([part[name] for part in parts]) for name in parts[0]}
+    return {name: estimate([part[name] for part in parts]) for name in parts[0]}
 
 
 def measure_throughput(

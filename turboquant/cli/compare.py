@@ -276,7 +276,7 @@ def _side_line(side: "SideResult", packed: bool) -> str:
         parts.append(f"{human_bytes(report.bytes)} held for {report.tokens:,} tokens")
         if report.compressed_tokens:
             parts.append(f"{report.compressed_tokens:,} of them packed")
-            parts.append(f"{report.compression_ratio:.2f}x smaller than 16 bits, everything counted")
+            parts.append(f"{report.compression_ratio:.2f} times the tokens of a 16-bit cache, everything counted")
     return ", ".join(parts)
 
 
