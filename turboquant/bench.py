@@ -1,6 +1,7 @@
 """Timings, as records: sides alternated in one process, medians with their spread, machine and commit noted."""
 
 import statistics
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,9 @@ from turboquant.cache import NothingCompressedError, build_cache, cache_report
 from turboquant.comparison import model_info
 from turboquant.generate import Generation, QueryRecorder, check_length
 from turboquant.methods import METHODS, Method
+from turboquant.metrics import TOP, Pair, Span, compare_layer
 from turboquant.models import LoadedModel
-from turboquant.results import CacheReport, DecodeBench, Settings, Spread, environment
+from turboquant.results import CacheReport, DecodeBench, MetricsBench, Settings, Spread, environment
 
 
 def _spread(values: list[float]) -> Spread:
@@ -101,4 +103,94 @@ def bench_decode(
         full_prefill_ms=_spread(prefills[0]),
         prefill_ms=_spread(prefills[1]),
         report=report,
+    )
+
+
+def compare_head_by_head(query: Tensor, full: Pair, served: Pair, scaling: float, packed: Span) -> dict[str, Tensor]:
+    """What `compare_layer` says of all tokens (but the needle), the obvious way: head by head, query by query.
+
+    Returns:
+        The figures of `compare_layer`'s `served`, and of its `packed` with that before their names, (heads, queries).
+    """
+    heads, queries = query.shape[:2]
+    tokens, groups = full[0].shape[1], heads // full[0].shape[0]
+    rows: dict[str, list[float]] = {}
+    for head in range(heads):
+        keys, values = ([side[i][head // groups] for side in (full, served)] for i in (0, 1))
+        for row in range(queries):
+            seen = tokens - queries + row + 1
+            scores = [side[:seen] @ query[head, row] for side in keys]
+            outputs = [(s * scaling).softmax(-1) @ v[:seen] for s, v in zip(scores, values, strict=True)]
+            found = {"output_error": float((outputs[1] - outputs[0]).norm() / outputs[0].norm())}
+            for name, part in (("", slice(0, seen)), ("packed_", packed.places)):
+                one, two = (s[part] for s in scores)
+                weights = (one * scaling).softmax(-1), (two * scaling).softmax(-1)
+                best = int(one.argmax())
+                found |= {
+                    f"{name}cosine_scores": float(torch.cosine_similarity(one, two, dim=0)),
+                    f"{name}cosine_weights": float(torch.cosine_similarity(weights[0], weights[1], dim=0)),
+                    f"{name}top1": float(int(two.argmax()) == best),
+                    f"{name}top5": float(best in two.topk(TOP).indices.tolist()),
+                }
+            for name, value in found.items():
+                rows.setdefault(name, []).append(value)
+    return {name: torch.tensor(values).view(heads, queries) for name, values in rows.items()}
+
+
+def bench_metrics(
+    tokens: int, *, queries: int = 64, heads: int = 9, kv_heads: int = 3, head_dim: int = 64, repeats: int = 5
+) -> MetricsBench:
+    """Time one layer's head metrics, all heads at once against the obvious loop, in turn.
+
+    What is compared is random: the time does not depend on it. It runs where a model would run. One run of each side
+    warms up and must give the same figures.
+
+    Args:
+        tokens: Keys, more than queries and at least 16 more.
+        queries: Queries a head.
+        heads: Query heads, a multiple of `kv_heads`.
+        kv_heads: KV heads.
+        head_dim: Dimension of a head.
+        repeats: Runs that count.
+
+    Raises:
+        ValueError: If the sizes do not go together.
+    """
+    if tokens < queries + 16 or queries < 1 or repeats < 1 or heads % kv_heads:
+        raise ValueError(
+            "a benchmark of metrics needs 1 query, 16 tokens more than queries, 1 repeat and whole groups of heads, "
+            f"got {queries} queries, {tokens} tokens, {repeats} repeats and {heads} heads on {kv_heads}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    query, *states = (
+        torch.randn(count, length, head_dim, generator=generator).to(device)
+        for count, length in ((heads, queries), *[(kv_heads, tokens)] * 4)
+    )
+    full = states[0], states[1]
+    served = states[0] + 0.2 * states[2], states[1] + 0.2 * states[3]
+    packed, scaling = Span(4, tokens - queries), head_dim**-0.5
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        fast = compare_layer(query, full, served, scaling, packed, Span(4, 8))
+        between = time.perf_counter()
+        slow = compare_head_by_head(query, full, served, scaling, packed)
+        times[1].append(1e3 * (time.perf_counter() - between))
+        times[0].append(1e3 * (between - started))
+    same = fast["served"] | {f"packed_{name}": value for name, value in fast["packed"].items()}
+    for name, value in slow.items():
+        torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-4)
+    own, loop = (_spread(values[1:]) for values in times)
+    return MetricsBench(
+        environment=environment(device),
+        query_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        tokens=tokens,
+        queries=queries,
+        repeats=repeats,
+        vectorised_ms=own,
+        loop_ms=loop,
+        ratio=loop.median / own.median,
     )

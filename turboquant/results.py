@@ -254,6 +254,25 @@ class DecodeBench(Record):
     report: CacheReport
 
 
+class MetricsBench(Record):
+    """Time to compare the attention of one layer's heads: all at once, and in the obvious loop over heads and queries.
+
+    `ratio` compares medians, loop over vectorised.
+    """
+
+    kind: Literal["bench-metrics"] = "bench-metrics"
+    environment: Environment
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    queries: int
+    repeats: int
+    vectorised_ms: Spread
+    loop_ms: Spread
+    ratio: float
+
+
 class Cell(Record):
     """What an experiment measures once: a record's identity. Two records of one cell measured the same thing.
 
