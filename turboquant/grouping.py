@@ -1,7 +1,7 @@
 """Groups of channels that share a scale, and the float16 in which scales are stored."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 FP16_MAX = 65504.0
@@ -12,7 +12,7 @@ def half(x: Tensor) -> Tensor:
     return x.clamp(-FP16_MAX, FP16_MAX).half()
 
 
-def channel_groups(x: Float[Tensor, "*batch dim"], size: int) -> Float[Tensor, "*batch groups size"]:
+def channel_groups(x: Shaped[Tensor, "*batch dim"], size: int) -> Shaped[Tensor, "*batch groups size"]:
     """Split vectors into groups of `size` channels; the last channel is repeated where the last group is short.
 
     A repeated channel changes neither the least nor the greatest value of its group.
@@ -23,6 +23,6 @@ def channel_groups(x: Float[Tensor, "*batch dim"], size: int) -> Float[Tensor, "
     return x.unflatten(-1, (-1, size))
 
 
-def ungrouped(groups: Float[Tensor, "*batch groups size"], dim: int) -> Float[Tensor, "*batch dim"]:
+def ungrouped(groups: Shaped[Tensor, "*batch groups size"], dim: int) -> Shaped[Tensor, "*batch dim"]:
     """Invert `channel_groups` for vectors of `dim` channels."""
     return groups.flatten(-2)[..., :dim]
