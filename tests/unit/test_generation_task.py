@@ -23,7 +23,7 @@ from turboquant.tasks.generation import (
     generate_batch,
 )
 
-SMALL = GenerationSettings(context=160, new_tokens=12, batch=3, repeats=2)
+SMALL = GenerationSettings(context=260, new_tokens=12, batch=3, repeats=2)
 FULL = METHODS["full"]()
 
 
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_generate(tiny: LoadedModel, spec: str, shortest: fl
 def test_rows_do_not_see_each_other_or_their_padding(tiny: LoadedModel) -> None:
     prompts = build_prompts(tiny, SMALL.model_copy(update={"shortest": 0.5}))
     assert prompts.mask is not None
-    assert prompts.mask.sum(dim=1).tolist() == [148, 111, 74]
+    assert prompts.mask.sum(dim=1).tolist() == [248, 186, 124]
     together = generate_batch(tiny, prompts, build_cache(tiny.model.config, Lossless()), 12, Watch()).tokens
     for row in range(3):
         alone = Prompts(prompts.ids[row : row + 1, ~prompts.mask[row].logical_not()], None)
@@ -72,7 +72,7 @@ def test_rows_do_not_see_each_other_or_their_padding(tiny: LoadedModel) -> None:
 
 def test_rows_read_different_places(tiny: LoadedModel) -> None:
     ids = build_prompts(tiny, SMALL).ids
-    assert ids.shape == (3, 148)
+    assert ids.shape == (3, 248)
     assert len({tuple(row.tolist()) for row in ids}) == 3
 
 
@@ -85,7 +85,7 @@ def test_bytes_at_every_step_are_those_of_the_cache(tiny: LoadedModel, found: di
     generate_batch(tiny, prompts, cache, 12, Watch())
     assert detail["cache_bytes"][-1] == cache_bytes(cache) == found[method].metrics["cache_bytes"]
     values = 2 * 2 * 2 * 64  # keys and values, layers, heads, dims
-    assert detail["full_cache_bytes"] == [3 * tokens * values * 4 for tokens in range(148, 160)]
+    assert detail["full_cache_bytes"] == [3 * tokens * values * 4 for tokens in range(248, 260)]
     assert detail["cache_bytes"][-1] < detail["full_cache_bytes"][-1]
 
 
@@ -153,10 +153,10 @@ def test_settings_are_checked() -> None:
 
 
 def test_a_method_that_packs_nothing_has_no_figure_and_the_others_have(tiny: LoadedModel) -> None:
-    methods = [parse_method("turboquant:residual_length=150"), parse_method("rtn:bits=4")]
+    methods = [parse_method("turboquant:residual_length=250"), parse_method("rtn:bits=4")]
     measured = EXPERIMENT.run(tiny, methods, SMALL, Watch())
     assert next(measured)[0] == methods[1]
-    with pytest.raises(NothingCompressedError, match="packed none of 160 tokens"):
+    with pytest.raises(NothingCompressedError, match="packed none of 260 tokens"):
         next(measured)
     assert EXPERIMENTS["generation"] is EXPERIMENT
 
