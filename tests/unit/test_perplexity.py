@@ -82,6 +82,20 @@ def test_chunks_give_what_token_by_token_gives(tiny: LoadedModel, spec: str) -> 
         assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("spec", ["hf-quanto:bits=2,residual_length=32", "hf-hqq:bits=2,residual_length=32", "hf-fp8"])
+def test_caches_of_other_libraries(tiny: LoadedModel, spec: str) -> None:
+    try:
+        parse_method(spec).foreign_layer()
+    except ImportError as error:
+        pytest.skip(str(error))
+    found, slow = measure(tiny, spec).metrics, token_by_token(tiny, spec, SMALL)
+    assert found["kl_mean"] > 1e-5
+    for name, value in slow.items():
+        assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    coarse = measure(tiny, spec, SMALL.model_copy(update={"chunk_tokens": 40})).metrics
+    assert coarse["ppl_full"] == pytest.approx(found["ppl_full"], rel=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "phi", "gemma3", "mistral"])
 def test_other_models(architecture: str) -> None:
     loaded = tiny_loaded(architecture)
