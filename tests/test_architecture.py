@@ -24,7 +24,7 @@ LAYERS = (
     ("sweep", "report"),
     ("tasks",),
     ("experiments", "bench", "plots", "session"),
-    ("comparison", "evaluation", "synthetic"),
+    ("comparison", "evaluation", "summary", "synthetic"),
     ("memory", "probe"),
     ("generate",),
     ("models",),

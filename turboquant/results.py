@@ -254,25 +254,6 @@ class DecodeBench(Record):
     report: CacheReport
 
 
-class MetricsBench(Record):
-    """Time to compare the attention of one layer's heads: all at once, and in the obvious loop over heads and queries.
-
-    `ratio` compares medians, loop over vectorised.
-    """
-
-    kind: Literal["bench-metrics"] = "bench-metrics"
-    environment: Environment
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    tokens: int
-    queries: int
-    repeats: int
-    vectorised_ms: Spread
-    loop_ms: Spread
-    ratio: float
-
-
 class Cell(Record):
     """What an experiment measures once: a record's identity. Two records of one cell measured the same thing.
 
@@ -334,9 +315,6 @@ def append_record(record: Record, path: Path) -> None:
 
     The line goes out under a lock, so that several processes may append to one file, and is on the disk when this
     returns. What an interrupted write left at the end of the file (the start of a record) is cut off first.
-
-    Raises:
-        OSError: If the line cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json().encode() + b"\n"
@@ -365,11 +343,10 @@ def _mend(file: BinaryIO) -> None:
 
 
 def _is_json(line: bytes) -> bool:
-    try:
+    with contextlib.suppress(ValueError):
         json.loads(line)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def read_records(path: Path) -> list[ExperimentRecord]:

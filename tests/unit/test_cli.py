@@ -12,8 +12,7 @@ from turboquant.cache import NothingCompressedError
 from turboquant.methods import METHODS, parse_method
 from turboquant.models import MODELS, LoadedModel, tiny_model
 from turboquant.registry import ModelSpec
-from turboquant.report import decode_table, fill_readme, load_decode_benches
-from turboquant.results import DecodeBench, append_record
+from turboquant.results import DecodeBench
 
 RUNNER = CliRunner()
 
@@ -113,27 +112,8 @@ def test_bench_records_and_the_readme_table_comes_from_them(tiny, tmp_path: Path
     assert RUNNER.invoke(cli.app, ["report", "--check", *paths]).exit_code == 0
 
 
-def test_the_newest_record_of_a_case_is_shown(tiny, tmp_path: Path) -> None:
-    record = bench_decode(tiny, parse_method("turboquant"), prompt_tokens=150, new_tokens=3, repeats=1)
-    older = record.model_copy(update={"environment": record.environment.model_copy(update={"created": "2020-01-01"})})
-    for one in (record, older):
-        append_record(one, tmp_path / "a.jsonl")
-    assert load_decode_benches(tmp_path) == [record]
-    assert record.environment.created[:10] in decode_table([record])
-
-
-def test_a_readme_without_a_place_for_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no place for results"):
-        fill_readme("nothing here", tmp_path)
-
-
 def test_a_bench_that_packs_nothing_has_no_figure(tiny) -> None:
     with pytest.raises(NothingCompressedError, match=r"packed none of 13 tokens"):
         bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=4, repeats=1)
     with pytest.raises(ValueError, match="at least 1 prompt token, 2 new tokens and 1 repeat"):
         bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=1)
-
-
-def test_the_projects_own_readme_is_up_to_date() -> None:
-    root = Path(__file__).resolve().parents[2]
-    assert fill_readme((root / "README.md").read_text(), root / "results") == (root / "README.md").read_text()

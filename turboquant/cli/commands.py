@@ -1,4 +1,4 @@
-"""Commands about the models there are, decode speed, and the README's tables."""
+"""Commands about the models and methods there are, and decode speed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -52,23 +52,3 @@ def bench_decode_command(
         except (NothingCompressedError, OSError) as error:
             fail(error, 1)
         typer.echo(record.model_dump_json())
-
-
-@app.command()
-def report(
-    readme: Annotated[Path, typer.Option(help="The file to fill.")] = Path("README.md"),
-    results: Annotated[Path, typer.Option(help="The folder of records.")] = Path("results"),
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the tables are stale.")] = False,
-) -> None:
-    """Fill the README's tables from the records."""
-    from turboquant.report import fill_readme
-
-    before = readme.read_text(encoding="utf-8")
-    try:
-        after = fill_readme(before, results)
-    except ValueError as error:
-        fail(error, 1)
-    if check and after != before:
-        fail(ValueError(f"the tables in {readme} are stale: run `turboquant report`"), 1)
-    if not check:
-        readme.write_text(after, encoding="utf-8")

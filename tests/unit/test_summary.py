@@ -1,0 +1,112 @@
+"""What reports read, which records count, and what is averaged."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sample_records import record, where, write
+from turboquant.evaluation import write_document
+from turboquant.report import ReportError, build_report, read_results
+from turboquant.summary import measured_on, summarize
+
+
+def test_the_newest_record_of_a_cell_wins_wherever_it_stands(tmp_path: Path) -> None:
+    new, old = record(day=9), record(day=2)
+    write(tmp_path / "a.jsonl", new)
+    write(tmp_path / "b" / "b.jsonl", old, record(context=512))
+    assert [one for one, _ in read_results([tmp_path]).records] == [new, record(context=512)]
+
+
+def test_a_failure_counts_only_where_nothing_succeeded(tmp_path: Path) -> None:
+    good, bad = record(day=1), record(day=9, error="too big", metrics={}, cache=None)
+    other = record(context=99, error="too big", metrics={})
+    path = write(tmp_path / "a.jsonl", good, bad, other)
+    assert [one for one, _ in read_results([path]).records] == [good, other]
+    sections = build_report(read_results([path]))
+    assert sections[-1].title == "Failures"
+    assert sections[-1].tables[0].rows == ((str(other.cell), "too big", "2026-01-01"),)
+
+
+def test_outputs_of_evaluate_are_read(tmp_path: Path) -> None:
+    one, several = tmp_path / "one.json", tmp_path / "several.json"
+    records = [record("turboquant:bits=4", 512), record("turboquant:bits=4", 1024)]
+    write_document(records, one)
+    write_document([*records, record("turboquant:bits=2", 512)], several)
+    assert [found for found, _ in read_results([one]).records] == records
+    assert len(read_results([several]).records) == 3
+    assert len(read_results([tmp_path]).records) == 3
+
+
+def test_half_a_line_is_passed_over_and_other_benchmarks_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", record())
+    with path.open("a") as file:
+        file.write('{"kind":"bench-metrics","ratio":20}\n{"kind":"experi')
+    assert len(read_results([path]).records) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "hello\n", "line 1 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '{"kind":"experiment"}\n', r"line 1 of .*neither an experiment record nor a benchmark \(cell"),
+        ("a.jsonl", '{"kind":"bench-decode"}\n', "line 1 of .*neither"),
+        ("a.json", '{"by_context": ', "a.json is broken"),
+        ("a.json", '{"record": {"kind": "experiment"}}', "a.json is broken"),
+    ],
+)
+def test_what_is_no_record_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ReportError, match=message):
+        read_results([tmp_path])
+    with pytest.raises(ReportError, match="does not exist"):
+        read_results([tmp_path / "none"])
+
+
+def test_figures_are_means_across_contexts_whatever_the_number_of_seeds() -> None:
+    records = [record("turboquant:bits=4", 512, settings={"seed": seed}) for seed in range(3)]
+    records.append(record("turboquant:bits=4,seed=7", 1024))
+    [summary] = summarize(records)
+    assert summary.method == "turboquant:bits=4"
+    assert summary.contexts == (512, 1024)
+    assert summary.records == 4
+    expected = [record("turboquant:bits=4", context).metrics["kl_mean"] or 0.0 for context in (512, 1024)]
+    assert summary.metrics["kl_mean"] == pytest.approx(sum(expected) / 2)
+    assert summary.metrics["bits_per_value"] == pytest.approx(4.25)
+    assert summary.by_context[512]["kl_mean"] == pytest.approx(expected[0])
+
+
+def test_other_settings_weights_models_and_experiments_stay_apart() -> None:
+    base = record("turboquant:bits=4")
+    others = [
+        record("turboquant:bits=4", settings={"filler": "persuasion"}),
+        record("turboquant:bits=4", model="other"),
+        record("turboquant:bits=4", experiment="perplexity"),
+        base.model_copy(update={"cell": base.cell.model_copy(update={"weights": "4bit"})}),
+        record("turboquant:bits=3"),
+    ]
+    assert len(summarize([base, *others])) == 6
+
+
+def test_bits_and_family_come_from_the_method() -> None:
+    named = ("turboquant:bits=3,residual_length=16", "turboquant:key_bits=4,value_bits=2", "full", "gone:bits=3")
+    found = {one.method: (one.family, one.bits) for one in summarize([record(name) for name in named])}
+    assert found == {
+        named[0]: ("turboquant:residual_length=16", 3),
+        named[1]: ("turboquant:keys and values apart", 3),
+        named[2]: ("full", None),
+        named[3]: ("gone", None),
+    }
+
+
+def test_a_figure_that_some_records_lack_is_the_mean_of_the_others() -> None:
+    with_none = record(context=512).model_copy(update={"metrics": {"needle_rank": None, "kl_mean": 1.0}})
+    with_both = record(context=1024).model_copy(update={"metrics": {"needle_rank": 3.0, "kl_mean": 2.0}})
+    [summary] = summarize([with_none, with_both])
+    assert summary.metrics["needle_rank"] == 3.0
+    assert summary.metrics["kl_mean"] == 1.5
+
+
+def test_the_place_of_a_measurement_is_said() -> None:
+    assert measured_on([where()]) == "Measured 2026-01-01 on cpu: Some Processor, 2 threads, commit abc123."
+    several = measured_on([where(3, None), where(1)])
+    assert several == "Measured 2026-01-01 to 2026-01-03 on cpu: Some Processor, 2 threads, commit abc123, no commit."

@@ -1,0 +1,84 @@
+"""The README's tables, made from records: each stands between a marker with its name and an end marker."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from turboquant.report.tables import by_group, comparison_table, decode_table, front_table, needle_table
+from turboquant.summary import ReportError, Results, read_results, summarize
+
+START, END = "<!-- results: {name} -->", "<!-- end of results -->"
+_PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)
+
+
+def _decode(results: Results) -> str:
+    return decode_table(results.benches).markdown() if results.benches else ""
+
+
+def _comparison(experiment: str, file: str = "") -> Callable[[Results], str]:
+    def table(results: Results) -> str:
+        groups = by_group(summarize(results.of(experiment, file)))
+        return "\n\n".join(comparison_table(group).markdown() for _, _, group in groups)
+
+    return table
+
+
+def _methods(results: Results) -> str:
+    groups = by_group(summarize(results.of("perplexity", "methods")))
+    return "\n\n".join(front_table(group).markdown() for _, _, group in groups)
+
+
+def _needle(results: Results) -> str:
+    groups = by_group(summarize(results.of("needle")))
+    return "\n\n".join(needle_table(group).markdown() for _, _, group in groups)
+
+
+README_TABLES: dict[str, Callable[[Results], str]] = {
+    "decode": _decode,
+    "methods": _methods,
+    "evaluate": _comparison("attention"),
+    "perplexity": _comparison("perplexity", "perplexity"),
+    "needle": _needle,
+    "generation": _comparison("generation"),
+    "variance": _comparison("variance"),
+    "validate": _comparison("validate"),
+    "sweep": _comparison("perplexity", "sweep"),
+}
+"""What may stand in a README: a function for each name, which returns Markdown, or nothing if there are no records."""
+
+
+def fill_readme(readme: str, *places: Path) -> tuple[str, list[str]]:
+    """Make a README's tables anew.
+
+    Args:
+        readme: Its text.
+        places: Files and folders of records.
+
+    Returns:
+        The new text, and the names of the tables that were stale.
+
+    Raises:
+        ReportError: If there is no place for a table, a name is unknown, a table has no records or no end.
+    """
+    results = read_results(places)
+    stale: list[str] = []
+
+    def fill(place: re.Match[str]) -> str:
+        name = place["name"]
+        if name not in README_TABLES:
+            raise ReportError(f"the README asks for the table {name!r}: choose from {', '.join(README_TABLES)}")
+        if not place["end"]:
+            raise ReportError(f"the README's table {name!r} has no end: {END} is missing")
+        table = README_TABLES[name](results)
+        if not table:
+            where = ", ".join(map(str, places))
+            raise ReportError(f"the README asks for the table {name!r}, and {where} has no records for it")
+        text = f"{START.format(name=name)}\n{table}\n{END}"
+        if text != place[0]:
+            stale.append(name)
+        return text
+
+    filled, count = _PLACE.subn(fill, readme)
+    if not count:
+        raise ReportError(f"the README has no place for results: {START.format(name='decode')} ... {END} is missing")
+    return filled, stale

@@ -1,0 +1,234 @@
+"""Tables: plain rows that print as Markdown and go into pages."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from turboquant.pareto import pareto_front
+from turboquant.results import DecodeBench
+from turboquant.summary import ROW_SETTINGS, Summary, measured_on
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("compression_ratio", "bits_per_value", "cosine_similarity", "top1_match_pct", "top5_match_pct"),
+        *("kl_mean", "same_top_pct", "needle_rank_full", "needle_rank"),
+    ),
+    "perplexity": (
+        *("bits_per_value", "packed_bits_per_value", "compression_ratio", "ppl_full", "ppl", "delta_ppl_pct"),
+        *("kl_mean", "kl_p99", "same_top_pct"),
+    ),
+    "needle": ("bits_per_value", "compression_ratio", "success_full_pct", "success_pct"),
+    "generation": (
+        *("full_tokens_per_second", "tokens_per_second", "speed_ratio", "full_time_to_first_token_ms"),
+        *("time_to_first_token_ms", "encode_step_ms", "bits_per_value", "compression_ratio", "same_tokens_pct"),
+    ),
+    "validate": ("mse", "mse_theory", "inner_product_prod_gaussian", "inner_product_prod_gaussian_theory"),
+}
+"""The figures that a table shows, by experiment; of other experiments every figure is shown."""
+
+NONE = "-"
+"""Stands for a figure that could not be had."""
+
+LABELS = {
+    "bits_per_value": "bits a value held",
+    "packed_bits_per_value": "bits a packed value",
+    "compression_ratio": "compression",
+    "cosine_similarity": "cosine",
+    "top1_match_pct": "top-1 match, %",
+    "top5_match_pct": "top-5 match, %",
+    "kl_mean": "KL, nats",
+    "kl_p99": "KL, 99th percentile",
+    "same_top_pct": "same top token, %",
+    "delta_ppl_pct": "perplexity change, %",
+    "ppl_full": "perplexity, full",
+    "ppl": "perplexity",
+    "needle_rank_full": "needle rank, full",
+    "needle_rank": "needle rank",
+    "success_full_pct": "found, full, %",
+    "success_pct": "found, %",
+    "full_tokens_per_second": "full, tokens/s",
+    "tokens_per_second": "tokens/s",
+    "speed_ratio": "speed ratio",
+    "mse": "MSE",
+    "mse_theory": "MSE, theory",
+    "inner_product_prod_gaussian": "inner product, prod",
+    "inner_product_prod_gaussian_theory": "inner product, theory",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text.
+
+    Attributes:
+        title: What it shows; "" for none.
+        columns: Their names.
+        rows: Cells as shown; text in backquotes is code.
+        note: A line below: where and when this was measured.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, with its note below."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        text = text.replace("| --- |", "|---|").replace(" --- |", "---|")
+        return f"{text}\n\n{self.note}" if self.note else text
+
+
+def label(metric: str) -> str:
+    """Return a metric's name for people."""
+    if metric in LABELS:
+        return LABELS[metric]
+    for ending, unit in (("_pct", ", %"), ("_ms", ", ms"), ("_bytes", ", bytes"), ("_tokens_per_second", ", tokens/s")):
+        if metric.endswith(ending):
+            return metric.removesuffix(ending).replace("_", " ") + unit
+    return metric.replace("_", " ")
+
+
+def number(metric: str, value: float | None) -> str:
+    """Return a figure as shown; one that could not be had is a dash."""
+    if value is None:
+        return NONE
+    if metric.endswith(("_pct", "_tokens_per_second")) or metric == "tokens_per_second":
+        return f"{value:.1f}"
+    if metric.endswith("_bytes"):
+        return f"{value:,.0f}"
+    if metric.startswith("needle_rank"):
+        return f"{value:.0f}"
+    if metric.startswith("kl") or "mse" in metric or "inner_product" in metric:
+        return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+    if "cosine" in metric:
+        return f"{value:.4f}"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def code(text: str | None) -> str:
+    """Return a name as code."""
+    return f"`{text}`" if text else NONE
+
+
+def contexts_of(summary: Summary) -> str:
+    """Return the contexts that were averaged, as shown."""
+    named = [f"{c:,}" for c in summary.contexts if c]
+    return ", ".join(named) or NONE if len(named) < 3 else f"{len(named)}, {named[0]} to {named[-1]}"
+
+
+def comparison_table(summaries: Sequence[Summary], title: str = "", metrics: Sequence[str] | None = None) -> Table:
+    """Return the comparison of methods: means across contexts, a row for each model and method.
+
+    Args:
+        summaries: Of one experiment under the same settings.
+        title: Of the table.
+        metrics: The columns; by default those of `COLUMNS` that were measured.
+    """
+    names = metrics or _metrics(summaries)
+    weights = len({(one.model, one.weights) for one in summaries}) > len({one.model for one in summaries})
+    fields: list[tuple[str, Callable[[Summary], str]]] = [
+        ("model", lambda one: (one.model or NONE) + (f", {one.weights}" if weights else "")),
+        *((name, _from_row(name)) for name in ROW_SETTINGS if any(name in dict(one.row) for one in summaries)),
+        ("method", lambda one: code(one.method)),
+        ("contexts", contexts_of),
+        *((label(name), _from_metrics(name)) for name in names),
+        ("records", lambda one: str(one.records)),
+    ]
+    cells = [(name, [get(one) for one in summaries]) for name, get in fields]
+    kept = [(name, column) for name, column in cells if set(column) != {NONE}]
+    note = measured_on(environment for one in summaries for environment in one.environments)
+    settings = f" Settings: {summaries[0].settings}." if summaries[0].settings else ""
+    rows = tuple(zip(*(column for _, column in kept), strict=True))
+    return Table(title, tuple(name for name, _ in kept), rows, note + settings)
+
+
+def _metrics(summaries: Sequence[Summary]) -> list[str]:
+    held = dict.fromkeys(name for one in summaries for name in one.metrics if not name.endswith("bytes_per_token"))
+    known = COLUMNS.get(summaries[0].experiment)
+    return [name for name in known if name in held] if known else list(held)
+
+
+def _from_row(name: str) -> Callable[[Summary], str]:
+    return lambda one: str(dict(one.row).get(name, NONE))
+
+
+def _from_metrics(name: str) -> Callable[[Summary], str]:
+    return lambda one: number(name, one.metrics.get(name))
+
+
+def front_table(summaries: Sequence[Summary], title: str = "") -> Table:
+    """Return methods by the bits they really held, with the Pareto front of mean KL marked, model by model."""
+    usable = [one for one in summaries if {"bits_per_value", "kl_mean"} <= one.metrics.keys() and one.method != "full"]
+    rows: list[Summary] = []
+    marks: dict[int, str] = {}
+    for _, group in groupby(usable, key=lambda one: (one.model, one.weights)):
+        part = sorted(group, key=lambda one: one.metrics["bits_per_value"])
+        front = pareto_front([(one.metrics["bits_per_value"], one.metrics["kl_mean"]) for one in part])
+        marks.update({id(one): "yes" if on else "" for one, on in zip(part, front, strict=True)})
+        rows += part
+    if not rows:
+        return Table(title, (), ())
+    table = comparison_table(rows, title)
+    marked = tuple((*row, marks[id(one)]) for row, one in zip(table.rows, rows, strict=True))
+    return Table(title, (*table.columns, "on the front"), marked, table.note)
+
+
+def needle_table(summaries: Sequence[Summary]) -> Table:
+    """Return how often the needle was found: a row for each model and method, a column for each context."""
+    contexts = sorted({c for one in summaries for c in one.contexts})
+
+    def cell(one: Summary, context: int) -> str:
+        found = one.by_context.get(context, {})
+        return f"{number('_pct', found.get('success_pct'))} ({number('_pct', found.get('success_full_pct'))})"
+
+    rows = tuple(
+        (
+            one.model or NONE,
+            code(one.method),
+            number("", one.metrics.get("bits_per_value")),
+            *(cell(one, context) for context in contexts),
+        )
+        for one in summaries
+    )
+    names = tuple(f"found at {context:,}, % (full)" for context in contexts)
+    note = measured_on(environment for one in summaries for environment in one.environments)
+    return Table("", ("model", "method", "bits a value held", *names), rows, note)
+
+
+def decode_table(records: Sequence[DecodeBench]) -> Table:
+    """Return decode speed, with hardware and commit in every row."""
+    rows: list[tuple[str, ...]] = []
+    for r in sorted(records, key=lambda r: (r.model.name, r.prompt_tokens, r.method)):
+        where = f"{r.environment.device}, {r.environment.cpu_threads} threads, {r.environment.created[:10]}"
+        rows.append(
+            (
+                f"{r.model.name}, {r.model.weights}",
+                code(r.method),
+                f"{r.prompt_tokens} + {r.new_tokens}",
+                f"{r.full_tokens_per_second.median:.1f}",
+                f"{r.tokens_per_second.median:.1f}",
+                f"{r.ratio:.2f}",
+                f"{r.report.bits_per_value:.2f}",
+                f"{where}, {r.environment.commit or 'no commit'}",
+            )
+        )
+    names = ("model, weights", "method", "prompt + new tokens", "full, tokens/s", "compressed, tokens/s", "ratio")
+    return Table("", (*names, "bits a value held", "measured on"), tuple(rows))
+
+
+def by_group(summaries: Sequence[Summary]) -> list[tuple[str, str, list[Summary]]]:
+    """Return summaries that may stand in one table: those of one experiment under the same settings."""
+
+    def key(one: Summary) -> tuple[str, str]:
+        return one.experiment, one.settings
+
+    return [(*name, list(group)) for name, group in groupby(sorted(summaries, key=key), key=key)]
+
+
+def failures_table(failed: Sequence[Any]) -> Table:
+    """Return the cells that failed, with their errors."""
+    rows = tuple((str(record.cell), record.error or "", record.environment.created[:10]) for record in failed)
+    return Table("Cells that failed", ("cell", "error", "when"), rows)

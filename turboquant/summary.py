@@ -1,0 +1,274 @@
+"""Any set of records as a few numbers: read them, keep the newest of each cell, average over contexts and seeds."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import ValidationError
+
+from turboquant.methods import parse_method
+from turboquant.results import DecodeBench, Environment, ExperimentRecord
+
+CONTEXT_SETTINGS = ("context", "tokens")
+AVERAGED = frozenset((*CONTEXT_SETTINGS, "seed", "seeds", "depth", "rotation_seed", "sampling_seed", "repetition"))
+"""Settings over which figures are averaged; the others keep records apart."""
+ROW_SETTINGS = ("dim", "bits", "batch")
+"""Settings that name a row of a table beside the method."""
+
+
+class ReportError(ValueError):
+    """A file cannot be read, or what was asked for is not in the records."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was read: experiment records with the file each came from, and decode benchmarks; the newest of each."""
+
+    records: tuple[tuple[ExperimentRecord, Path], ...] = ()
+    benches: tuple[DecodeBench, ...] = ()
+
+    def of(self, experiment: str, file: str = "") -> list[ExperimentRecord]:
+        """Return the records of an experiment that did not fail, from files whose names begin so."""
+        return [
+            record
+            for record, path in self.records
+            if record.error is None and record.cell.experiment == experiment and path.name.startswith(file)
+        ]
+
+
+def read_results(places: Iterable[Path]) -> Results:
+    """Read files of records, and folders with such files: `.jsonl` records and decode benchmarks, `evaluate`'s `.json`.
+
+    Of several records of one cell the newest is kept, one that failed only where none succeeded.
+
+    Raises:
+        ReportError: If a place is missing or a line is neither; names file and line.
+    """
+    records: dict[str, tuple[ExperimentRecord, Path]] = {}
+    benches: dict[tuple[object, ...], DecodeBench] = {}
+    for path in _files(places):
+        for found in _read_document(path) if path.suffix == ".json" else _read_lines(path):
+            if isinstance(found, ExperimentRecord):
+                before = records.get(found.cell.key)
+                if before is None or _rank(before[0]) <= _rank(found):
+                    records[found.cell.key] = (found, path)
+            else:
+                key = (found.model.name, found.method, found.prompt_tokens, found.new_tokens, found.environment.device)
+                if key not in benches or benches[key].environment.created <= found.environment.created:
+                    benches[key] = found
+    return Results(tuple(records.values()), tuple(benches.values()))
+
+
+def _rank(record: ExperimentRecord) -> tuple[bool, str]:
+    return record.error is None, record.environment.created
+
+
+def _files(places: Iterable[Path]) -> list[Path]:
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += sorted(path for path in place.rglob("*") if path.suffix in (".jsonl", ".json"))
+        elif place.exists():
+            found.append(place)
+        else:
+            raise ReportError(f"{place} does not exist")
+    return list(dict.fromkeys(found))
+
+
+def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench]:
+    *lines, torn = path.read_bytes().split(b"\n")
+    read = (_read_line(line, f"line {i} of {path}") for i, line in enumerate(lines, start=1) if line.strip())
+    found = [record for record in read if record]
+    if torn.strip():  # an interrupted write leaves half a line, an editor a whole one
+        with contextlib.suppress(ReportError):
+            found += filter(None, [_read_line(torn, "")])
+    return found
+
+
+def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | None:
+    """Read a line; benchmarks of other kinds, which no report shows, are None."""
+    try:
+        content = json.loads(line)
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if isinstance(kind, str) and kind.startswith("bench-") and kind != "bench-decode":
+            return None
+        return (DecodeBench if kind == "bench-decode" else ExperimentRecord).model_validate_json(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ReportError(f"{where} is not JSON") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "JSON"
+        raise ReportError(
+            f"{where} is neither an experiment record nor a benchmark ({place}: {first['msg']})"
+        ) from None
+
+
+def _read_document(path: Path) -> list[ExperimentRecord]:
+    """Return the records embedded in a JSON file, wherever they stand; other JSON has none."""
+    try:
+        queue: list[Any] = [json.loads(path.read_text(encoding="utf-8"))]
+        found = []
+        while queue:
+            item = queue.pop(0)
+            if isinstance(item, dict) and item.get("kind") == "experiment":
+                found.append(ExperimentRecord.model_validate(item))
+            elif isinstance(item, (dict, list)):
+                queue += item.values() if isinstance(item, dict) else item
+    except (ValidationError, ValueError) as error:
+        raise ReportError(f"{path} is broken: {str(error).splitlines()[0]}") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mean of one method's records of one model under settings that differ in context and seeds alone.
+
+    Attributes:
+        method: Without its seed.
+        family: Without bits and seed: what a line of a plot follows.
+        bits: Nominal bits a value of keys and values; None where a method has no such number.
+        row: Settings that name a row, such as the batch.
+        settings: The others that are not averaged.
+        metrics: Mean over contexts of the means over everything else, by name; metrics that no record has are missing.
+        by_context: The means behind it, by context.
+        environments: Of all records.
+    """
+
+    experiment: str
+    model: str | None
+    weights: str
+    method: str | None
+    family: str
+    bits: float | None
+    row: tuple[tuple[str, Any], ...]
+    settings: str
+    metrics: dict[str, float]
+    by_context: dict[int, dict[str, float]]
+    records: int
+    environments: tuple[Environment, ...] = field(repr=False)
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The contexts measured, ascending."""
+        return tuple(sorted(self.by_context))
+
+    @property
+    def base(self) -> str:
+        """The method's name alone."""
+        return self.family.split(":")[0]
+
+
+def _split(method: str | None, row: dict[str, Any]) -> tuple[str | None, str, float | None]:
+    """Return a method without its seed, its family and its nominal bits."""
+    if method is None:
+        return None, "", row.get("bits")
+    name, _, rest = method.partition(":")
+    options = [item for item in rest.split(",") if item and not item.startswith("seed=")]
+    fixed = [item for item in options if not re.match(r"(bits|key_bits|value_bits)=", item)]
+    if "key_bits=" in method or "value_bits=" in method:
+        fixed.insert(0, "keys and values apart")
+    bits = None
+    try:
+        if (parsed := parse_method(method)).name != "full":
+            bits = parsed.payload_bits
+    except ValueError:
+        pass  # a record of a method that is no more
+    joined = [":".join(filter(None, (name, ",".join(items)))) for items in (options, fixed)]
+    return joined[0], joined[1], bits
+
+
+def summarize(records: Iterable[ExperimentRecord]) -> list[Summary]:
+    """Average records over contexts and seeds; failed ones are passed over.
+
+    Returns:
+        One summary for each experiment, settings, model, weights and method, in this order.
+    """
+    found: dict[tuple[Any, ...], list[ExperimentRecord]] = {}
+    for record in records:
+        if record.error is None:
+            cell, settings = record.cell, record.cell.settings
+            row = {name: settings[name] for name in ROW_SETTINGS if name in settings}
+            fixed = {k: v for k, v in sorted(settings.items()) if k not in AVERAGED and k not in row and v is not None}
+            key = (
+                cell.experiment,
+                _text(fixed),
+                cell.model,
+                cell.weights,
+                *_split(cell.method, row),
+                tuple(row.items()),
+            )
+            found.setdefault(key, []).append(record)
+    summaries = []
+    for (experiment, settings, model, weights, method, family, bits, row), group in found.items():
+        by_context = {c: _means(m) for c, m in _collect(group, _context).items()}
+        summaries.append(
+            Summary(
+                experiment=experiment,
+                model=model,
+                weights=weights,
+                method=method,
+                family=family,
+                bits=bits,
+                row=row,
+                settings=settings,
+                metrics=_means(list(by_context.values())),
+                by_context=by_context,
+                records=len(group),
+                environments=tuple(record.environment for record in group),
+            )
+        )
+    return sorted(summaries, key=_order)
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
+
+
+def _order(one: Summary) -> tuple[Any, ...]:
+    place = (one.experiment, one.settings, one.model or "", one.weights, one.row)
+    return (*place, one.base != "full", one.family, -(one.bits or 0.0), one.method or "")
+
+
+def _context(record: ExperimentRecord) -> int:
+    return next((int(record.cell.settings[name]) for name in CONTEXT_SETTINGS if name in record.cell.settings), 0)
+
+
+def _collect(
+    records: Iterable[ExperimentRecord], key: Callable[[ExperimentRecord], int]
+) -> dict[int, list[dict[str, float]]]:
+    found: dict[int, list[dict[str, float]]] = {}
+    for record in records:
+        held = record.cache
+        sizes = (
+            {}
+            if held is None
+            else {
+                "bits_per_value": held.bits_per_value,
+                "compression_ratio": held.compression_ratio,
+                "bytes_per_token": held.bytes / max(1, held.tokens),
+                "full_precision_bytes_per_token": held.full_precision_bytes / max(1, held.tokens),
+            }
+        )
+        own = {name: value for name, value in record.metrics.items() if value is not None}
+        found.setdefault(key(record), []).append({**sizes, **own})
+    return found
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: fmean(row[name] for row in rows if name in row) for name in names}
+
+
+def measured_on(environments: Iterable[Environment]) -> str:
+    """Say on which machines, when and with which commits something was measured."""
+    every = list(environments)
+    days = sorted({one.created[:10] for one in every})
+    machines = sorted({f"{one.device}, {one.cpu_threads} thread{'s' * (one.cpu_threads != 1)}" for one in every})
+    commits = sorted({one.commit or "no commit" for one in every})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Measured {when} on {'; '.join(machines)}, commit {', '.join(commits)}."
