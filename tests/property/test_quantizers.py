@@ -176,9 +176,35 @@ def test_more_bits_never_hurt(spec: str, dim: int) -> None:
 
 def test_matched_scale_keeps_lengths() -> None:
     x = vectors(64)
-    _, quantizer = pair("turboquant:bits=2", 64)
+    _, quantizer = pair("turboquant:bits=2,value_scale=matched,group_size=0", 64)
     norms = quantizer.dequantize(quantizer.quantize(x)).norm(dim=-1)
     assert torch.allclose(norms, x.norm(dim=-1), rtol=2e-3)
+    _, quantizer = pair("turboquant:bits=2,value_scale=matched", 64)
+    grouped = quantizer.dequantize(quantizer.quantize(x)).norm(dim=-1)
+    assert (grouped - norms).abs().max() < norms.max() / 255
+
+
+def test_unbiased_scale_keeps_inner_products_with_the_vector() -> None:
+    """EDEN: <x, x^> = |x|^2, which a matched norm leaves short."""
+    x = vectors(64)
+    short = {}
+    for scale in ("unbiased", "matched"):
+        _, quantizer = pair(f"turboquant:bits=2,value_scale={scale},group_size=0", 64)
+        short[scale] = (quantizer.dequantize(quantizer.quantize(x)) * x).sum(-1) / x.square().sum(-1)
+    assert torch.allclose(short["unbiased"], torch.ones(()), rtol=2e-3)
+    assert short["matched"].max() < 0.99
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_group_means_follow_a_drift_that_one_mean_cannot(group_size: int) -> None:
+    """Keys that turn slowly along the text, as rotary embedding makes them, cost less behind the means of groups."""
+    turn = torch.linspace(0, 2 * torch.pi, 512)[None, None, :, None]
+    x = vectors(64, 512) + 12 * torch.cat([turn.cos().expand(2, 3, -1, 32), turn.sin().expand(2, 3, -1, 32)], dim=-1)
+    errors = {}
+    for size in (0, group_size):
+        keys, _ = pair(f"turboquant:bits=4,group_size={size}", 64)
+        errors[size] = float((keys.dequantize(keys.quantize(x)) - x).square().mean())
+    assert errors[group_size] < errors[0] / 3
 
 
 def test_centring_takes_away_an_offset_that_plain_codes_cannot_carry() -> None:
@@ -228,10 +254,24 @@ def test_pad_tokens_stay_out_of_the_mean() -> None:
     x[0, :, :10] = 1e3
     valid = torch.ones(2, 64, dtype=torch.bool)
     valid[0, :10] = False
-    keys, _ = pair("turboquant:bits=4", 64)
+    keys, _ = pair("turboquant:bits=4,group_size=0", 64)
     packed = keys.quantize(x, valid=valid)
     alone = keys.quantize(x[:1, :, 10:])
     assert torch.allclose(packed.center[:1].float(), alone.center.float(), atol=2e-3)
+
+
+def test_pad_tokens_stay_out_of_group_means_and_scales() -> None:
+    x = vectors(64)
+    calm = x.clone()
+    x[0, :, :10] = 1e3
+    valid = torch.ones(2, 64, dtype=torch.bool)
+    valid[0, :10] = False
+    for quantizer in pair("turboquant:bits=4", 64):
+        packed = quantizer.quantize(x, valid=valid)
+        error = (quantizer.dequantize(packed) - calm)[0, :, 10:].norm(dim=-1) / calm[0, :, 10:].norm(dim=-1)
+        assert error.mean() < 0.12
+        nothing = quantizer.quantize(x, valid=torch.zeros_like(valid))
+        assert quantizer.dequantize(nothing).isfinite().all()
 
 
 @given(

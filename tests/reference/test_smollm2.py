@@ -54,7 +54,7 @@ def test_paris(smollm2: LoadedModel) -> None:
     assert result.original.finish == "stop"
     assert result.compressed.text == result.original.text
     assert result.heads is None  # too short to pack anything, and the note says so
-    assert "packing starts at 100" in result.notes[0]
+    assert "packing starts at 132" in result.notes[0]
 
 
 def test_four_bits_answer_as_the_full_cache_does(smollm2: LoadedModel, four_bits: Comparison) -> None:

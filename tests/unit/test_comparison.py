@@ -309,7 +309,7 @@ def test_an_answer_that_ends_at_once_is_empty_and_says_so(paper: tuple[Compariso
 
 
 def test_a_run_that_packs_nothing_gives_no_figures_and_says_why(loaded: LoadedModel) -> None:
-    method = parse_method("turboquant:bits=2,residual_length=120,sink_length=3")
+    method = parse_method("turboquant:bits=2,residual_length=120,sink_length=3,group_size=32")
     result = compare(loaded, PROMPT, method, Settings(max_new_tokens=29))
     assert (result.heads, result.tokens) == (None, None)
     assert result.compressed.text == result.original.text

@@ -112,7 +112,9 @@ def test_any_text_is_a_method_or_a_value_error(text: str) -> None:
 
 def test_packed_length_follows_the_contract() -> None:
     method = parse_method("turboquant:bits=4")
-    assert [method.packed_length(n) for n in (0, 99, 100, 131, 132, 512)] == [0, 0, 32, 32, 64, 416]
+    assert [method.packed_length(n) for n in (0, 131, 132, 195, 196, 512)] == [0, 0, 64, 64, 128, 384]
+    loose = parse_method("turboquant:bits=4,group_size=0")
+    assert [loose.packed_length(n) for n in (0, 99, 100, 131, 132, 512)] == [0, 0, 32, 32, 64, 416]
     assert parse_method("turboquant-paper:bits=4").packed_length(7) == 7
     assert [parse_method("kivi:group_size=64").packed_length(n) for n in (128, 191, 192, 300)] == [0, 0, 64, 128]
     assert parse_method("hf-quanto").packed_length(7) == 7

@@ -23,7 +23,7 @@ PROMPT, STEPS = 70, 36
 SMALL = "residual_length=8,sink_length=2"  # packs a block at 42, 74 and 106 tokens
 METHODS_TO_PROBE = [
     f"turboquant:bits=3,{SMALL}",
-    "turboquant:bits=4,residual_length=40,qjl=orthogonal",  # packs a block at 76 tokens, so not from the start
+    "turboquant:bits=4,residual_length=40,group_size=32,qjl=orthogonal",  # packs a block at 76 tokens, so not from the start
     "turboquant-paper:bits=2",
 ]
 
@@ -233,7 +233,7 @@ def test_fewer_bits_agree_less(llama_run: Generation) -> None:
 
 
 def test_the_exact_window_flatters_what_is_served(llama_run: Generation) -> None:
-    metrics = measured(llama_run, parse_method("turboquant:bits=2,residual_length=30"))
+    metrics = measured(llama_run, parse_method("turboquant:bits=2,residual_length=30,group_size=32"))
     assert metrics.packed.cosine_scores is not None
     assert metrics.served.cosine_scores is not None
     assert metrics.packed.cosine_scores < metrics.served.cosine_scores
@@ -252,7 +252,7 @@ def test_where_nothing_is_packed_there_is_no_packed_figure(llama_run: Generation
 
 
 def test_a_step_before_the_first_packing_has_no_packed_figure(llama_run: Generation) -> None:
-    method = parse_method("turboquant:bits=4,residual_length=50")  # packs at 86 tokens
+    method = parse_method("turboquant:bits=4,residual_length=50,group_size=32")  # packs at 86 tokens
     metrics = measured(llama_run, method)
     before = 86 - PROMPT
     assert metrics.packed_tokens == [0] * before + [32] * (STEPS - before)
@@ -298,7 +298,7 @@ def one_by_one(loaded: LoadedModel, prompt: Tensor, answer: list[int], method: M
         "turboquant-paper:bits=2",
         "turboquant-paper:bits=3,residual_length=5",
         f"turboquant:bits=2,{SMALL}",
-        "turboquant:bits=2,residual_length=40",
+        "turboquant:bits=2,residual_length=40,group_size=32",
         "turboquant:bits=1,residual_length=0,sink_length=0",
     ],
 )

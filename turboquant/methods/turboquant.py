@@ -2,12 +2,14 @@
 
 Two recipes share the quantizers below. `turboquant-paper` is the paper's: keys by TurboQuant_prod, values by
 TurboQuant_mse, nothing exact. `turboquant` is the one we recommend; it drops the QJL stage, which costs more than it
-gives once a softmax follows, and adds a matched norm, centred keys, exact sinks and an exact recent window.
+gives once a softmax follows, takes the mean of every 64 keys away before they are rounded, keeps lengths (keys) or
+inner products (values) right, stores scales in 8 bits, and leaves sinks and the most recent tokens exact. What each of
+these is worth was measured: docs/recipe.md.
 Rotation followed by scalar codes has a history: DRIVE and EDEN (arXiv:2105.08339, 2108.08842), QuaRot
 (arXiv:2404.00456), HIGGS (arXiv:2411.17525), RaBitQ (arXiv:2405.12497).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -16,30 +18,50 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import boundaries, check_bits, lloyd_max
-from turboquant.methods import BitsMethod
+from turboquant.grouping import half
+from turboquant.methods import BitsMethod, check_choice
 from turboquant.ops.codes import code_combine, code_levels, code_scores, tile_tokens
 from turboquant.packing import Planes, pack_bits
-from turboquant.quantizer import PackedTensor, Quantizer
+from turboquant.quantizer import PackedTensor, Quantizer, token_groups
 from turboquant.rotation import ROTATIONS, Rotation, RotationKind, qjl_projection, qjl_scale, random_rotation
 
 Scale = Literal["matched", "norm", "unbiased"]
 SCALES: tuple[Scale, ...] = ("matched", "norm", "unbiased")
 QJL_KINDS = ("none", "gaussian", "orthogonal")
-FP16_MAX = 65504.0
+GROUP_SIZES = (0, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class PackedMSE(PackedTensor):
-    """Codes and one fp16 scale a vector; `center` is the rotated mean subtracted from all of them, if any.
+    """Codes and one scale a vector, in the rotated space; `center` was subtracted from all vectors, if any.
 
-    Shapes: planes (batch, kv_heads, tokens, bytes) uint8; scales (batch, kv_heads, tokens) float16;
-    center (batch, kv_heads, 1, dim) float16.
+    Without groups a scale is a float16. With groups it is a whole number of 1/255 of the group's greatest scale
+    (`tops`), and each group's mean, if it was subtracted, is one of 1/127 of its greatest entry (`mean_tops`).
+
+    Shapes: planes (batch, kv_heads, tokens, bytes) uint8; scales (batch, kv_heads, tokens) float16 or uint8; center
+    (batch, kv_heads, 1, dim) float16; tops and mean_tops (batch, kv_heads, groups) float16; means (batch, kv_heads,
+    groups, dim) int8.
     """
 
     shared: ClassVar[frozenset[str]] = frozenset({"center"})
     codes: Planes
     scales: Tensor
     center: Tensor | None
+    tops: Tensor | None
+    means: Tensor | None
+    mean_tops: Tensor | None
+
+    def vector_scales(self) -> Float[Tensor, "batch kv_heads tokens"]:
+        """Return each vector's scale in float32."""
+        if self.tops is None:
+            return self.scales.float()
+        return (self.scales.unflatten(2, (self.tops.shape[2], -1)) * self.tops.float().unsqueeze(-1) / 255).flatten(2)
+
+    def group_means(self) -> Float[Tensor, "batch kv_heads groups dim"] | None:
+        """Return what was subtracted from each group beyond the center, in float32; None where nothing was."""
+        if self.means is None or self.mean_tops is None:
+            return None
+        return self.means * (self.mean_tops.float() / 127).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -75,26 +97,37 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         bits: Bits a coordinate, 1 to 8.
         rotation: The layer's rotation.
         scale: Which scalar is stored with a vector.
-        center: Subtract the mean of the first block. For keys this leaves softmax unchanged, because <q, mean> is the
-            same for every token, and takes away offsets that would cost most of the bits (a key bias, for example).
+        center: Subtract means. For keys the mean of all tokens leaves softmax unchanged, because <q, mean> is the same
+            for every token, and takes away offsets that would cost most of the bits (a key bias, for example). The
+            means of groups follow what changes slowly along the text, such as the slow channels of rotary embedding.
+        group_size: Successive tokens whose vectors share a mean and the unit of their scales, both in 8 bits; 0 for
+            one mean (that of the first block) and scales in float16.
     """
 
-    def __init__(self, dim: int, bits: int, rotation: Rotation, scale: Scale = "matched", center: bool = False) -> None:
-        if scale not in SCALES:
-            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    def __init__(
+        self,
+        dim: int,
+        bits: int,
+        rotation: Rotation,
+        scale: Scale = "matched",
+        center: bool = False,
+        group_size: int = 0,
+    ) -> None:
+        check_choice("scale", scale, SCALES)
         self.dim, self.bits = dim, check_bits(bits, lowest=0)
         self.rotation, self.scale, self.center = rotation, scale, center
-        device = rotation.matrix.device
-        self.codebook, self.boundaries = _shared_codebook(bits, dim, device)
+        self.group_size, self.token_group = group_size, group_size or 1
+        self.codebook, self.boundaries = _shared_codebook(bits, dim, rotation.matrix.device)
 
-    def _encode(
-        self, x: Tensor, like: PackedMSE | None, valid: Tensor | None
-    ) -> tuple[Planes, Tensor, Tensor | None, Tensor]:
-        """Return planes, scales, center and the error that is left, all in the rotated space."""
+    def _encode(self, x: Tensor, like: PackedMSE | None, valid: Tensor | None) -> tuple[PackedMSE, Tensor]:
+        """Return the packed vectors and the error that is left, in the rotated space."""
         y = self.rotation.apply(x.float())
-        center = like.center if like is not None else _half(_mean(y, valid)) if self.center else None
+        center = like.center if like is not None else half(_mean(y, valid)) if self.center else None
+        packed = PackedMSE((), y, center, None, None, None)  # the fields that are known so far
         if center is not None:
             y = y - center.float()
+            if self.group_size:
+                packed, y = self._without_group_means(packed, y, valid)
         norms = y.norm(dim=-1, keepdim=True)
         unit = y / norms.clamp_min(torch.finfo(torch.float32).tiny)
         codes = torch.bucketize(unit, self.boundaries, out_int32=True).to(torch.uint8)
@@ -103,8 +136,33 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             norms = norms / levels.norm(dim=-1, keepdim=True)
         elif self.bits and self.scale == "unbiased":
             norms = norms / (unit * levels).sum(dim=-1, keepdim=True).clamp_min(1e-6)
-        scales = _half(norms)
-        return pack_bits(codes, self.bits), scales.squeeze(-1), center, y - scales.float() * levels
+        scales, tops = self._stored_scales(norms, valid)
+        packed = replace(packed, codes=pack_bits(codes, self.bits), scales=scales, tops=tops)
+        return packed, y - packed.vector_scales().unsqueeze(-1) * levels
+
+    def _without_group_means(
+        self, packed: PackedMSE, y: Tensor, valid: Tensor | None
+    ) -> tuple[PackedMSE, Float[Tensor, "batch kv_heads tokens dim"]]:
+        groups, real = token_groups(y, valid, self.group_size)
+        if real is None:
+            means = groups.mean(dim=3)
+        else:
+            means = torch.where(real, groups, 0).sum(dim=3) / real.sum(dim=3).clamp_min(1)
+        tops = half(means.abs().amax(dim=-1))
+        means = _steps(means, tops.unsqueeze(-1), 127).to(torch.int8)
+        packed = replace(packed, means=means, mean_tops=tops)
+        stored = packed.group_means()
+        assert stored is not None
+        return packed, (groups - stored.unsqueeze(3)).flatten(2, 3)
+
+    def _stored_scales(self, norms: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return scales and tops as they are stored; pad tokens have no say in a group's top."""
+        if not self.group_size:
+            return half(norms).squeeze(-1), None
+        groups, real = token_groups(norms, valid, self.group_size)
+        groups = groups if real is None else torch.where(real, groups, 0)
+        tops = half(groups.amax(dim=(3, 4)))
+        return _steps(groups.squeeze(-1), tops.unsqueeze(-1), 255).to(torch.uint8).flatten(2), tops
 
     def quantize(
         self,
@@ -113,14 +171,16 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> PackedMSE:
         """Quantize vectors; see `Quantizer.quantize`."""
-        planes, scales, center, _ = self._encode(x, like, valid)
-        return PackedMSE(planes, scales, center)
+        return self._encode(x, like, valid)[0]
 
     def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Return the vectors in float32."""
         y = torch.zeros(*packed.scales.shape, self.dim, device=packed.scales.device)
         if self.bits:
-            y = code_levels(packed.codes, self.bits, self.codebook, self.dim) * packed.scales.float().unsqueeze(-1)
+            y = code_levels(packed.codes, self.bits, self.codebook, self.dim) * packed.vector_scales().unsqueeze(-1)
+        means = packed.group_means()
+        if means is not None:
+            y = (y.unflatten(2, (means.shape[2], -1)) + means.unsqueeze(3)).flatten(2, 3)
         return self.rotation.inverse(y if packed.center is None else y + packed.center.float())
 
     def project(self, query: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch projected"]:
@@ -134,7 +194,10 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         if not self.bits:
             scores = projected.new_zeros(*projected.shape[:3], packed.tokens)
         else:
-            scores = code_scores(projected, packed.codes, self.bits, self.codebook, packed.scales)
+            scores = code_scores(projected, packed.codes, self.bits, self.codebook, packed.vector_scales())
+        means = packed.group_means()
+        if means is not None:
+            scores = (scores.unflatten(-1, (means.shape[2], -1)) + (projected @ means.mT).unsqueeze(-1)).flatten(-2)
         return scores if packed.center is None else scores + projected @ packed.center.float().mT
 
     def combine(
@@ -144,7 +207,11 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         if not self.bits:
             output = weights.new_zeros(*weights.shape[:3], self.dim)
         else:
-            output = code_combine(weights, packed.codes, self.bits, self.codebook, packed.scales, self.dim)
+            scales = packed.vector_scales()
+            output = code_combine(weights, packed.codes, self.bits, self.codebook, scales, self.dim)
+        means = packed.group_means()
+        if means is not None:
+            output = output + weights.unflatten(-1, (means.shape[2], -1)).sum(-1) @ means
         return output if packed.center is None else output + weights.sum(-1, keepdim=True) * packed.center.float()
 
     def unproject(self, output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -168,7 +235,7 @@ class TurboQuantProd(TurboQuantMSE):
     sign bit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         dim: int,
         bits: int,
@@ -177,8 +244,9 @@ class TurboQuantProd(TurboQuantMSE):
         qjl_scale: float,
         scale: Scale = "norm",
         center: bool = False,
+        group_size: int = 0,
     ) -> None:
-        super().__init__(dim, check_bits(bits) - 1, rotation, scale, center)
+        super().__init__(dim, check_bits(bits) - 1, rotation, scale, center, group_size)
         # S acts on the error before rotation; S R^T does the same on the rotated error.
         self.projection = rotation.apply(projection)
         self.qjl_scale = qjl_scale
@@ -191,10 +259,9 @@ class TurboQuantProd(TurboQuantMSE):
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> PackedProd:
         """Quantize vectors; see `Quantizer.quantize`."""
-        planes, scales, center, error = self._encode(x, like, valid)
+        packed, error = self._encode(x, like, valid)
         signs = (error @ self.projection.mT >= 0).to(torch.uint8)
-        norms = _half(error.norm(dim=-1))
-        return PackedProd(planes, scales, center, pack_bits(signs, 1), norms)
+        return PackedProd(**vars(packed), signs=pack_bits(signs, 1), error_norms=half(error.norm(dim=-1)))
 
     def _gains(self, packed: PackedProd) -> Tensor:
         return packed.error_norms.float() * self.qjl_scale
@@ -234,9 +301,10 @@ class TurboQuantProd(TurboQuantMSE):
         return (*super().tables(), self.projection, self.sign_levels)
 
 
-def _half(x: Tensor) -> Tensor:
-    """Round to float16, saturating instead of overflowing to infinity (NaN stays NaN)."""
-    return x.clamp(-FP16_MAX, FP16_MAX).half()
+def _steps(x: Tensor, top: Tensor, count: int) -> Tensor:
+    """Return x in whole steps of top / count, 0 where the top is 0 (NaN and infinity in x show in the top)."""
+    top = top.float()
+    return torch.where(top > 0, x / top * count, 0).round().clamp(-count, count)
 
 
 def _mean(y: Tensor, valid: Tensor | None) -> Tensor:
@@ -255,23 +323,32 @@ class TurboQuant(BitsMethod):
     name: ClassVar[str] = "turboquant"
     title: ClassVar[str] = "TurboQuant, recommended recipe"
     summary: ClassVar[str] = (
-        "Each vector is rotated by a random Hadamard matrix and every coordinate is rounded to the optimal "
-        "levels for the density that gives. Keys are centred first; a few first tokens and the most recent stay exact."
+        "Each vector is rotated by a random Hadamard matrix and every coordinate is rounded to the optimal levels for "
+        "the density that gives. Keys lose the mean of their group of 64 first; sinks and recent tokens stay exact."
     )
-    reference: ClassVar[str] = "arXiv:2504.19874, Algorithm 1, with a matched norm, centred keys, sinks and a window"
+    reference: ClassVar[str] = "arXiv:2504.19874, Algorithm 1, with group means, corrected norms, sinks and a window"
     residual_length: int = 64
     sink_length: int = 4
     rotation: RotationKind = "hadamard"
     qjl: str = "none"
     center: bool = True
     scale: Scale = "matched"
+    value_scale: Scale = "unbiased"
+    group_size: int = 64
 
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        for name, allowed in (("rotation", ROTATIONS), ("qjl", QJL_KINDS), ("scale", SCALES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choice("rotation", self.rotation, ROTATIONS)
+        check_choice("qjl", self.qjl, QJL_KINDS)
+        check_choice("scale", self.scale, SCALES)
+        check_choice("value_scale", self.value_scale, SCALES)
+        check_choice("group_size", self.group_size, GROUP_SIZES)
+
+    @property
+    def block_length(self) -> int:  # type: ignore[override]
+        """Tokens leave the exact window one group at a time."""
+        return self.group_size or 32
 
     def quantizers(
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
@@ -282,13 +359,15 @@ class TurboQuant(BitsMethod):
         value_rotation = random_rotation(self.rotation, value_dim, self.seed, layer_idx, device)
         keys: TurboQuantMSE
         if self.qjl == "none":
-            keys = TurboQuantMSE(key_dim, key_bits, rotation, self.scale, self.center)
+            keys = TurboQuantMSE(key_dim, key_bits, rotation, self.scale, self.center, self.group_size)
         else:
             kind: Literal["gaussian", "orthogonal"] = "gaussian" if self.qjl == "gaussian" else "orthogonal"
             projection = qjl_projection(kind, key_dim, self.seed, layer_idx, device)
             constant = qjl_scale(kind, key_dim)
-            keys = TurboQuantProd(key_dim, key_bits, rotation, projection, constant, self.scale, self.center)
-        return keys, TurboQuantMSE(value_dim, value_bits, value_rotation, self.scale)
+            options = (self.scale, self.center, self.group_size)
+            keys = TurboQuantProd(key_dim, key_bits, rotation, projection, constant, *options)
+        values = TurboQuantMSE(value_dim, value_bits, value_rotation, self.value_scale, group_size=self.group_size)
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -302,10 +381,16 @@ class TurboQuantPaper(TurboQuant):
         "inner products unbiased but noisier; values are rounded plainly. Nothing stays exact."
     )
     reference: ClassVar[str] = "arXiv:2504.19874, Algorithms 1 and 2"
-    block_length: ClassVar[int] = 1
     residual_length: int = 0
     sink_length: int = 0
     rotation: RotationKind = "qr"
     qjl: str = "gaussian"
     center: bool = False
     scale: Scale = "norm"
+    value_scale: Scale = "norm"
+    group_size: int = 0
+
+    @property
+    def block_length(self) -> int:  # type: ignore[override]
+        """Every token is packed as soon as it has been processed."""
+        return self.group_size or 1
