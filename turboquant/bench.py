@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from turboquant.generate import Generation, QueryRecorder, check_length
 from turboquant.methods import METHODS, Method
 from turboquant.metrics import TOP, Pair, Span, compare_layer
 from turboquant.models import LoadedModel
-from turboquant.results import CacheReport, DecodeBench, MetricsBench, Settings, Spread, environment
+from turboquant.results import CacheReport, DecodeBench, Environment, Record, Settings, Spread, environment
 
 
 def _spread(values: list[float]) -> Spread:
@@ -104,6 +105,25 @@ def bench_decode(
         prefill_ms=_spread(prefills[1]),
         report=report,
     )
+
+
+class MetricsBench(Record):
+    """Time to compare the attention of one layer's heads: all at once, and in the obvious loop over heads and queries.
+
+    `ratio` compares medians, loop over vectorised.
+    """
+
+    kind: Literal["bench-metrics"] = "bench-metrics"
+    environment: Environment
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+    queries: int
+    repeats: int
+    vectorised_ms: Spread
+    loop_ms: Spread
+    ratio: float
 
 
 def compare_head_by_head(query: Tensor, full: Pair, served: Pair, scaling: float, packed: Span) -> dict[str, Tensor]:
