@@ -251,6 +251,15 @@ def test_an_output_that_cannot_be_written_is_refused_first(tiny: str, tmp_path: 
         assert "cannot be" in result.stderr
 
 
+def test_records_go_into_no_file_of_something_else(tiny: str, tmp_path: Path, no_loading) -> None:
+    notes = tmp_path / "notes.md"
+    notes.write_text("# Notes\n")
+    result = evaluate("--model", tiny, "--contexts", 600, "--output", tmp_path / "r.json", "--records", notes)
+    assert result.exit_code == 2
+    assert "line 1 of" in result.stderr
+    assert notes.read_text() == "# Notes\n"
+
+
 def test_an_unknown_model_is_one_sentence(tmp_path: Path) -> None:
     result = evaluate("--model", "no-such-model", "--output", tmp_path / "results.json")
     assert result.exit_code == 1

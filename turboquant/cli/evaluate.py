@@ -70,7 +70,7 @@ def evaluate(
     lengths = sorted(set(contexts or CONTEXTS))
     check_writable(output)
     if records is not None:
-        check_writable(records)
+        _check_records(records)
     _check_machine(model, weights, max(lengths))
     from turboquant.experiments import cells_for
     from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
@@ -87,6 +87,17 @@ def evaluate(
     found = run_recorded(f"evaluate {model}", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite, store=store)
     _table(found)
     finish(found, output, started)
+
+
+def _check_records(path: Path) -> None:
+    """Leave with code 2 where records cannot be appended to a file, or it is no file of records."""
+    from turboquant.results import RecordFileError, read_records
+
+    check_writable(path)
+    try:
+        read_records(path)
+    except RecordFileError as error:
+        fail(f"{error}: give another --records", 2)
 
 
 def _check_machine(model: str, weights: str, context: int) -> None:
