@@ -65,6 +65,11 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def interval(low: float | None, high: float | None) -> str:
+    """Format an interval; one that could not be had is a dash."""
+    return "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows with aligned columns, the first to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -96,7 +101,7 @@ def perplexity_row(record: "ExperimentRecord") -> list[str]:
         number(figures["ppl"], ".3f"),
         number(figures["delta_ppl_pct"], "+.2f"),
         number(figures["kl_mean"], ".4f"),
-        f"{number(figures['kl_low'], '.4f')} to {number(figures['kl_high'], '.4f')}",
+        interval(figures["kl_low"], figures["kl_high"]),
         number(figures["kl_p99"], ".3f"),
         number(figures["same_top_pct"], ".1f"),
     ]
