@@ -76,8 +76,8 @@ def spread(values: Sequence[float]) -> Spread95:
 class Difference(Record):
     """The mean of paired differences, first less second.
 
-    `low` and `high` are the 95 % bootstrap interval (BCa) over pairs, `p_value` is that of a paired permutation test
-    (signs flipped, two-sided). All three are None where there are fewer than `LEAST_PAIRS` pairs.
+    `low` and `high` are the 95 % bootstrap interval (percentiles) over pairs, `p_value` is that of a paired permutation
+    test (signs flipped, two-sided). All three are None where there are fewer than `LEAST_PAIRS` pairs.
     """
 
     difference: float
@@ -121,7 +121,12 @@ def paired_difference(
         p_value = 1.0 if mean == 0 else 2.0 ** (1 - len(gaps))
         return Difference(difference=mean, low=mean, high=mean, p_value=p_value, pairs=len(gaps))
     interval = stats.bootstrap(
-        (gaps,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, rng=np.random.default_rng(0)
+        (gaps,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
     ).confidence_interval
     test = stats.permutation_test(
         (a, b),

@@ -21,6 +21,7 @@ from turboquant.session import Turn
 
 RUNNER = CliRunner()
 LONG = "The lighthouse keeper wrote down the weather every morning, and then he lit the lamp and put the kettle on. "
+LONG += "The sea was calm, the sky was grey, and nobody came by; so he read, and slept, and wrote it down again. "
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

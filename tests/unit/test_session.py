@@ -23,7 +23,8 @@ TEMPLATE = (
 )
 REWRITING = TEMPLATE.replace("<{{ m['role'][0] }}>", "<{{ m['role'][0] }}>{{ '~' if m['role'] == 'assistant' }}")
 METHOD = parse_method("turboquant:bits=2,residual_length=8,sink_length=2")
-PROMPTS = ("The lighthouse keeper wrote down the weather.", "And then?", "What did he see in the morning?")
+OPENING = "The lighthouse keeper wrote down the weather, as he did every day; then he lit the lamp."
+PROMPTS = (OPENING, "And then?", "What did he see in the morning?")
 ANSWER = Settings(max_new_tokens=12)
 
 
@@ -38,7 +39,11 @@ def rendered(loaded: LoadedModel, messages) -> list[int]:
 
 
 def assert_cache_is_a_replay(session: Session) -> None:
-    """Each cache holds what feeding its tokens, in the pieces in which they went in, gives."""
+    """Each cache holds what feeding its tokens, in the pieces in which they went in, gives.
+
+    Calls of other shapes round differently: exact states agree to rounding, but a code next to a boundary may flip, and
+    every later token follows. Another token or order would differ by as much as the states themselves.
+    """
     model = session.loaded.model
     for side, method in (("original", METHODS["full"]()), ("compressed", session.method)):
         replay = build_cache(model.config, method)
@@ -48,7 +53,7 @@ def assert_cache_is_a_replay(session: Session) -> None:
         for index in range(len(replay.layers)):
             for one, other in zip(layer_states(session.cache(side), index), layer_states(replay, index), strict=True):
                 assert one.shape[2] == held
-                assert torch.allclose(one, other, atol=2e-4)
+                assert (one - other).norm() <= (1e-4 if side == "original" else 0.1) * other.norm()
 
 
 def test_a_second_turn_feeds_only_what_is_new(loaded) -> None:
@@ -111,14 +116,15 @@ def test_figures_of_a_turn_are_those_of_the_cache_as_it_grew(loaded) -> None:
 
 
 def test_heads_of_a_later_turn_see_the_codes_of_the_first(loaded) -> None:
-    """The keys' mean is that of the first block ever packed; one block over the whole conversation has another."""
+    """The keys' mean is that of the first call ever packed; one call over the whole conversation has another."""
     from turboquant.comparison import compare
 
-    session = Session(loaded, METHOD)
+    method = parse_method("turboquant-paper:bits=2,center=true,qjl=none,residual_length=8")
+    session = Session(loaded, method)
     session.ask(PROMPTS[0], ANSWER)
     turn = session.ask(PROMPTS[1], ANSWER)
     flat = loaded.tokenizer.decode(rendered(loaded, session.messages("original")[:-1]))
-    whole = compare(loaded, flat, METHOD, ANSWER, chat=False)
+    whole = compare(loaded, flat, method, ANSWER, chat=False)
     assert whole.original.token_ids == turn.comparison.original.token_ids
     assert whole.heads.packed_tokens == turn.comparison.heads.packed_tokens
     assert whole.heads.packed.cosine_scores != turn.comparison.heads.packed.cosine_scores
@@ -145,7 +151,7 @@ def test_histories_part_and_a_fork_joins_them(loaded) -> None:
 
 def test_forking_to_the_original_rebuilds_a_cache_whose_packed_tokens_differ(loaded) -> None:
     session = Session(loaded, parse_method("turboquant:bits=1,residual_length=8,sink_length=2"))
-    turn = session.ask(PROMPTS[0] * 3, Settings(max_new_tokens=80))
+    turn = session.ask(PROMPTS[0] * 2, Settings(max_new_tokens=90))
     assert turn.comparison.divergence is not None
     session.fork("original")
     turn = session.ask(PROMPTS[1], ANSWER)
@@ -198,7 +204,7 @@ def stop_after(calls: int):
     "method", [METHOD, parse_method("turboquant-paper:bits=3"), parse_method("kivi:bits=2")], ids=str
 )
 @given(calls=st.integers(0, 90))
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_a_stop_anywhere_leaves_a_session_that_goes_on(method, calls: int) -> None:
     loaded = LOADED
     session = Session(loaded, method)

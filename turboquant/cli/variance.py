@@ -117,7 +117,6 @@ def _cells(
     from turboquant.tasks.variance import EXPERIMENT, with_seeds
 
     settings = read_settings(EXPERIMENT.settings, values)
-    read_settings(type(settings.perplexity), _of_perplexity(values))
     read_texts(settings.texts)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):
@@ -126,11 +125,6 @@ def _cells(
     turned = [one for method in methods for one in with_seeds(method, rotations)]
     every = [settings.model_copy(update={"seed": seed}) for seed in (None, *samplings)]
     return cells_for(EXPERIMENT, model, turned, every, weights), EXPERIMENT
-
-
-def _of_perplexity(values: dict[str, Any]) -> dict[str, Any]:
-    """Return those settings that the perplexity experiment shares."""
-    return {name: values[name] for name in ("texts", "context", "prefill")}
 
 
 def _show_partial(cells: "Sequence[Cell]", methods: "Sequence[Method]", reference: "Method", output: Path) -> None:

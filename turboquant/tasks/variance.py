@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from turboquant.cache import NothingCompressedError, build_cache, cache_report
@@ -58,6 +58,12 @@ class VarianceSettings(Record):
     prompt_tokens: int = Field(160, ge=1)
     new_tokens: int = Field(48, ge=1)
     temperature: float = Field(0.8, gt=0.0, le=5.0)
+
+    @model_validator(mode="after")
+    def _perplexity_agrees(self) -> "VarianceSettings":
+        if self.prefill >= self.context:
+            raise ValueError(f"prefill must be shorter than the context of {self.context} tokens, got {self.prefill}")
+        return self
 
     @property
     def perplexity(self) -> PerplexitySettings:
