@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers import AttentionCalls, Lossless, tiny_loaded, tokens
 from turboquant.cache import NothingCompressedError, QuantizedLayer, build_cache, layer_states
 from turboquant.experiments import Measurement, Watch
-from turboquant.generate import CancelledError, PromptError
+from turboquant.generate import CancelledError, PromptError, QueryRecorder
+from turboquant.hf_attention import observe_queries
 from turboquant.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.metrics import Span, compare_layer
@@ -38,11 +39,16 @@ def test_a_chunked_pass_keeps_what_one_call_computes(architecture: str) -> None:
     loaded = tiny_loaded(architecture)
     captured = captured_pass(loaded)
     cache = build_cache(loaded.model.config, METHODS["full"]())
-    logits = loaded.model(captured.ids, past_key_values=cache).logits[0, -QUERIES:]
+    recorder = QueryRecorder(last=QUERIES)
+    with observe_queries(recorder):
+        logits = loaded.model(captured.ids, past_key_values=cache).logits[0, -QUERIES:]
     torch.testing.assert_close(captured.logits, logits, atol=2e-4, rtol=1e-4)
     for layer_idx in captured.layer_indices:
         for own, expected in zip(captured.states(layer_idx), layer_states(cache, layer_idx), strict=True):
             torch.testing.assert_close(own, expected, atol=2e-4, rtol=1e-4)
+        (query,) = recorder.queries[layer_idx]
+        assert query.shape[2] == QUERIES
+        torch.testing.assert_close(captured.queries[layer_idx], query, atol=2e-4, rtol=1e-4)
     assert captured.layer_indices == ([2] if architecture == "gemma3" else [0, 1, 2])
     assert sorted(captured.windows) == ([0, 1] if architecture == "gemma3" else [])
 
