@@ -142,3 +142,31 @@ def paired_difference(
         p_value=float(test.pvalue),
         pairs=len(gaps),
     )
+
+
+def block_interval(
+    values: Float[np.ndarray, "series positions"], block: int
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95 % bootstrap interval (percentiles) of the mean of series whose neighbours resemble each other.
+
+    Args:
+        values: Series of equal length.
+        block: Neighbours that are drawn together; the last block of a series may be shorter.
+
+    Returns:
+        Both ends, or None twice where there are fewer than 3 blocks.
+    """
+    blocks = [piece for series in values for piece in np.split(series, range(block, len(series), block))]
+    if len(blocks) < 3:
+        return None, None
+    found = stats.bootstrap(
+        ([piece.sum() for piece in blocks], [len(piece) for piece in blocks]),
+        lambda sums, counts, axis: sums.sum(axis=axis) / counts.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from turboquant.cache import NothingCompressedError, build_cache, cache_report
@@ -34,6 +33,7 @@ from turboquant.model_checks import free_bytes
 from turboquant.models import LoadedModel
 from turboquant.probe import packing_runs
 from turboquant.results import CacheReport, Record
+from turboquant.statistics import block_interval
 from turboquant.texts import read_text
 
 CHUNK = 64
@@ -41,7 +41,6 @@ CHUNK = 64
 BLOCK = 32
 """Neighbouring positions that the bootstrap draws together."""
 BUCKETS = 4
-CONFIDENCE = 0.95
 
 
 class PerplexitySettings(Record):
@@ -216,25 +215,6 @@ def _through_cache(
     return {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}, cache_report(cache)
 
 
-def _interval(values: Float[Tensor, "windows positions"]) -> tuple[float, float] | tuple[None, None]:
-    """Return the bootstrap interval of the mean over all positions, drawing blocks of neighbours."""
-    blocks = [block for window in values for block in window.split(BLOCK)]
-    if len(blocks) < 3:
-        return None, None
-    sums, counts = np.array([float(b.sum()) for b in blocks]), np.array([len(b) for b in blocks])
-    found = bootstrap(
-        (sums, counts),
-        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=2000,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
 def _relative_pct(loss: float | None) -> float | None:
     """Return by how many percent a difference of mean losses raises perplexity."""
     return None if loss is None else 100 * math.expm1(min(loss, 700.0))
@@ -261,8 +241,8 @@ def _measurement(
     """Put the positions of all windows together."""
     kl, same, nll = (torch.stack([one[name] for one in results]) for name in ("kl", "same_top", "nll"))
     nll_full = torch.stack([one.nll for one in references])
-    loss_low, loss_high = _interval(nll - nll_full)
-    kl_low, kl_high = _interval(kl)
+    loss_low, loss_high = block_interval((nll - nll_full).numpy(), BLOCK)
+    kl_low, kl_high = block_interval(kl.numpy(), BLOCK)
     return Measurement(
         metrics={
             "ppl_full": math.exp(float(nll_full.mean())),
