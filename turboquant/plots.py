@@ -94,7 +94,7 @@ def _layout(figure: go.Figure, x: str, y: str, *, log: bool = False) -> go.Figur
     figure.update_xaxes(title={"text": x, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
     figure.update_yaxes(title={"text": y, "font": {"size": 13}}, gridcolor=_GRID, zeroline=False, automargin=True)
     if log:
-        figure.update_yaxes(type="log", dtick="D2", exponentformat="power")
+        figure.update_yaxes(type="log", dtick="D2", tickformat="~g")
     return figure
 
 

@@ -158,6 +158,11 @@ class Summary:
         return tuple(sorted(self.by_context))
 
     @property
+    def group(self) -> tuple[Any, ...]:
+        """What its records have in common: equal groups are averaged together."""
+        return self.experiment, self.settings, self.model, self.weights, self.method, self.row
+
+    @property
     def base(self) -> str:
         """The method's name alone."""
         return self.family.split(":")[0]

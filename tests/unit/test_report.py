@@ -20,6 +20,7 @@ from turboquant.methods import METHODS, parse_method
 from turboquant.plots import PLOTS, STYLES, against_bits, legend, pareto, validate_figure
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.tables import Table, comparison_table, number
+from turboquant.report.variance import variance_table
 from turboquant.results import ExperimentRecord
 from turboquant.summary import Results, summarize
 
@@ -40,6 +41,26 @@ def test_the_comparison_has_a_row_for_each_model_and_method() -> None:
     assert row["records"] == "3"
     assert "filler=sentences" in table.note
     assert "commit abc123" in table.note
+
+
+def test_the_spread_over_seeds_keeps_greedy_and_sampled_answers_apart() -> None:
+    def one(rotation: int, seed: int | None, **metrics: float) -> ExperimentRecord:
+        method = f"turboquant:bits=4,seed={rotation}"
+        found = record(method, experiment="variance", settings={"seed": seed})
+        return found.model_copy(update={"metrics": metrics})
+
+    greedy = [one(seed, None, kl_mean=seed + 1.0, agreed_tokens=10.0) for seed in range(3)]
+    sampled = [one(seed, 7, agreed_tokens=2.0 + seed) for seed in range(3)]
+    table = variance_table([*greedy, *sampled])
+    [row] = (dict(zip(table.columns, cells, strict=True)) for cells in table.rows)
+    assert row["method"] == "`turboquant:bits=4`"
+    assert row["KL, nats ± sd"] == "2.0000 ± 1.0000"
+    assert row["agreed tokens ± sd"] == "10.00 ± 0.00"
+    assert row["agreed tokens, sampled ± sd"] == "3.00 ± 1.00"
+    assert row["greedy + sampled runs"] == "3 + 3"
+    assert "commit abc123" in table.note
+    [section] = build_report(_results([*greedy, *sampled]))
+    assert section.tables == (table,)
 
 
 def test_markdown_is_a_table_that_bars_cannot_break() -> None:

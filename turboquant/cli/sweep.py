@@ -158,5 +158,8 @@ def _list(cells: "list[Cell]", output: Path, overwrite: bool) -> None:
 
 
 def _show(record: "ExperimentRecord") -> None:
-    numbers = [f"{name}={value:.4g}" for name, value in record.metrics.items() if value is not None]
+    from turboquant.report.tables import COLUMNS
+
+    names = COLUMNS.get(record.cell.experiment, tuple(record.metrics))
+    numbers = [f"{name}={value:.4g}" for name in names if (value := record.metrics.get(name)) is not None]
     say(f"{record.cell}: {' '.join(numbers)}")

@@ -17,6 +17,7 @@ from turboquant.report.tables import (
     front_table,
     number,
 )
+from turboquant.report.variance import variance_table
 from turboquant.summary import ReportError, Results, Summary, summarize
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
     if not results.records and not results.benches:
         raise ReportError("there are no records to report on")
     sections = []
-    for experiment, _, group in by_group(summarize(record for record, _ in results.records)):
+    for experiment, _, group in by_group(summarize(r for r, _ in results.records if r.cell.experiment != "variance")):
         tables = [comparison_table(group)]
         if experiment == "perplexity" and len(group) > 2:
             tables.append(front_table(group, "By bits really held, with the Pareto front of mean KL"))
         drawn = _draw(group) if plots and group[0].model is not None else ()
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
+    if spreads := results.of("variance"):
+        sections.append(Section(TITLES["variance"], (variance_table(spreads),)))
     if results.benches:
         sections.append(Section("Decode speed", (decode_table(results.benches),)))
     if failed := [record for record, _ in results.records if record.error]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turboquant.report.tables import by_group, comparison_table, decode_table, front_table, needle_table
+from turboquant.report.variance import variance_table
 from turboquant.summary import ReportError, Results, read_results, summarize
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
@@ -33,6 +34,11 @@ def _needle(results: Results) -> str:
     return "\n\n".join(needle_table(group).markdown() for _, _, group in groups)
 
 
+def _variance(results: Results) -> str:
+    records = results.of("variance")
+    return variance_table(records).markdown() if records else ""
+
+
 README_TABLES: dict[str, Callable[[Results], str]] = {
     "decode": _decode,
     "methods": _methods,
@@ -40,7 +46,7 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "perplexity": _comparison("perplexity", "perplexity"),
     "needle": _needle,
     "generation": _comparison("generation"),
-    "variance": _comparison("variance"),
+    "variance": _variance,
     "validate": _comparison("validate"),
     "sweep": _comparison("perplexity", "sweep"),
 }
