@@ -139,6 +139,8 @@ def test_a_method_that_packs_nothing_has_no_figure_and_the_others_have(tiny: Loa
     assert next(measured)[0] == methods[1]
     with pytest.raises(NothingCompressedError, match=r"turboquant:.* packs none of 480 tokens"):
         next(measured)
+    with pytest.raises(NothingCompressedError):
+        next(EXPERIMENT.run(tiny, methods[:1], SMALL, Watch(cancelled=lambda: True)))  # before any forward call
     assert EXPERIMENTS["needle"] is EXPERIMENT
 
 

@@ -174,14 +174,16 @@ def run(
     """
     check(loaded, settings)
     full = METHODS["full"]()
-    answers = {method: _Answers() for method in (full, *methods)}
+    read = build_prompt(loaded, settings, 0).question_start
+    asked = [method for method in methods if method == full or method.packed_length(read)]
+    answers = {method: _Answers() for method in ((full, *asked) if asked else ())}
     prompts = []
-    for repetition in range(settings.repetitions):
+    for repetition in range(settings.repetitions if asked else 0):
         prompt = build_prompt(loaded, settings, repetition)
         part = watch.part(repetition / settings.repetitions, (repetition + 1) / settings.repetitions)
         _repetition(loaded, prompt, answers, settings, part)
         prompts.append({"word": prompt.word, "answer": prompt.answer, "needle_start": prompt.needle_start})
-    idle = [method for method in methods if not answers[method].found]
+    idle = [method for method in methods if method not in answers or not answers[method].found]
     for method in methods:
         if method not in idle:
             yield method, _measurement(prompts, answers[method], answers[full])

@@ -307,6 +307,23 @@ def run(
         CancelledError: If the caller asked to stop.
     """
     windows = text_windows(loaded, settings)
+    idle = [one for one in methods if one.name != "full" and not one.packed_length(settings.context - 1)]
+    wanted = [one for one in methods if one not in idle]
+    if wanted:
+        yield from _measured(loaded, wanted, windows, settings, watch)
+    if idle and not watch.stopping():
+        raise NothingCompressedError(
+            f"{idle[0]} packs none of {settings.context} tokens: give a longer context or a smaller window"
+        )
+
+
+def _measured(
+    loaded: LoadedModel,
+    methods: Sequence[Method],
+    windows: Sequence[Window],
+    settings: PerplexitySettings,
+    watch: Watch,
+) -> Iterator[tuple[Method, Measurement]]:
     began = time.perf_counter()
     share = 1 / (len(methods) + 1)
     references = []
@@ -314,7 +331,6 @@ def run(
         watch.progress(share * i / len(windows), f"full cache: {window.text}")
         references.append(_reference(loaded, window, settings.prefill, watch))
     full_seconds = time.perf_counter() - began
-    idle = []
     for i, method in enumerate(methods):
         if watch.stopping():
             return
@@ -322,18 +338,11 @@ def run(
         began = time.perf_counter()
         if method.name == "full":
             results, report = [_unchanged(one) for one in references], references[-1].report
-        elif not method.packed_length(settings.context - 1):
-            idle.append(method)
-            continue
         else:
             results, report = _all_windows(loaded, windows, references, method, settings, part)
         found = _measurement(windows, references, results, report, settings)
         found.timing.update(full=full_seconds, method=time.perf_counter() - began)
         yield method, found
-    if idle:
-        raise NothingCompressedError(
-            f"{idle[0]} packs none of {settings.context} tokens: give a longer context or a smaller window"
-        )
 
 
 def _all_windows(
