@@ -1,6 +1,6 @@
 """What compression costs and saves while a model generates: the whole loop, with the cache packing as it goes.
 
-Each side (the full cache and every method) is run once with instruments, which also warms it up: bytes held after every
+After a short warm-up each side (the full cache and every method) is run once with instruments: bytes held after every
 step, time spent packing, peak memory. Then come the timed runs without instruments, all sides in turn in every round.
 Rows of a batch read different pieces of a text, decode greedily and do not stop at an end-of-text token.
 
@@ -325,6 +325,9 @@ def run(
     idle: list[Method] = []
     every = list(dict.fromkeys((full, *methods)))
     total = len(every) * (settings.repeats + 1)
+    watch.progress(0.0, f"{settings.batch} rows, warm-up")
+    # The first forward call brings weights into memory, which is not what the first side holds.
+    generate_batch(loaded, prompts, build_cache(loaded.model.config, full), 2, watch)
     for i, method in enumerate(every):
         watch.progress(i / total, f"{settings.batch} rows, instrumented: {method}")
         side = _instrumented(loaded, prompts, method, settings, watch)
