@@ -56,7 +56,14 @@ def run(
         cache = build_cache(loaded.model.config, method)
         loaded.model(ids.to(loaded.model.device), past_key_values=cache)
         report = cache_report(cache)
-        yield method, Measurement({"bits_per_value": report.bits_per_value, "process": float(os.getpid())}, report)
+        yield (
+            method,
+            Measurement(
+                metrics={"bits_per_value": report.bits_per_value, "process": float(os.getpid())},
+                cache=report,
+                detail={"gpus": os.environ.get("CUDA_VISIBLE_DEVICES")},
+            ),
+        )
 
 
 SIZE = Experiment("size", SizeSettings, run)

@@ -48,7 +48,7 @@ def test_a_missing_or_empty_file_holds_no_records(tmp_path: Path) -> None:
 
 
 def test_many_processes_append_without_losing_or_mixing_lines(tmp_path: Path) -> None:
-    path, writers, each = tmp_path / "a.jsonl", 4, 25
+    path, writers, each = tmp_path / "a.jsonl", 3, 40
     code = """
         import sys
         from pathlib import Path

@@ -193,6 +193,12 @@ def test_gpus_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch, co
     assert visible_gpus() == found
 
 
+def test_where_there_are_gpus_a_worker_sees_its_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turboquant.sweep.workers.visible_gpus", lambda: ["5"])
+    records = list(run_workers(cells(tiny, SizeSettings()), EXPERIMENTS, Watch(), lambda: False))
+    assert [record.detail["gpus"] for record in records] == ["5"] * 3
+
+
 # The command
 
 

@@ -24,9 +24,20 @@ from turboquant.models import load_model
 from turboquant.results import Cell, ExperimentRecord
 
 TRIES = 2
-_PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-"""On Linux one clean process imports the libraries and forks the workers, so that they start, and start again, fast."""
 _POLL_SECONDS = 0.2
+
+
+def _processes(gpus: bool) -> Any:
+    """Return how processes are started.
+
+    On Linux one clean process imports the libraries and forks the workers, so that they start, and start again, fast.
+    Where there are GPUs each worker is a new program, since what an import does with CUDA must not be forked.
+    """
+    if gpus or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 @dataclass
@@ -97,13 +108,12 @@ class _Crew:
     experiments: Mapping[str, Experiment[Any]]
     waiting: deque[_Job]
     size: int
-    gpus: list[str] = field(default_factory=visible_gpus)
+    gpus: list[str]
     workers: list[_Worker | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.workers = [None] * self.size
-        if sys.platform == "linux":
-            _PROCESSES.set_forkserver_preload([__name__])
+        self.processes = _processes(bool(self.gpus))
 
     def busy(self) -> list[_Worker]:
         return [worker for worker in self.workers if worker and worker.job]
@@ -131,10 +141,10 @@ class _Crew:
         return job
 
     def _start(self, place: int) -> _Worker:
-        ours, theirs = _PROCESSES.Pipe()
+        ours, theirs = self.processes.Pipe()
         gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
         threads = max(1, torch.get_num_threads() // self.size)
-        process = _PROCESSES.Process(target=_work, args=(theirs, self.experiments, threads, gpu), daemon=True)
+        process = self.processes.Process(target=_work, args=(theirs, self.experiments, threads, gpu), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -211,7 +221,8 @@ def run_workers(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     jobs = deque(_Job(group) for group in groups(cells))
-    crew = _Crew(experiments, jobs, min(workers or len(visible_gpus()) or 1, max(1, len(jobs))))
+    gpus = visible_gpus()
+    crew = _Crew(experiments, jobs, min(workers or len(gpus) or 1, max(1, len(jobs))), gpus)
     done, at_once = 0, True
     try:
         while True:
