@@ -148,7 +148,7 @@ def against_bits(
     best = max((value, f"{family} at {bits:g} bits") for family, _, bits, value in rows)
     low = min((value, f"{family} at {bits:g} bits") for family, _, bits, value in rows)
     alt = f"From {low[0]:.4g} ({low[1]}) to {best[0]:.4g} ({best[1]})."
-    _layout(figure, "bits of a code (nominal)", y, log=log)
+    _layout(figure, "bits of a code (nominal)", y, log=log).update_xaxes(dtick=1)
     return Plot(title, alt, figure, ("method", "figure", "bits", "value"), tuple(rows))
 
 
@@ -278,7 +278,8 @@ def validate_figure(records: Sequence[ExperimentRecord]) -> go.Figure:
             points = [(float(bits_of(one)[1]), value) for one in part if (value := one.metrics.get(metric))]
             name = f"dim {dim}, {'measured' if metric == 'mse' else 'expected'}"
             figure.add_trace(_trace(name, points, (colors[number % len(colors)], sign, dash)))
-    return _layout(figure, "bits", "mean squared error of a unit vector", log=True).update_layout(showlegend=True)
+    _layout(figure, "bits", "mean squared error of a unit vector", log=True).update_xaxes(dtick=1)
+    return figure.update_layout(showlegend=True)
 
 
 PLOTS: dict[str, Sequence[Callable[[Sequence[Summary]], Plot | None]]] = {
