@@ -263,8 +263,10 @@ def _model(one: Summary) -> str:
     return one.model or ""
 
 
-def validate_figure(records: Sequence[ExperimentRecord]) -> go.Figure:
-    """Draw the error of the codes on random unit vectors against bits: measured, and the exact expectation."""
+def validate_figure(
+    records: Sequence[ExperimentRecord], metric: str = "mse", axis: str = "mean squared error of a unit vector"
+) -> go.Figure:
+    """Draw a figure of the codes on random unit vectors against bits: measured, and the exact expectation."""
     figure = go.Figure()
 
     def bits_of(record: ExperimentRecord) -> tuple[int, int]:
@@ -274,11 +276,11 @@ def validate_figure(records: Sequence[ExperimentRecord]) -> go.Figure:
     colors = [color for color, _ in STYLES.values()][1:]
     for number, (dim, group) in enumerate(groupby(usable, key=lambda record: record.cell.settings["dim"])):
         part = list(group)
-        for metric, sign, dash in (("mse", "circle", "solid"), ("mse_theory", "x-thin-open", "dot")):
-            points = [(float(bits_of(one)[1]), value) for one in part if (value := one.metrics.get(metric))]
-            name = f"dim {dim}, {'measured' if metric == 'mse' else 'expected'}"
+        for source, sign, dash in ((metric, "circle", "solid"), (f"{metric}_theory", "x-thin-open", "dot")):
+            points = [(float(bits_of(one)[1]), value) for one in part if (value := one.metrics.get(source))]
+            name = f"dim {dim}, {'measured' if source == metric else 'expected'}"
             figure.add_trace(_trace(name, points, (colors[number % len(colors)], sign, dash)))
-    _layout(figure, "bits", "mean squared error of a unit vector", log=True).update_xaxes(dtick=1)
+    _layout(figure, "bits", axis, log=True).update_xaxes(dtick=1)
     return figure.update_layout(showlegend=True)
 
 

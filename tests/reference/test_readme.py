@@ -24,7 +24,7 @@ def test_commands_and_files_named_exist() -> None:
     from turboquant.cli import app
 
     command = get_command(app)
-    for line in re.findall(r"^\.venv/bin/turboquant (\w+)", README, flags=re.MULTILINE):
+    for line in re.findall(r"^\.venv/bin/turboquant ([\w-]+)", README, flags=re.MULTILINE):
         assert line in command.commands  # type: ignore[attr-defined]
     root = Path(__file__).resolve().parents[2]
     for path in re.findall(r"\]\((assets/[^)]+)\)", README):

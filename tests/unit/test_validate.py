@@ -55,6 +55,16 @@ def test_what_is_recorded_is_not_measured_again(finished) -> None:
     assert output.read_bytes() == before
 
 
+def test_the_plot_is_a_page_of_its_own(finished, tmp_path: Path) -> None:
+    plot = tmp_path / "plots" / "validate.html"
+    result = invoke(*SMALL, "--bits", "1", "3", "--output", str(finished[1]), "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    page = plot.read_text(encoding="utf-8")
+    assert page.count("dim 64, measured") == page.count("dim 64, expected") == 4
+    assert "prod with orthogonal S" in page
+    assert "<script src=" not in page
+
+
 def test_a_check_that_fails_is_named_and_fails_the_command(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("turboquant.synthetic.TOLERANCE", 0.0)  # nothing is that exact
     result = invoke(*SMALL, "--bits", "2", "--output", str(tmp_path / "v.jsonl"))

@@ -33,6 +33,12 @@ COLUMNS = (
     ("enc Mv/s", "encode_mse_vectors_per_second", "{:.2f}"),
     ("dec Mv/s", "decode_mse_vectors_per_second", "{:.2f}"),
 )
+PLOTTED = {
+    "mse": "mean squared error of a unit vector",
+    "inner_product_mse": "d E[error²] of inner products, mse codes",
+    "inner_product_prod_gaussian": "d E[error²], prod with Gaussian S",
+    "inner_product_prod_orthogonal": "d E[error²], prod with orthogonal S",
+}
 LEGEND = (
     "IP: d E[error^2] of inner products with random unit queries; prod and orth: TurboQuant_prod with Gaussian and "
     "orthogonal S. gain: mean estimate over truth for queries at cosine 0.6 with their key (1 is unbiased). R@1: how "
@@ -63,6 +69,7 @@ def validate(
     _check_options(rotation, device)
     if plot is not None:
         check_writable(plot)
+        _import_plots()
     seeds = seeds or (QUICK_SEEDS if quick else 32)
     shared = {"vectors": vectors, "seeds": seeds, "seed": seed, "rotation": rotation, "device": device}
     cells = _cells(dims or (QUICK_DIMS if quick else DIMS), bits or (QUICK_BITS if quick else BITS), shared)
@@ -92,6 +99,14 @@ def _check_options(rotation: str, device: str) -> None:
         fail(f"device must be cpu or cuda, got {device!r}", 2)
     if device == "cuda" and not torch.cuda.is_available():
         fail("device is cuda, but no CUDA device is to be had", 2)
+
+
+def _import_plots() -> None:
+    """Leave with code 2 where plotly is missing; asked before the work starts."""
+    try:
+        import turboquant.plots  # noqa: F401
+    except ImportError as error:
+        fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[app]'", 2)
 
 
 def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
@@ -175,9 +190,13 @@ def _worst(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 
 
 def _write_plot(records: "Sequence[ExperimentRecord]", path: Path) -> None:
-    try:
-        from turboquant.plots import validate_figure
-    except ImportError as error:
-        fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[app]'", 1)
-    validate_figure(records).write_html(path, include_plotlyjs=True)
+    """Write the curves of MSE and of inner products as one page that works offline."""
+    from turboquant.plots import validate_figure
+
+    parts = [
+        validate_figure(records, metric, axis).to_html(full_html=False, include_plotlyjs=number == 0)
+        for number, (metric, axis) in enumerate(PLOTTED.items())
+    ]
+    head = "<!doctype html><html lang='en'><meta charset='utf-8'><title>turboquant validate</title>"
+    path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
     say(f"the curves are in {path}")
