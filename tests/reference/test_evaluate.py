@@ -1,5 +1,7 @@
 """The attention experiment on the built-in model: its needle is found, heads look at it, recipes rank as known."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,7 +32,8 @@ def measured(smollm2: LoadedModel) -> dict[str, Measurement]:
 def test_the_model_finds_the_needle(smollm2: LoadedModel) -> None:
     prompt = build_prompt(smollm2, SETTINGS)
     ids = prompt.ids
-    written = smollm2.model.generate(
+    model: Any = smollm2.model
+    written = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0
     )
     assert prompt.is_answered_by(str(smollm2.tokenizer.decode(written[0, ids.shape[1] :])))

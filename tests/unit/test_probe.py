@@ -23,7 +23,7 @@ PROMPT, STEPS = 70, 36
 SMALL = "residual_length=8,sink_length=2"  # packs a block at 42, 74 and 106 tokens
 METHODS_TO_PROBE = [
     f"turboquant:bits=3,{SMALL}",
-    "turboquant:bits=4,residual_length=40,group_size=32,qjl=orthogonal",  # packs a block at 76 tokens, so not from the start
+    "turboquant:bits=4,residual_length=40,group_size=32,qjl=orthogonal",  # packs at 76 tokens, not from the start
     "turboquant-paper:bits=2",
 ]
 
