@@ -57,7 +57,8 @@ def head_agreement(
     Returns:
         `cosine_scores` and `cosine_weights` (before and after softmax, -1 to 1), `top1` (the most-attended token is
         the same, 0 or 1) and `top5` (the full cache's most-attended token is among the five of the compressed one).
-        Of equal scores the earlier token counts as the higher, on both sides.
+        Of equal scores the earlier token counts as the higher, on both sides. Where the compressed side is not a number
+        there is no agreement: cosines are 0 and nothing matches.
     """
     if weights is None:
         weights = (attention_weights(full, visible, scaling), attention_weights(compressed, visible, scaling))
@@ -77,16 +78,19 @@ def head_agreement(
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity along the last axis; 0 where one of them is 0."""
+    """Cosine similarity along the last axis; 0 where one of them is 0 or not finite."""
     length = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return torch.linalg.vecdot(a, b) / length.clamp_min(torch.finfo(a.dtype).tiny)
+    return (torch.linalg.vecdot(a, b) / length.clamp_min(torch.finfo(a.dtype).tiny)).nan_to_num_(nan=0.0)
 
 
 def rank_of(scores: Float[Tensor, "*heads tokens"], index: Int[Tensor, "*heads"]) -> Int[Tensor, "*heads"]:
-    """Return how many tokens stand before `index`: those with higher scores, and earlier ones with the same."""
+    """Return how many tokens stand before `index`: those with higher scores, and earlier ones with the same.
+
+    A score that is not a number is no agreement: as the own one it comes last, as another's it stands before.
+    """
     index = index.unsqueeze(-1)
     own = scores.gather(-1, index)
-    above = (scores > own).sum(dim=-1)
+    above = scores.shape[-1] - (scores <= own).sum(dim=-1)
     if bool(((scores >= own).sum(dim=-1) > above + 1).any()):  # equal scores are rare
         earlier = torch.arange(scores.shape[-1], device=scores.device) < index
         above += ((scores == own) & earlier).sum(dim=-1)
@@ -143,7 +147,8 @@ def compare_layer(
         weights = attention_weights(scores[0], visible, scaling), attention_weights(scores[1], visible, scaling)
         outputs = _outputs(weights[0], full[1]), _outputs(weights[1], served[1])
         agreement = head_agreement(*scores, visible, scaling, weights)
-        agreement["output_error"] = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
+        error = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
+        agreement["output_error"] = error.nan_to_num(nan=torch.inf, posinf=torch.inf)  # means would pass NaN over
         found["served"].append(agreement)
         if packed is not None:
             part = scores[0][..., packed.places], scores[1][..., packed.places]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from turboquant.metrics import head_agreement, token_agreement
+from turboquant.metrics import Span, compare_layer, head_agreement, token_agreement
 
 SCALING = 0.125
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))
@@ -128,6 +128,28 @@ def test_sixth_place_is_not_among_the_top_five() -> None:
     assert head_agreement(full, compressed, visible, 1.0)["top5"].item() == 0
     compressed[..., 1] = 0.0
     assert head_agreement(full, compressed, visible, 1.0)["top5"].item() == 1
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("places", [slice(None), slice(0, 5)])
+def test_compressed_scores_that_are_no_numbers_never_agree(broken: float, places: slice) -> None:
+    """A cache that gives NaN must not look like a perfect one, and must not be left out of a mean."""
+    full = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0)).sort(dim=-1).values
+    compressed = full.clone()
+    compressed[..., places] = broken
+    for visible in (None, torch.ones(3, 10, dtype=torch.bool)):
+        result = head_agreement(full, compressed, visible, SCALING)
+        for name, values in result.items():
+            if broken != broken or name.startswith("cosine"):
+                assert torch.equal(values, torch.zeros(2, 3)), name
+
+
+def test_an_output_that_is_no_number_has_no_small_error() -> None:
+    query, keys, values = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    pair, span = (keys[0], values[0]), Span(0, 2)
+    broken = (keys[0], values[0].clone().index_fill_(1, torch.tensor([0]), torch.nan))
+    found = compare_layer(query[0], pair, broken, SCALING, span, span)
+    assert bool((found["served"]["output_error"] == torch.inf).all())
 
 
 def test_the_scaling_acts_on_weights_and_on_nothing_else() -> None:
