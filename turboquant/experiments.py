@@ -4,6 +4,7 @@ A cell is one method under one experiment with one model and one set of settings
 run together, since they share a forward pass. Whatever runs cells (a command, a page, a sweep) calls `run_cells`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,11 @@ class Models:
         return self.loaded
 
 
+def _finite(value: float | None) -> float | None:
+    """Return a figure, or None where there is none; on disk NaN and infinity are null as well."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _sentence(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text and isinstance(error, SAYS_IT_ALL) else f"{type(error).__name__}: {error}".strip()
@@ -143,7 +149,7 @@ def _measure(
         yield ExperimentRecord(
             cell=by_method.pop(str(method)),
             model=model_info(loaded),
-            metrics=found.metrics,
+            metrics={name: _finite(value) for name, value in found.metrics.items()},
             cache=found.cache,
             timing={"elapsed": elapsed, **found.timing},
             detail=found.detail,

@@ -1,5 +1,6 @@
 """Which of several choices are worth having: those that no other beats on both cost and loss."""
 
+import math
 from collections.abc import Sequence
 
 Point = tuple[float | None, float | None]
@@ -9,7 +10,7 @@ def pareto_front(points: Sequence[Point]) -> list[bool]:
     """Return for each point whether no other is at least as good in both numbers and better in one; less is better.
 
     Args:
-        points: (cost, loss), such as bits per value and KL. A point without a number is never on the front.
+        points: (cost, loss), such as bits per value and KL. A point without a finite number is never on the front.
 
     Example:
         >>> pareto_front([(2.0, 0.5), (4.0, 0.1), (4.5, 0.2), (None, 0.0)])
@@ -19,7 +20,7 @@ def pareto_front(points: Sequence[Point]) -> list[bool]:
 
 
 def _is_known(point: Point) -> bool:
-    return None not in point
+    return all(number is not None and math.isfinite(number) for number in point)
 
 
 def _beats(other: Point, point: Point) -> bool:

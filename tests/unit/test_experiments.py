@@ -1,6 +1,7 @@
 """Cells: measured once, shared forward passes, failures kept apart, stopping and going on."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from tests.helpers import AttentionCalls, tiny_loaded
 from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from turboquant.cli.app import finish, run_recorded
-from turboquant.experiments import Watch, cells_for, run_cells
+from turboquant.experiments import Experiment, Measurement, Watch, cells_for, run_cells
 from turboquant.generate import CancelledError
 from turboquant.methods import parse_method
 from turboquant.models import LoadedModel, ModelError
@@ -206,3 +207,11 @@ def test_the_last_line_counts_what_failed(output: Path, capsys: pytest.CaptureFi
     assert {"experiment": "size", "records": 3, "failed": 1, "output": str(output), "more": "said"}.items() <= (
         summary.items()
     )
+
+
+def test_what_is_no_number_is_none_in_the_record() -> None:
+    """As on disk, so that what compares or writes figures at once meets no NaN."""
+    found = Measurement({"kl_mean": math.nan, "ppl": math.inf, "bits": 4.0})
+    broken = Experiment("size", SizeSettings, lambda loaded, methods, settings, watch: iter([(methods[0], found)]))
+    (one,) = run_cells(cells(SizeSettings(), methods=(FOUR,)), {"size": broken}, Loader())
+    assert one.metrics == {"kl_mean": None, "ppl": None, "bits": 4.0}

@@ -111,15 +111,17 @@ WRONG = [
         "has 5 tokens, too few for 1 windows of 261 from token 0",
     ),
     ("perplexity", ["--context", "600"], "tiny has a context of 512 tokens, got 600"),
-    ("perplexity", ["--output", "FOLDER"], "cannot be written: it is a folder"),
+    ("perplexity", ["--output", "FOLDER"], "cannot be written: Is a directory"),
     ("perplexity", ["--output", "FOREIGN"], "holds records of needle: give another --output, or --overwrite"),
     ("needle", ["--contexts", "600"], "tiny has a context of 512 tokens, got 616"),
     ("needle", ["--contexts", "50"], "a prompt with a needle has at least"),
     ("needle", ["--filler", "nope.txt"], "the text must be one of"),
     ("needle", ["--repetitions", "20000"], "repetitions: Input should be less than or equal to 10000"),
+    ("needle", ["--model", "no-such-model"], "Unknown model 'no-such-model'"),
+    ("methods", ["--weights", "3bit"], "Unknown weights '3bit'"),
     ("methods", ["--method", "rtn:bitz=4"], "unknown option of rtn 'bitz': did you mean 'bits'"),
     ("generate-bench", ["--prompt-tokens", "600"], "tiny has a context of 512 tokens, got 728"),
-    ("generate-bench", ["--shortest", "0"], "shortest: Input should be greater than 0"),
+    ("generate-bench", ["--shortest", "0"], "shortest: Input should be greater than 0, got 0.0"),
 ]
 
 
@@ -165,10 +167,20 @@ def test_a_method_that_packs_nothing_fails_and_the_others_are_recorded(model: st
     }
 
 
-def test_an_unknown_model_fails_with_code_1(tmp_path: Path) -> None:
-    result = invoke("perplexity", "--model", "no-such-model", "--output", str(tmp_path / "out.jsonl"))
+def test_a_model_that_cannot_be_loaded_fails_with_code_1(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = invoke("perplexity", "--model", str(tmp_path / "empty"), "--output", str(tmp_path / "out.jsonl"))
     assert result.exit_code == 1
-    assert "no-such-model" in result.stderr
+    assert "config.json" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--context", "600"], ["--model", "no-such-model"], ["--text", "nope.txt"]])
+def test_what_is_to_be_overwritten_stays_until_the_work_begins(model: str, tmp_path: Path, wrong: list[str]) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    result = invoke("perplexity", "--model", model, *SHORT, "--overwrite", "--output", str(output), *wrong)
+    assert result.exit_code == 2, result.output
+    assert output.read_text() == "precious\n"
 
 
 def test_a_killed_run_goes_on_where_it_was(model: str, tmp_path: Path) -> None:
@@ -252,3 +264,8 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[float | None, float]
         beaten = any(a <= cost and b <= loss and (a, b) != (cost, loss) for a, b in known)
         assert on == (not beaten)
     assert any(front) == bool(known)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_is_never_on_the_front(broken: float) -> None:
+    assert pareto_front([(2.0, broken), (broken, 0.1), (4.0, 0.1)]) == [False, False, True]
