@@ -144,6 +144,24 @@ def test_a_method_that_packs_nothing_has_no_figure_and_the_others_have(tiny: Loa
     assert EXPERIMENTS["needle"] is EXPERIMENT
 
 
+def test_a_window_filled_in_some_repetitions_only_costs_that_method_alone(tiny: LoadedModel) -> None:
+    chosen = next(
+        one for seed in range(20) if read(tiny, one := SMALL.model_copy(update={"seed": seed}), 0) > read(tiny, one, 1)
+    )
+    just = parse_method(f"rtn:residual_length={read(tiny, chosen, 0) - 32}")
+    assert just.packed_length(read(tiny, chosen, 0))
+    assert not just.packed_length(read(tiny, chosen, 1))
+    measured = EXPERIMENT.run(tiny, [just, parse_method("rtn:bits=2")], chosen, Watch())
+    assert str(next(measured)[0]) == "rtn:bits=2"
+    with pytest.raises(NothingCompressedError, match=r"rtn:bits=4,residual_length=.* packs none of 480 tokens"):
+        next(measured)
+
+
+def read(loaded: LoadedModel, chosen: NeedleSettings, repetition: int) -> int:
+    """Tokens before the question."""
+    return build_prompt(loaded, chosen, repetition).question_start
+
+
 def test_cancelling_stops(tiny: LoadedModel) -> None:
     with pytest.raises(CancelledError):
         list(EXPERIMENT.run(tiny, [parse_method("rtn")], SMALL, Watch(cancelled=lambda: True)))
