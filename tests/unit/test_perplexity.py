@@ -230,6 +230,13 @@ def test_prefill_is_shorter_than_context() -> None:
         PerplexitySettings(context=100, prefill=100)
 
 
+def test_a_chunk_is_one_forward_call() -> None:
+    """Longer chunks would be read in calls of 64 all the same, so a record must not name another length."""
+    with pytest.raises(ValueError, match="less than or equal to 64"):
+        PerplexitySettings(chunk_tokens=65)
+    assert PerplexitySettings(chunk_tokens=64).chunk_tokens == 64
+
+
 def test_a_method_that_packs_nothing_has_no_figure_and_the_others_have(tiny: LoadedModel) -> None:
     methods = [parse_method(spec) for spec in ("turboquant:residual_length=230", "rtn:bits=4")]
     measured = EXPERIMENT.run(tiny, methods, SMALL, Watch())

@@ -53,7 +53,7 @@ class PerplexitySettings(Record):
         windows: Windows of each text.
         start: Token of the text at which the first window begins.
         seed: 0 takes windows one after the other; any other number draws their places from all that do not overlap.
-        chunk_tokens: Length of the chunks; None for the same result as token by token.
+        chunk_tokens: Length of the chunks, at most `CHUNK`; None for the same result as token by token.
     """
 
     texts: tuple[str, ...] = Field(("persuasion", "factbook", "sqlite"), min_length=1)
@@ -62,7 +62,7 @@ class PerplexitySettings(Record):
     windows: int = Field(1, ge=1)
     start: int = Field(0, ge=0)
     seed: int = Field(0, ge=0)
-    chunk_tokens: int | None = Field(None, ge=1)
+    chunk_tokens: int | None = Field(None, ge=1, le=CHUNK)
 
     @model_validator(mode="after")
     def _prefill_is_shorter(self) -> "PerplexitySettings":
