@@ -302,7 +302,7 @@ class TurboQuantProd(TurboQuantMSE):
 
 
 def _steps(x: Tensor, top: Tensor, count: int) -> Tensor:
-    """Return x in whole steps of top / count, 0 where the top is 0 (NaN and infinity in x show in the top)."""
+    """Return x in whole steps of top / count, 0 where the top is 0 (NaN in x shows in the top, infinity saturates)."""
     top = top.float()
     return torch.where(top > 0, x / top * count, 0).round().clamp(-count, count)
 
