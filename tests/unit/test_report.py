@@ -164,7 +164,7 @@ def page(tmp_path: Path) -> Path:
     out = tmp_path / "deep" / "page.html"
     result = RUNNER.invoke(cli.app, ["report", "--results", str(records), "--html", str(out)])
     assert result.exit_code == 0, result.output
-    assert "plots are in" in result.stderr
+    assert json.loads(result.stdout)["plots"] > 10
     return out
 
 
@@ -205,6 +205,8 @@ def test_markdown_has_every_table(tmp_path: Path) -> None:
     out = tmp_path / "r.md"
     result = RUNNER.invoke(cli.app, ["report", "--results", str(records), "--markdown", str(out)])
     assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout)
+    assert (last["written"], last["tables"] > 0) == ([str(out)], True)
     text = out.read_text()
     assert "## Attention over long contexts" in text
     assert "on the front" in text
@@ -223,8 +225,16 @@ def test_a_report_without_records_or_plotly_says_so(tmp_path: Path, monkeypatch:
     result = RUNNER.invoke(cli.app, words)
     assert result.exit_code == 1
     assert "there are no records to report on" in result.stderr
-    result = RUNNER.invoke(cli.app, [*words[:3], "--markdown", "/proc/none/r.md"])
+    for wrong in (["--markdown", "/proc/none/r.md"], ["--results", "/proc/none"]):
+        assert RUNNER.invoke(cli.app, [*words[:3], *wrong]).exit_code == 2
+
+
+def test_a_check_writes_nothing(tmp_path: Path) -> None:
+    words = ["report", "--results", str(write(tmp_path / "r.jsonl", record())), "--check"]
+    result = RUNNER.invoke(cli.app, [*words, "--markdown", str(tmp_path / "r.md")])
     assert result.exit_code == 2
+    assert "--check changes nothing" in result.stderr
+    assert not (tmp_path / "r.md").exists()
 
 
 # The README
