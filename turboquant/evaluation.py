@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from turboquant.methods import parse_method
-from turboquant.results import Cell, ExperimentRecord
+from turboquant.results import Cell, ExperimentRecord, first_error
 
 EXPERIMENT = "attention"
 SCHEMA = ("seq_len", "compression_ratio", "cosine_similarity", "top1_match_pct", "top5_match_pct")
@@ -97,9 +97,7 @@ def read_document(path: Path) -> list[ExperimentRecord]:
         entries = [entry["record"] for run in runs for entry in run["by_context"].values()]
         return [ExperimentRecord.model_validate(entry) for entry in entries]
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise EvaluationFileError(f"{path} holds a broken record ({where}: {first['msg']})") from error
+        raise EvaluationFileError(f"{path} holds a broken record ({first_error(error)})") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationFileError(f"{path} is not an output of evaluate: a context of it has no record") from error
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -302,6 +303,14 @@ class ExperimentRecord(Record):
     error: str | None = None
 
 
+def first_error(error: ValidationError) -> str:
+    """Return what pydantic found wrong first: where, the rule and the value, in one line."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    got = "" if first["type"] == "missing" or not where else f", got {reprlib.repr(first['input'])}"
+    return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ") + got
+
+
 class RecordFileError(ValueError):
     """A file of records cannot be used; `records` are the good ones that were read from it."""
 
@@ -368,9 +377,7 @@ def read_records(path: Path) -> list[ExperimentRecord]:
         try:
             records.append(ExperimentRecord.model_validate_json(line))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            broken.append(f"line {number} of {path} is not an experiment record ({where or 'JSON'}: {first['msg']})")
+            broken.append(f"line {number} of {path} is not an experiment record ({first_error(error)})")
     if torn.strip():  # complete records are kept even without their line end
         with contextlib.suppress(ValidationError):
             records.append(ExperimentRecord.model_validate_json(torn))

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from turboquant.methods import parse_method
-from turboquant.results import DecodeBench, Environment, ExperimentRecord
+from turboquant.results import DecodeBench, Environment, ExperimentRecord, first_error
 
 CONTEXT_SETTINGS = ("context", "tokens")
 AVERAGED = frozenset((*CONTEXT_SETTINGS, "seed", "seeds", "depth", "rotation_seed", "sampling_seed", "repetition"))
@@ -101,11 +101,7 @@ def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ReportError(f"{where} is not JSON") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "JSON"
-        raise ReportError(
-            f"{where} is neither an experiment record nor a benchmark ({place}: {first['msg']})"
-        ) from None
+        raise ReportError(f"{where} is neither an experiment record nor a benchmark ({first_error(error)})") from None
 
 
 def _read_document(path: Path) -> list[ExperimentRecord]:

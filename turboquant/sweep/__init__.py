@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from turboquant.experiments import Experiment, cells_for
 from turboquant.methods import Method
-from turboquant.results import Cell, Record
+from turboquant.results import Cell, Record, first_error
 
 CONTEXT_FIELDS = ("context", "tokens")
 """What the settings of experiments call the number of tokens in all."""
@@ -72,6 +72,4 @@ def _settings(experiment: Experiment[Any], axes: Mapping[str, Sequence[Any]]) ->
     try:
         return [experiment.settings(**dict(zip(own, values, strict=True))) for values in product(*own.values())]
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{experiment.name}: {field} {first['input']!r} is refused: {first['msg']}") from None
+        raise ValueError(f"{experiment.name}: {first_error(error)}") from None
