@@ -23,7 +23,7 @@ from turboquant.model_checks import (
     weight_bytes,
 )
 from turboquant.ops.codes import compile_kernels
-from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec, find_spec, is_local
+from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec, UnknownNameError, find_spec, is_local
 from turboquant.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -178,9 +178,9 @@ def _device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"Unknown device {device!r}: use auto, cpu, cuda or cuda:<index>.") from error
+        raise UnknownNameError(f"Unknown device {device!r}: use auto, cpu, cuda or cuda:<index>.") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"Unknown device {device!r}: use auto, cpu, cuda or cuda:<index>.")
+        raise UnknownNameError(f"Unknown device {device!r}: use auto, cpu, cuda or cuda:<index>.")
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if (chosen.index or 0) >= count:
@@ -193,7 +193,7 @@ def _device(device: str) -> torch.device:
 
 def _weights(weights: str, device: torch.device) -> str:
     if weights not in WEIGHTS:
-        raise ModelError(f"Unknown weights {weights!r}: use one of {', '.join(WEIGHTS)}.")
+        raise UnknownNameError(f"Unknown weights {weights!r}: use one of {', '.join(WEIGHTS)}.")
     if weights == "auto":
         return "4bit" if device.type == "cuda" else "fp32"
     return weights

@@ -15,6 +15,10 @@ class ModelError(RuntimeError):
     """A model cannot be loaded; the message is one sentence that says why and what to do about it."""
 
 
+class UnknownNameError(ModelError):
+    """There is no model, weight precision or device of that name."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Where a model comes from.
@@ -62,7 +66,7 @@ def find_spec(name: str) -> ModelSpec:
         name: Key of `MODELS` (in any case), hub id `organisation/name`, or path of a local folder.
 
     Raises:
-        ModelError: If the name is none of these; close matches are named.
+        UnknownNameError: If the name is none of these; close matches are named.
     """
     name = name.strip()
     if name.lower() in MODELS:
@@ -74,7 +78,7 @@ def find_spec(name: str) -> ModelSpec:
         return _local_spec(name)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         return ModelSpec(name, name, "main", "From the model hub")
-    raise ModelError(_unknown(name))
+    raise UnknownNameError(_unknown(name))
 
 
 def is_local(spec: ModelSpec) -> bool:
@@ -85,7 +89,7 @@ def is_local(spec: ModelSpec) -> bool:
 def _local_spec(name: str) -> ModelSpec:
     folder = Path(name).expanduser().resolve()
     if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder} on this machine.")
+        raise UnknownNameError(f"There is no folder {folder} on this machine.")
     return ModelSpec(folder.name, str(folder), None, "Local folder")
 
 

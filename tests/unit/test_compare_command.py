@@ -74,7 +74,7 @@ def test_a_prompt_too_short_to_pack_has_no_figures(folder) -> None:
         (["--prompt", " "], 2, "The prompt is empty"),
         (["--prompt", "x" * 600], 2, "has a context of 512 tokens"),
         (["--prompt", "hi", "--method", "nope"], 2, "unknown method 'nope'"),
-        (["--prompt", "hi", "--output", "/proc/nowhere/x.jsonl"], 2, "the output folder"),
+        (["--prompt", "hi", "--output", "/proc/nowhere/x.jsonl"], 2, "x.jsonl cannot be written"),
     ],
 )
 def test_wrong_use_is_one_sentence(folder, arguments: list[str], code: int, message: str) -> None:
@@ -102,6 +102,8 @@ def test_each_line_of_a_pipe_is_a_prompt_and_records_are_kept(folder, tmp_path: 
     refused = invoke(folder, "--chat", "--output", str(output), text="again\n")
     assert refused.exit_code == 2
     assert "is not a turn of a conversation" in refused.stderr
+    assert len(output.read_text().splitlines()) == 3
+    assert invoke("no-such-model", "--overwrite", "--output", str(output), text="again\n").exit_code == 2
     assert len(output.read_text().splitlines()) == 3
     assert invoke(folder, "--chat", "--overwrite", "--output", str(output), text="again\n").exit_code == 0
     assert Turn.model_validate_json(output.read_text()).index == 0

@@ -181,20 +181,22 @@ def test_ctrl_c_keeps_what_is_in_hand_and_the_same_call_goes_on(
     assert [one.cell for one in read_records(output)] == wanted[:3]
     said = capsys.readouterr().err
     assert "the record in hand is finished first" in said
-    assert "stopped with 3 of 6 records" in said
+    assert f"stopped with 3 of 6 records in {output}; the same command goes on from there" in said
     assert [one.cell for one in record(wanted, output)] == wanted
     assert len(read_records(output)) == 6
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_loses_no_record(output: Path) -> None:
+def test_a_second_ctrl_c_leaves_at_once_and_loses_no_record(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def twice(one: ExperimentRecord) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    record(cells(), output)
     with pytest.raises(typer.Exit) as left:
-        record(cells(), output, show=twice)
+        record(cells(), output, show=twice, overwrite=True)
     assert left.value.exit_code == 1
-    assert len(read_records(output)) == 1
+    assert len(read_records(output)) == 1  # what was overwritten is gone
+    assert "; the same command without --overwrite goes on from there" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

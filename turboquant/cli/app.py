@@ -5,9 +5,9 @@ Nothing heavy is imported before a command runs.
 
 import contextlib
 import json
-import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -21,7 +21,7 @@ from turboquant.cli.flags import Commands
 if TYPE_CHECKING:
     from turboquant.experiments import Experiment, Watch
     from turboquant.methods import Method
-    from turboquant.models import LoadedModel
+    from turboquant.models import LoadedModel, ModelError
     from turboquant.results import Cell, ExperimentRecord
 
     Engine = Callable[
@@ -34,16 +34,20 @@ bench = Commands(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
-MethodOption = Annotated[str, typer.Option("--method", help="Method string, such as turboquant:bits=4.")]
+MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
 MethodsOption = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Method strings, such as turboquant:bits=4; one or several."),
+    typer.Option("--method", help="Such as turboquant:bits=4; one or several. `turboquant methods --list` shows all."),
 ]
 BitsOption = Annotated[
     list[int] | None,
-    typer.Option("--bits", help="Bits for each --method that names none (default: turboquant); one or several."),
+    typer.Option(
+        "--bits", help="Bits a value, 1 to 8, for each --method that names none; one or several. Alone: of turboquant."
+    ),
 ]
-WeightsOption = Annotated[str, typer.Option("--weights", help="auto, fp32, bf16, 8bit or 4bit.")]
+WeightsOption = Annotated[
+    str, typer.Option("--weights", help="Precision of the model: auto (fp32, 4bit on a GPU), fp32, bf16, 8bit or 4bit.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
 
 
@@ -96,25 +100,36 @@ def _with_bits(spec: str, bits: Sequence[int]) -> "list[Method]":
 
 
 def load(name: str, weights: str) -> "LoadedModel":
-    """Return a model, or leave with code 1."""
+    """Return a model, or leave."""
     from turboquant.models import ModelError, load_model
 
     try:
         return load_model(name, weights=weights, progress=lambda _, text: say(text))
     except ModelError as error:
-        fail(error, 1)
+        fail_model(error)
+
+
+def fail_model(error: "ModelError") -> NoReturn:
+    """Leave where a model cannot be had: with code 2 for a name that there is not, otherwise 1."""
+    from turboquant.registry import UnknownNameError
+
+    fail(error, 2 if isinstance(error, UnknownNameError) else 1)
 
 
 def check_writable(path: Path) -> None:
-    """Leave with code 2 where a file cannot be written; asked before the work starts."""
-    folder = path.parent
+    """Leave with code 2 where a file cannot be written; asked before the work starts.
+
+    It is tried, since permissions do not tell (of read-only disks, full ones, and to the superuser). The folder is
+    tried too: a lock or a partial file will stand beside the output.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.open("ab").close()
+        if path.is_file() or not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        fail(f"the output folder {folder} cannot be made: {error.strerror or error}", 2)
-    target = path if path.exists() else folder
-    if path.is_dir() or not os.access(target, os.W_OK):
-        fail(f"the output {path} cannot be written: {'it is a folder' if path.is_dir() else 'permission denied'}", 2)
+        fail(f"the output {path} cannot be written: {error.strerror or error}", 2)
 
 
 class Stop:
@@ -181,15 +196,11 @@ def progress_bar(title: str) -> Iterator[Callable[[float, str], None]]:
 
 
 def finished(path: Path, experiments: set[str], overwrite: bool) -> "list[ExperimentRecord]":
-    """Return the records an output already holds, or leave: with code 2 for a file of something else.
-
-    With `overwrite` the file is emptied instead.
-    """
+    """Return the records to go on with, none with `overwrite`; leave with code 2 for a file of something else."""
     from turboquant.results import RecordFileError, read_records
 
     check_writable(path)
     if overwrite:
-        path.write_bytes(b"")
         return []
     try:
         records = read_records(path)
@@ -220,7 +231,7 @@ def run_recorded(
         cells: What is wanted.
         experiments: By name; the output may hold records of these and of no others.
         output: The file of records.
-        overwrite: Whether to begin anew.
+        overwrite: Whether to begin anew; what the output held goes once the model is loaded and the settings checked.
         show: Called with each new record that did not fail.
         engine: What runs the cells that are missing; without it they run in this process.
         store: What the output held before, and how a record is added to it; without it the output is a file of records.
@@ -241,7 +252,10 @@ def run_recorded(
     with Stop().listening() as stop, progress_bar(title) as progress:
         watch = Watch(progress=progress)
         try:
-            for record in (engine or _in_this_process)(missing, experiments, watch, stop):
+            running = (engine or _in_this_process)(missing, experiments, watch, stop)
+            if overwrite and not store:
+                output.write_bytes(b"")
+            for record in running:
                 keep(record)
                 known[record.cell.key] = record
                 if record.error:
@@ -253,7 +267,8 @@ def run_recorded(
         except OSError as error:
             fail(f"{output} cannot be written: {error.strerror or error}", 1)
     if stop.asked and len(known) < len(cells):
-        fail(f"stopped with {len(known)} of {len(cells)} records in {output}; the same command goes on from there", 1)
+        again = "the same command without --overwrite" if overwrite else "the same command"
+        fail(f"stopped with {len(known)} of {len(cells)} records in {output}; {again} goes on from there", 1)
     return [known[cell.key] for cell in cells]
 
 
@@ -276,7 +291,7 @@ def _in_this_process(
     try:
         loaded = load(str(cells[0].model), cells[0].weights)
     except ModelError as error:
-        fail(error, 1)
+        fail_model(error)
     for first, *_ in groups(cells):
         experiment = experiments[first.experiment]
         try:

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import ModelOption, WeightsOption, app, bench, fail, load, read_method
+from turboquant.cli.app import (
+    MethodsOption,
+    ModelOption,
+    WeightsOption,
+    app,
+    bench,
+    check_writable,
+    fail,
+    load,
+    read_methods,
+)
 
 
 @app.command()
@@ -21,11 +31,11 @@ def models() -> None:
 @bench.command("decode")
 def bench_decode_command(
     model: ModelOption = "smollm2-135m",
-    method: Annotated[list[str] | None, typer.Option("--method", help="May be given several times.")] = None,
+    method: MethodsOption = None,
     weights: WeightsOption = "auto",
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a run.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cache.")] = 5,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""
@@ -34,7 +44,8 @@ def bench_decode_command(
     from turboquant.comparison import PromptError
     from turboquant.results import append_record
 
-    chosen = [read_method(spec) for spec in method or ["turboquant:bits=4"]]
+    chosen = read_methods(method, ["turboquant:bits=4"])
+    check_writable(output)
     loaded = load(model, weights)
     for one in chosen:
         try:

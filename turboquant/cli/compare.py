@@ -44,10 +44,10 @@ def compare(
     method: MethodOption = "turboquant:bits=4",
     weights: WeightsOption = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="One conversation; each side keeps its cache.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, max=5.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     rows: Annotated[int, typer.Option(min=0, help="Rows of the table of steps, evenly spaced; 0 for all.")] = 12,
     output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
     overwrite: OverwriteOption = False,
@@ -66,6 +66,8 @@ def compare(
     if output is not None:
         _check_output(output, chat, overwrite)
     loaded = load(model, weights)
+    if output is not None and overwrite:
+        output.write_bytes(b"")
     asking = _Asking(_chat(loaded, chosen, settings) if chat else _single(loaded, chosen, settings), rows, output)
     if first is not None and not chat:
         if not asking.answer(first):
@@ -82,9 +84,7 @@ def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
     from turboquant.session import Turn
 
     check_writable(path)
-    if overwrite:
-        path.write_bytes(b"")
-    if not path.exists():
+    if overwrite or not path.exists():
         return
     kind: type[Record] = Turn if chat else Comparison
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -16,6 +16,7 @@ from turboquant.cli.app import (
     app,
     check_writable,
     fail,
+    fail_model,
     finish,
     read_methods,
     run_recorded,
@@ -47,23 +48,29 @@ def evaluate(
     model: ModelOption = "smollm2-135m",
     bits: BitsOption = None,
     method: MethodsOption = None,
-    contexts: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of each context; one or several.")] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens of each context; default 2048 4096 8192.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="The JSON file; running again goes on with it.")] = Path(
         "results/evaluate.json"
     ),
-    depth: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where the needle is hidden, 0 to 1.")] = 0.5,
-    queries: Annotated[int, typer.Option(min=1, help="Tokens at the end that ask the cache.")] = 64,
+    depth: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Where in the context the needle is hidden: 0 start, 1 end.")
+    ] = 0.5,
+    queries: Annotated[int, typer.Option(min=1, help="Last tokens of the context, whose attention is compared.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the needle.")] = 0,
-    filler: Annotated[str, typer.Option(help="sentences, a shipped text or a UTF-8 file.")] = "sentences",
+    filler: Annotated[
+        str, typer.Option(help="Text around the needle: sentences, a shipped text or a UTF-8 file.")
+    ] = "sentences",
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once; memory against speed.")] = 512,
     weights: WeightsOption = "auto",
     overwrite: OverwriteOption = False,
     records: Annotated[Path | None, typer.Option(help="Append the records to this JSONL file as well.")] = None,
 ) -> None:
-    """Compare attention under compressed caches with the full one over long contexts; the needle's rank; KL.
+    """Compare attention under compressed caches with the full cache's, over long contexts with a hidden needle.
 
-    Every method and number of bits shares one forward pass a context. The file has the methodology's schema (model,
-    bits, by_context) with measured figures, and each context's whole record.
+    Also: the needle's rank by attention, and how far the next token's probabilities move (KL divergence, nats). All
+    methods and bits share one forward pass a context. The file has model, bits and by_context with measured figures.
     """
     started = time.perf_counter()
     methods = read_methods(method, ["turboquant:bits=4"], bits)
@@ -113,7 +120,7 @@ def _check_machine(model: str, weights: str, context: int) -> None:
         free = free_bytes(device) - estimate_bytes(config, precision)
         check_context(model, config, context, precision, free)
     except ModelError as error:
-        fail(error, 1)
+        fail_model(error)
     except PromptError as error:
         fail(error, 2)
 

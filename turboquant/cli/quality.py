@@ -40,13 +40,12 @@ def read_settings(kind: "type[Record]", values: dict[str, Any]) -> Any:
     """Return an experiment's settings, or leave with code 2; None stands for a setting's default."""
     from pydantic import ValidationError
 
+    from turboquant.results import first_error
+
     try:
         return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        fail(f"{where}: {text}" if where else text, 2)
+        fail(first_error(error), 2)
 
 
 def read_texts(texts: Sequence[str]) -> None:
@@ -123,7 +122,7 @@ def perplexity(
     output: Annotated[Path, typer.Option(help="One record a method.")] = Path("results/perplexity.jsonl"),
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Read texts through compressed caches: perplexity, KL from the full cache, and how often the top token stays."""
+    """Read texts through compressed caches: perplexity, KL divergence from the full cache, same top token (%)."""
     started = time.perf_counter()
     methods = read_methods(method, DEFAULT, bits)
     check_writable(output)
@@ -167,11 +166,14 @@ def needle(
     bits: BitsOption = None,
     contexts: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a prompt; default 1024 2048.")] = None,
     depths: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=1.0, help="Where the needle stands; default 0 0.5 1.")
+        list[float] | None,
+        typer.Option(min=0.0, max=1.0, help="Where the needle stands: 0 start, 1 end; default 0 0.5 1."),
     ] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Needles for each length and depth.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the needles.")] = 0,
-    filler: Annotated[str, typer.Option(help="sentences (RULER's), a shipped text or a path.")] = "sentences",
+    filler: Annotated[
+        str, typer.Option(help="Text around the needle: sentences (RULER's), a shipped text or a UTF-8 file.")
+    ] = "sentences",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),

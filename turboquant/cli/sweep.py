@@ -44,9 +44,14 @@ def sweep(
     experiment: Annotated[list[str] | None, typer.Option(help="Experiments (default: perplexity).")] = None,
     method: MethodsOption = None,
     bits: BitsOption = None,
-    contexts: Annotated[list[int] | None, typer.Option(min=1, help="Tokens in all.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option(min=0, help="Seeds of the experiments' texts.")] = None,
-    rotation_seeds: Annotated[list[int] | None, typer.Option(min=0, help="Seeds of the methods.")] = None,
+    contexts: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of each context; one or several.")] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Seeds of the experiments (needles, windows of text); one or several."),
+    ] = None,
+    rotation_seeds: Annotated[
+        list[int] | None, typer.Option(min=0, help="Seeds of the methods' random rotations; one or several.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="FIELD=VALUE of the experiments' settings; several make an axis.")
     ] = None,

@@ -83,8 +83,9 @@ def variance(
     cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights)
     try:
         records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
-    except typer.Exit:
-        _show_partial(cells, methods, reference, output)
+    except typer.Exit as stopped:
+        if stopped.exit_code == 1:
+            _show_partial(cells, methods, reference, output)
         raise
     done = [record for record in records if not record.error]
     found = _show(done, methods, reference)
