@@ -102,7 +102,10 @@ def test_the_number_in_the_answer_is_success(tiny: LoadedModel) -> None:
     prompt = build_prompt(tiny, SMALL, 0)
     assert prompt.is_answered_by(f" {prompt.answer}.")
     assert prompt.is_answered_by(f"{prompt.answer[0]},{prompt.answer[1:4]},{prompt.answer[4:]}")
+    assert prompt.is_answered_by(f"{prompt.answer[:3]} {prompt.answer[3:]} 5")
     assert not prompt.is_answered_by(prompt.answer[:-1])
+    assert not prompt.is_answered_by(f" {prompt.answer}5")
+    assert not prompt.is_answered_by(f" 5{prompt.answer}")
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -57,8 +57,9 @@ class NeedlePrompt:
     answer: str
 
     def is_answered_by(self, text: str) -> bool:
-        """Return whether a continuation of the prompt names the number."""
-        return self.answer in re.sub(r"(?<=\d)[,\s](?=\d)", "", text)
+        """Return whether a continuation names the number, its digits grouped or not; a longer number is another one."""
+        digits = r"[,\s]?".join(self.answer)
+        return re.search(rf"(?<!\d){digits}(?!\d)", text) is not None
 
 
 def filler_text(filler: str) -> str:
