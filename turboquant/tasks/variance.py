@@ -286,7 +286,8 @@ def differences(records: Sequence[ExperimentRecord], method: Method, against: Me
 
     `kl_mean over text`: blocks of neighbouring tokens are the pairs, rotation seeds averaged. `... over rotation
     seeds`: the same seed on both sides is a pair (a method without seeds is the same for all). `agreed_tokens over
-    answers`: each prompt under each sampling seed, greedy included, is a pair, rotation seeds averaged.
+    answers`: each prompt under each sampling seed, greedy included, is a pair, rotation seeds averaged; answers to one
+    prompt resemble each other, so what that says holds for these prompts and not for others.
     """
     own, other = by_rotation(records, method, None), by_rotation(records, against, None)
     found = {}
