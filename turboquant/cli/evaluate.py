@@ -22,7 +22,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
-from turboquant.cli.quality import number, print_table
+from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store

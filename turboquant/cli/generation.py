@@ -19,7 +19,8 @@ from turboquant.cli.app import (
     read_methods,
     run_recorded,
 )
-from turboquant.cli.quality import number, print_table, read_settings, read_texts
+from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.results import ExperimentRecord

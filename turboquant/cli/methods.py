@@ -26,10 +26,10 @@ from turboquant.cli.quality import (
     TextsOption,
     describe,
     perplexity_row,
-    print_table,
     read_settings,
     read_texts,
 )
+from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method

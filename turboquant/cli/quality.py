@@ -20,6 +20,7 @@ from turboquant.cli.app import (
     read_methods,
     run_recorded,
 )
+from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
     from turboquant.results import ExperimentRecord, Record
@@ -57,24 +58,6 @@ def read_texts(texts: Sequence[str]) -> None:
             read_text(text)
         except ValueError as error:
             fail(error, 2)
-
-
-def number(value: float | None, form: str) -> str:
-    """Format a metric; one that could not be had is a dash."""
-    return "-" if value is None else format(value, form)
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """Format an interval; one that could not be had is a dash."""
-    return "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows with aligned columns, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join([row[0].ljust(len(first)), *rest]))
 
 
 PERPLEXITY = (

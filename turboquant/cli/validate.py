@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import OverwriteOption, app, check_writable, fail, finish, run_recorded, say
+from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
     from turboquant.experiments import Watch
@@ -52,7 +53,9 @@ def validate(
     bits: Annotated[list[int] | None, typer.Option(min=1, max=8, help="Bits a coordinate; default 1 to 8.")] = None,
     dims: Annotated[list[int] | None, typer.Option(min=2, help="Head dims; default 64 80 96 128 256.")] = None,
     vectors: Annotated[int, typer.Option(min=2, help="Vectors a seed.")] = 256,
-    seeds: Annotated[int | None, typer.Option(min=3, help="Seeds; default 32. Standard errors are over them.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=3, help="Seeds; default 32. Fewer than 12 fail checks by chance.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     rotation: Annotated[str, typer.Option(help="qr or hadamard.")] = "qr",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -106,7 +109,7 @@ def _import_plots() -> None:
     try:
         import turboquant.plots  # noqa: F401
     except ImportError as error:
-        fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[app]'", 2)
+        fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[plots]'", 2)
 
 
 def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
@@ -143,12 +146,7 @@ def _measure(
 
 
 def _show_table(records: "Sequence[ExperimentRecord]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("dim", "bits", *(title for title, _, _ in COLUMNS), "z", "checks"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows = []
     for record in records:
         settings, metrics, checks = record.cell.settings, record.metrics, record.detail["checks"]
         cells = []
@@ -159,8 +157,8 @@ def _show_table(records: "Sequence[ExperimentRecord]") -> None:
         worst = max(check["z"] for check in checks)
         passed = sum(check["passed"] for check in checks)
         verdict = "pass" if passed == len(checks) else f"FAIL {len(checks) - passed}"
-        table.add_row(str(settings["dim"]), str(settings["bits"]), *cells, f"{worst:.1f}", verdict)
-    Console(width=max(160, Console().width)).print(table)
+        rows.append([str(settings["dim"]), str(settings["bits"]), *cells, f"{worst:.1f}", verdict])
+    print_table(("dim", "bits", *(title for title, _, _ in COLUMNS), "z", "checks"), rows)
     typer.echo(LEGEND)
 
 

@@ -23,7 +23,8 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
-from turboquant.cli.quality import TextsOption, number, print_table, read_settings, read_texts
+from turboquant.cli.quality import TextsOption, read_settings, read_texts
+from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
