@@ -261,7 +261,10 @@ def _collect(
 
 
 def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure; ends of intervals, whose mean bounds nothing, only where there is one row."""
     names = dict.fromkeys(name for row in rows for name in row)
+    if len(rows) > 1:
+        names = {name: None for name in names if not re.search(r"_(low|high)(_|$)", name)}
     return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 

@@ -75,6 +75,15 @@ def test_figures_are_means_across_contexts_whatever_the_number_of_seeds() -> Non
     assert summary.by_context[512]["kl_mean"] == pytest.approx(expected[0])
 
 
+def test_ends_of_intervals_are_not_averaged() -> None:
+    figures = {"kl_mean": 0.2, "kl_low": 0.1, "success_high_pct": 90.0}
+    (one,) = summarize([record(context=512, metrics=figures)])
+    assert one.metrics["kl_low"] == 0.1
+    (both,) = summarize([record(context=c, metrics=figures) for c in (512, 1024)])
+    assert "kl_mean" in both.metrics
+    assert not {"kl_low", "success_high_pct"} & both.metrics.keys()
+
+
 def test_other_settings_weights_models_and_experiments_stay_apart() -> None:
     base = record("turboquant:bits=4")
     others = [
