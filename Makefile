@@ -20,8 +20,9 @@ setup: $(READY)
 app: setup
 	exec $(VENV)/bin/python -m streamlit run streamlit_app.py --server.port $(PORT) --server.headless true
 
+# Two processes of one thread each: PyTorch's threads would otherwise wait for each other's cores.
 test: lint browser
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(READY_DEV)
 	$(VENV)/bin/ruff check .

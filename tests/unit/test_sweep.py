@@ -193,7 +193,10 @@ def test_gpus_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch, co
     assert visible_gpus() == found
 
 
-def test_where_there_are_gpus_a_worker_sees_its_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_are_gpus_a_worker_sees_its_own(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "main.py").write_text("raise SystemExit('the caller runs again')")  # as a script without a guard
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "main.py"), raising=False)
     monkeypatch.setattr("turboquant.sweep.workers.visible_gpus", lambda: ["5"])
     records = list(run_workers(cells(tiny, SizeSettings()), EXPERIMENTS, Watch(), lambda: False))
     assert [record.detail["gpus"] for record in records] == ["5"] * 3

@@ -10,8 +10,10 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -38,6 +40,17 @@ def _processes(gpus: bool) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Keep a new process from running the caller's main program again (a script without a guard, an app's page)."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @dataclass
@@ -145,7 +158,8 @@ class _Crew:
         gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
         threads = max(1, torch.get_num_threads() // self.size)
         process = self.processes.Process(target=_work, args=(theirs, self.experiments, threads, gpu), daemon=True)
-        process.start()
+        with _main_left_out():
+            process.start()
         theirs.close()
         return _Worker(process, ours)
 
