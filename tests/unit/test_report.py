@@ -290,7 +290,7 @@ def test_a_readme_that_cannot_be_filled_is_refused(tmp_path: Path, text: str, me
 
 @pytest.mark.parametrize("name", README_TABLES)
 def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> None:
-    kinds = {"evaluate": "attention", "methods": "perplexity", "sweep": "perplexity"}
+    kinds = {"evaluate": "attention", "methods": "perplexity", "sweep": "perplexity", "recipe": "perplexity"}
     if name == "decode":
         record_ = bench_decode(tiny_loaded(), parse_method("turboquant"), prompt_tokens=150, new_tokens=3, repeats=1)
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
@@ -306,8 +306,9 @@ def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> No
     assert "2020" not in text
 
 
-def test_the_projects_own_readme_is_up_to_date() -> None:
-    assert fill_readme((ROOT / "README.md").read_text(), ROOT / "results")[1] == []
+@pytest.mark.parametrize("name", ["README.md", "docs/recipe.md"])
+def test_the_projects_own_tables_are_up_to_date(name: str) -> None:
+    assert fill_readme((ROOT / name).read_text(), ROOT / "results")[1] == []
 
 
 def test_records_of_a_real_run_make_a_report(tmp_path: Path) -> None:

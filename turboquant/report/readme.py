@@ -44,6 +44,7 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "methods": _methods,
     "evaluate": _comparison("attention"),
     "perplexity": _comparison("perplexity", "perplexity"),
+    "recipe": _comparison("perplexity", "recipe"),
     "needle": _needle,
     "generation": _comparison("generation"),
     "variance": _variance,
