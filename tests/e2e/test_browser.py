@@ -21,6 +21,7 @@ ARTIFACTS = ROOT / "tests" / "artifacts"
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SECONDS = 1000
+expect.set_options(timeout=20 * SECONDS)  # other tests share the two cores
 ENVIRONMENT = {"NO_COLOR": "1", "TURBOQUANT_DISCONNECT_GRACE_S": "1"}
 
 pytestmark = [
@@ -186,7 +187,7 @@ def test_stop_keeps_the_partial_text(address: str, browser: Browser) -> None:
     wait_until(page, lambda: len(now := tokens_of(page)) == 2 and min(now) >= 4)
     begun = time.monotonic()
     page.get_by_role("button", name=re.compile("Stop.*Esc")).click()
-    expect(page.get_by_role("heading", name=re.compile("^Stopped after"))).to_be_visible(timeout=5 * SECONDS)
+    expect(page.get_by_role("heading", name=re.compile("^Stopped after"))).to_be_visible(timeout=15 * SECONDS)
     seconds = time.monotonic() - begun
     print(f"Stop took {seconds:.2f} s to the redrawn page")
     assert seconds < 3
