@@ -54,14 +54,14 @@ class Spread95(Record):
     high: float | None
 
 
-def spread(values: Sequence[float]) -> Spread95:
-    """Describe at least one value."""
+def spread(values: Sequence[float], bounds: tuple[float, float] | None = None) -> Spread95:
+    """Describe at least one value; `bounds` are those that the quantity, and so its interval, cannot leave."""
     x = np.asarray(values, dtype=np.float64)
     sd = low = high = None
     if len(x) > 1:
         sd = float(x.std(ddof=1))
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1)) * sd / math.sqrt(len(x))
-        low, high = float(x.mean()) - half, float(x.mean()) + half
+        low, high = np.clip([x.mean() - half, x.mean() + half], *(bounds or (-math.inf, math.inf))).tolist()
     return Spread95(
         count=len(x),
         mean=float(x.mean()),

@@ -65,6 +65,8 @@ def test_a_spread_is_that_of_the_textbook() -> None:
     assert found.low == pytest.approx(5.0 - found.high)
     alone = spread([7.0])
     assert (alone.mean, alone.sd, alone.low) == (7.0, None, None)
+    share = spread([25.0, 100.0, 50.0], (0.0, 100.0))
+    assert (share.low, share.high) == (0.0, 100.0)
 
 
 def test_paired_differences_find_what_is_there_and_no_more() -> None:
@@ -208,7 +210,8 @@ def test_a_record_for_every_method_and_pair_of_seeds(finished) -> None:
     assert kl["count"] == 6
     own = [r.metrics["kl_mean"] for r in records if r.cell.settings["seed"] is None and "bits=2" in str(r.cell.method)]
     assert kl["mean"] == pytest.approx(np.mean(own))
-    assert last["spreads"][str(METHOD)]["sampled_agreed_tokens"]["count"] == 12
+    sampled = last["spreads"][str(METHOD)]["sampled_agreed_tokens"]
+    assert (sampled["count"], sampled["low"], sampled["high"]) == (12, None, None)
     gap = last["differences"]["turboquant:bits=4,residual_length=8"]["kl_mean over rotation seeds"]
     assert gap["difference"] < 0
     assert gap["real"] is True

@@ -168,7 +168,8 @@ def _show(records: "Sequence[ExperimentRecord]", methods: "Sequence[Method]", re
 
 def _spread_row(name: str, found: "Spread95") -> list[str]:
     figures = [number(value, ".4g") for value in (found.mean, found.sd, found.minimum, found.maximum)]
-    return [name, str(found.count), *figures, f"{number(found.low, '.4g')} to {number(found.high, '.4g')}"]
+    interval = "-" if found.low is None else f"{number(found.low, '.4g')} to {number(found.high, '.4g')}"
+    return [name, str(found.count), *figures, interval]
 
 
 def _show_first_differences(records: "Sequence[ExperimentRecord]", method: "Method") -> None:

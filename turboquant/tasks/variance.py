@@ -35,6 +35,9 @@ from turboquant.tasks.perplexity import BLOCK, PerplexitySettings, text_windows
 COMPARED = ("kl_mean", "delta_ppl_pct", "same_top_pct", "agreed_tokens")
 """Metrics of the cells without a sampling seed that are compared rotation seed by rotation seed."""
 
+SHARES = {"same_top_pct": (0.0, 100.0), "identical_pct": (0.0, 100.0)}
+"""Metrics that cannot leave these bounds, so neither can their intervals."""
+
 
 class VarianceSettings(Record):
     """What is read and answered.
@@ -266,14 +269,16 @@ def spreads(records: Sequence[ExperimentRecord], method: Method) -> dict[str, Sp
     for name in names:
         values = [value for record in greedy if (value := record.metrics.get(name)) is not None]
         if values:
-            found[name] = spread(values)
+            found[name] = spread(values, SHARES.get(name))
     cells = {
         (rotation, seed): record.metrics["agreed_tokens"]
         for seed in sampling_seeds(records)
         for rotation, record in by_rotation(records, method, seed).items()
     }
     if cells:
-        found["sampled_agreed_tokens"] = spread([float(value or 0) for value in cells.values()])
+        # Cells that share a seed are not independent: no interval here, but of the means below.
+        every = spread([float(value or 0) for value in cells.values()])
+        found["sampled_agreed_tokens"] = every.model_copy(update={"low": None, "high": None})
         for axis, name in ((0, "rotation"), (1, "sampling")):
             groups = {key[axis] for key in cells}
             means = [np.mean([float(v or 0) for key, v in cells.items() if key[axis] == one]) for one in sorted(groups)]
