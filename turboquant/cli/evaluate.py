@@ -38,8 +38,8 @@ COLUMNS = {
     "packed top-1 %": ("packed_top1_match_pct", ".1f"),
     "KL": ("kl_mean", ".4f"),
     "same top %": ("same_top_pct", ".1f"),
-    "needle heads": ("needle_heads", ".0f"),
-    "of": ("needle_heads_full", ".0f"),
+    "needle rank": ("needle_rank", ".0f"),
+    "full": ("needle_rank_full", ".0f"),
 }
 
 
@@ -163,3 +163,6 @@ def _table(records: "Sequence[ExperimentRecord]") -> None:
     ]
     print_table(["method", "context", *COLUMNS], rows)
     say("top-1 and top-5: the full cache's most-attended token is the first, or among the first five, when compressed")
+    say(
+        "needle rank: place of the needle among all tokens by attention from the last one, median over heads; then full"
+    )

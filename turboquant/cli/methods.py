@@ -14,10 +14,8 @@ from turboquant.cli.app import (
     OverwriteOption,
     WeightsOption,
     app,
-    check_writable,
     finish,
     read_methods,
-    run_recorded,
     say,
 )
 from turboquant.cli.quality import (
@@ -25,9 +23,8 @@ from turboquant.cli.quality import (
     ChunkOption,
     TextsOption,
     describe,
+    measure_perplexity,
     perplexity_row,
-    read_settings,
-    read_texts,
 )
 from turboquant.cli.tables import print_table
 
@@ -105,15 +102,8 @@ def methods(
     chosen, skipped = (read_methods(method, GRID, bits), {}) if method or bits else usable(GRID)
     for spec, reason in skipped.items():
         say(f"left out: {spec}: {reason}")
-    check_writable(output)
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.perplexity import EXPERIMENT
-
-    values = {"texts": tuple(text) if text else None, "context": context, "prefill": prefill, "windows": windows}
-    settings = read_settings(EXPERIMENT.settings, values | {"chunk_tokens": chunk_tokens})
-    read_texts(settings.texts)
-    cells = cells_for(EXPERIMENT, model, chosen, [settings], weights)
-    records = run_recorded("methods", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
+    values = {"texts": text, "context": context, "prefill": prefill, "windows": windows, "chunk_tokens": chunk_tokens}
+    records = measure_perplexity("methods", model, chosen, values, weights, output, overwrite)
     measured = sorted(
         (record for record in records if not record.error), key=lambda record: record.metrics["bits_per_value"] or 0.0
     )

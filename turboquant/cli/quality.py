@@ -23,6 +23,7 @@ from turboquant.cli.app import (
 from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
+    from turboquant.methods import Method
     from turboquant.results import ExperimentRecord, Record
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
@@ -108,20 +109,33 @@ def perplexity(
     """Read texts through compressed caches: perplexity, KL divergence from the full cache, same top token (%)."""
     started = time.perf_counter()
     methods = read_methods(method, DEFAULT, bits)
-    check_writable(output)
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.perplexity import EXPERIMENT
-
-    values = {"texts": tuple(text) if text else None, "context": context, "prefill": prefill, "windows": windows}
-    values |= {"start": start, "seed": seed, "chunk_tokens": chunk_tokens}
-    settings = read_settings(EXPERIMENT.settings, values)
-    read_texts(settings.texts)
-    cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
-    records = run_recorded("perplexity", cells, {"perplexity": EXPERIMENT}, output, overwrite)
+    values = {"texts": text, "context": context, "prefill": prefill, "windows": windows, "chunk_tokens": chunk_tokens}
+    values |= {"start": start, "seed": seed}
+    records = measure_perplexity("perplexity", model, methods, values, weights, output, overwrite)
     measured = [record for record in records if not record.error]
     if measured:
         show_perplexity(measured)
     finish(records, output, started, results={str(r.cell.method): r.metrics for r in measured})
+
+
+def measure_perplexity(
+    title: str,
+    model: str,
+    methods: "Sequence[Method]",
+    values: dict[str, Any],
+    weights: str,
+    output: Path,
+    overwrite: bool,
+) -> "list[ExperimentRecord]":
+    """Return the records of methods under these settings (None for a default), old ones and new."""
+    check_writable(output)
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.perplexity import EXPERIMENT
+
+    settings = read_settings(EXPERIMENT.settings, values)
+    read_texts(settings.texts)
+    cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
+    return run_recorded(title, cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
 
 
 def describe(record: "ExperimentRecord") -> None:
