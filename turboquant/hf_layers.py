@@ -16,6 +16,7 @@ is what would otherwise fail or be silently wrong in some supported version of t
 """
 
 import copy
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -124,8 +125,9 @@ class ForeignLayer(cache_utils.DynamicLayer):
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self._select_codes(rows)
 
+    @abstractmethod
     def _select_codes(self, rows: Tensor) -> None:
-        raise NotImplementedError
+        """Select the codes of some rows."""
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last tokens; the number is given as a negative integer."""
@@ -147,8 +149,9 @@ class ForeignLayer(cache_utils.DynamicLayer):
             self._crop_codes(kept)
             self.cumulative_length = kept
 
+    @abstractmethod
     def _crop_codes(self, kept: int) -> None:
-        raise NotImplementedError
+        """Keep the codes of the first `kept` tokens, fewer than there are."""
 
 
 class GroupWiseLayer(ForeignLayer):
