@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy import special
+from scipy.linalg import solve_banded
 from torch import Tensor
 
 MAX_BITS = 8
@@ -28,6 +29,17 @@ def check_dim(dim: int) -> int:
     if dim < 2:
         raise ValueError(f"head_dim must be at least 2, got {dim}")
     return dim
+
+
+def coordinate_density(x: np.ndarray, dim: int) -> np.ndarray:
+    """Return the density of one coordinate of a random unit vector at `x` within (-1, 1) (Lemma 1).
+
+    Raises:
+        ValueError: If `dim` is below 2.
+    """
+    half = check_dim(dim) / 2
+    log_constant = special.gammaln(half) - special.gammaln(half - 0.5) - 0.5 * np.log(np.pi)
+    return np.exp(log_constant) * (1 - x * x) ** (half - 1.5)
 
 
 def _tail(x: np.ndarray, dim: int) -> np.ndarray:
@@ -48,6 +60,18 @@ def _centroids(levels: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return probability, -np.diff(_tail_mean(edges, dim)) / probability
 
 
+def _newton_step(levels: np.ndarray, probability: np.ndarray, centroids: np.ndarray, dim: int) -> np.ndarray:
+    """Newton's step for `centroids = levels`: a centroid moves with its cell's two edges, so the system is banded."""
+    edges = (levels[1:] + levels[:-1]) / 2
+    density = coordinate_density(edges, dim)
+    below = np.zeros_like(levels)
+    above = np.zeros_like(levels)
+    below[1:] = density * (centroids[1:] - edges) / (2 * probability[1:])
+    above[:-1] = density * (edges - centroids[:-1]) / (2 * probability[:-1])
+    bands = np.stack([-np.roll(above, 1), 1 - below - above, -np.roll(below, -1)])
+    return solve_banded((1, 1), bands, centroids - levels)
+
+
 @cache
 def _solve(bits: int, dim: int) -> tuple[np.ndarray, float]:
     """The positive levels, ascending, and the relative mean squared error they reach."""
@@ -55,13 +79,14 @@ def _solve(bits: int, dim: int) -> tuple[np.ndarray, float]:
     # Start where Panter and Dite's high-rate compander puts the levels: quantiles of f^(1/3), again a beta density.
     quantiles = (np.arange(count) + 0.5) / count
     levels = np.sqrt(special.betaincinv(0.5, max((dim - 3) / 6 + 1, 0.5), quantiles))
-    for _ in range(200_000):
+    for _ in range(1_000):
         probability, centroids = _centroids(levels, dim)
-        moved = np.abs(centroids - levels).max() * np.sqrt(dim)
-        # Over-relaxation: a plain Lloyd step converges ever more slowly as the number of levels grows.
-        levels = centroids if count < 4 else np.clip(np.sort(levels + 1.6 * (centroids - levels)), 1e-12, 1 - 1e-12)
-        if moved < 1e-7:  # in units of a standard deviation; the error is second order in it
+        if np.abs(centroids - levels).max() * np.sqrt(dim) < 1e-9:  # in units of a standard deviation
             break
+        better = levels + _newton_step(levels, probability, centroids, dim)
+        # Lloyd's own step goes downhill from anywhere, but ever more slowly as the number of levels grows.
+        inside = better[0] > 0 and better[-1] < 1 and (np.diff(better) > 0).all()
+        levels = better if inside else centroids
     probability, centroids = _centroids(levels, dim)
     return centroids, float(1 - 2 * dim * (probability * centroids**2).sum())
 
