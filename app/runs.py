@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from app.verdict import facts, provenance, verdict
-from turboquant.results import Comparison, HeadMetrics, Record
+from turboquant.results import AttentionDetail, Comparison, HeadMetrics, Record
 
 RECORDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "runs"
 MAX_IMPORT_BYTES = 20_000_000
@@ -188,6 +188,8 @@ def _check(c: Comparison) -> None:
             raise RunError("The file is no run: the lists in tokens do not fit the original answer.")
     if c.heads:
         _check_heads(c.heads)
+    if c.attention:
+        _check_attention(c.attention, c.heads)
 
 
 def _check_heads(h: HeadMetrics) -> None:
@@ -201,6 +203,23 @@ def _check_heads(h: HeadMetrics) -> None:
         raise RunError("The file is no run: the per-head tables differ in their number of heads.")
     if any(len(step) not in (0, len(h.positions)) for step in steps) or len(h.packed_tokens) != len(h.positions):
         raise RunError("The file is no run: a per-step list does not fit heads.positions.")
+
+
+def _check_attention(a: AttentionDetail, h: HeadMetrics | None) -> None:
+    shape = [len(row) for row in h.packed.per_head_top1] if h else []
+    if not h or any([len(row) for row in table] != shape for table in (a.margins, a.errors)):
+        raise RunError("The file is no run: attention does not fit the tables in heads.")
+    if len(a.packed) != len(a.positions) or not set(a.positions) <= set(h.positions):
+        raise RunError("The file is no run: attention.positions do not fit attention.packed and heads.positions.")
+    if any(packed + a.sinks > position + 1 for packed, position in zip(a.packed, a.positions, strict=True)):
+        raise RunError("The file is no run: attention.packed has more tokens than a query sees.")
+    seen = [position + 1 for position in a.positions]
+    tables = [table for head in a.heads for table in (head.full, head.compressed)]
+    if any([len(row) for row in table] != seen for table in tables) or max(seen, default=0) > len(a.tokens):
+        raise RunError("The file is no run: the scores in attention.heads do not fit its positions and tokens.")
+    known = {(layer, head) for layer, count in zip(h.layer_indices, shape, strict=True) for head in range(count)}
+    if any((head.layer, head.head) not in known for head in a.heads):
+        raise RunError("The file is no run: attention.heads names a head that the tables in heads do not have.")
 
 
 def recorded_runs(folder: Path = RECORDED_FOLDER) -> list[Run]:

@@ -36,7 +36,7 @@ LAYERS = (
     ("ops", "hf_layers"),
     ("kernels", "metrics", "verdict"),
     ("quantizer", "packing", "rotation", "statistics"),
-    ("codebook", "grouping", "pareto", "registry", "results", "texts"),
+    ("codebook", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {

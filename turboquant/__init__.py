@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from turboquant.cache import NothingCompressedError, build_cache, cache_report
     from turboquant.codebook import expected_mse, lloyd_max
-    from turboquant.comparison import compare
+    from turboquant.comparison import compare, compare_methods
     from turboquant.methods import METHODS, Method, parse_method
     from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
     from turboquant.models import MODELS, load_model, tiny_model
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "cache": ("NothingCompressedError", "build_cache", "cache_report"),
     "codebook": ("expected_mse", "lloyd_max"),
-    "comparison": ("compare",),
+    "comparison": ("compare", "compare_methods"),
     "methods": ("METHODS", "Method", "parse_method"),
     "methods.turboquant": ("TurboQuantMSE", "TurboQuantProd"),
     "models": ("MODELS", "load_model", "tiny_model"),
@@ -47,6 +47,7 @@ __all__ = [
     "build_cache",
     "cache_report",
     "compare",
+    "compare_methods",
     "expected_mse",
     "lloyd_max",
     "load_model",

@@ -1,6 +1,6 @@
-"""One prompt, two caches: generate both answers in turn, then measure what changed."""
+"""One prompt, the full cache and others: generate all answers in turn, then measure what changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,8 +22,9 @@ from turboquant.generate import (
 )
 from turboquant.methods import METHODS, Method
 from turboquant.models import LoadedModel
-from turboquant.probe import head_metrics, token_metrics
+from turboquant.probe import attention_collector, head_metrics, token_metrics
 from turboquant.results import (
+    AttentionDetail,
     Comparison,
     Divergence,
     HeadMetrics,
@@ -34,7 +35,9 @@ from turboquant.results import (
     environment,
 )
 
-__all__ = ["Event", "PromptError", "Question", "answer_twice", "compare", "prompt_ids"]
+__all__ = ["Event", "PromptError", "Question", "answer_all", "answer_twice", "compare", "compare_methods", "prompt_ids"]
+
+MAX_METHODS = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Event:
         tokens: Tokens generated so far on that side.
         cache_bytes: Bytes that side's cache holds.
         fraction: How much of a phase is done, 0 to 1.
+        number: Which of the methods a "compressed" event or a phase belongs to, from 0.
     """
 
     kind: Literal["prefill", "token", "done", "phase"]
@@ -56,6 +60,7 @@ class Event:
     tokens: int = 0
     cache_bytes: int = 0
     fraction: float | None = None
+    number: int = 0
 
 
 OnEvent = Callable[[Event], None]
@@ -79,13 +84,14 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
     )
 
 
-def compare(
+def compare(  # noqa: PLR0913
     loaded: LoadedModel,
     prompt: str,
     method: Method,
     settings: Settings,
     *,
     chat: bool = True,
+    detail: bool = False,
     on_event: OnEvent | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Comparison:
@@ -93,86 +99,139 @@ def compare(
 
     The two sides advance token by token in turn. When `cancelled` turns true the texts so far are kept and what was
     not measured stays None. Where the compressed cache packed nothing, no quality figure is derived from it and
-    `notes` says so.
+    `notes` says so. With `detail`, the record also keeps what explains the heads at risk (`Comparison.attention`).
 
     Raises:
         PromptError: If the prompt is empty or does not fit the model's context.
     """
+    options = {"chat": chat, "detail": detail, "on_event": on_event, "cancelled": cancelled}
+    return compare_methods(loaded, prompt, (method,), settings, **options)[0]  # type: ignore[arg-type]
+
+
+def compare_methods(  # noqa: PLR0913
+    loaded: LoadedModel,
+    prompt: str,
+    methods: Sequence[Method],
+    settings: Settings,
+    *,
+    chat: bool = True,
+    detail: bool = False,
+    on_event: OnEvent | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[Comparison]:
+    """Answer `prompt` with the full cache and with each method, all in turn, and measure each against the full answer.
+
+    The comparisons come in the order of the methods and share the original answer. Otherwise this is `compare`; all
+    caches are held at once.
+
+    Raises:
+        PromptError: If the prompt is empty or does not fit the model's context.
+        ValueError: If there are no methods or more than three.
+    """
+    if not 1 <= len(methods) <= MAX_METHODS:
+        raise ValueError(f"the full cache is compared with 1 to {MAX_METHODS} methods at once, got {len(methods)}")
     ids = prompt_ids(loaded, prompt, chat)
     check_length(loaded, ids.shape[1], settings.max_new_tokens)
-    recorders = [QueryRecorder(cancelled), QueryRecorder(cancelled, keep=False)]
-    original, compressed = (
-        Generation(loaded, ids, build_cache(loaded.model.config, m), settings, recorder)
-        for m, recorder in zip((METHODS["full"](), method), recorders, strict=True)
+    original, *compressed = (
+        Generation(
+            loaded, ids, build_cache(loaded.model.config, method), settings, QueryRecorder(cancelled, keep=index == 0)
+        )
+        for index, method in enumerate((METHODS["full"](), *methods))
     )
-    return answer_twice(Question(loaded, prompt, method, original, compressed, chat), on_event, cancelled)
+    question = Question(loaded, prompt, tuple(methods), original, tuple(compressed), chat, detail=detail)
+    return answer_all(question, on_event, cancelled)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt about to be answered by both sides.
+    """A prompt about to be answered by the full cache and by others.
 
     Attributes:
         loaded: The model.
         prompt: What was typed.
-        method: How the compressed side stores its cache.
+        methods: How each of the compressed sides stores its cache.
         original: The full side's generation, nothing generated yet; its recorder keeps queries.
-        compressed: The other side's.
+        compressed: The others', one a method.
         chat: Whether the prompt goes through a chat template.
         history: What the original's cache held before, in the pieces (1, tokens) that went through it.
+        detail: Whether to keep what explains the heads at risk.
     """
 
     loaded: LoadedModel
     prompt: str
-    method: Method
+    methods: tuple[Method, ...]
     original: Generation
-    compressed: Generation
+    compressed: tuple[Generation, ...]
     chat: bool = True
     history: tuple[Tensor, ...] = ()
+    detail: bool = False
 
     @property
-    def context_tokens(self) -> int:
-        """Tokens that the original answer follows."""
-        return sum(piece.shape[1] for piece in self.history) + self.original.prompt.shape[1]
+    def context(self) -> Tensor:
+        """Tokens (1, tokens) that the original answer follows."""
+        return torch.cat([*self.history, self.original.prompt], dim=1)
 
 
 def answer_twice(
     question: Question, on_event: OnEvent | None = None, cancelled: Callable[[], bool] = lambda: False
 ) -> Comparison:
-    """Generate both answers in turn and measure the difference on the original one; see `compare`."""
+    """Answer a question of one method; see `compare`."""
+    (comparison,) = answer_all(question, on_event, cancelled)
+    return comparison
+
+
+def answer_all(
+    question: Question, on_event: OnEvent | None = None, cancelled: Callable[[], bool] = lambda: False
+) -> list[Comparison]:
+    """Generate all answers in turn and measure each method on the original one; see `compare_methods`."""
     emit = on_event or (lambda _: None)
-    loaded, method = question.loaded, question.method
-    generations = [question.original, question.compressed]
+    loaded = question.loaded
+    generations = [question.original, *question.compressed]
     generate_in_turn(generations, lambda i: _emit_step(emit, i, generations[i]))
-    original, compressed = (_side(loaded, m, g) for m, g in zip((METHODS["full"](), method), generations, strict=True))
-    notes = [note for note in (_unmeasured(original, compressed, method),) if note]
-    heads, tokens = None, None
-    if not (notes or cancelled()) and compressed.report.compressed_tokens:
-        heads, tokens = _measure(question, emit, cancelled)
-    return Comparison(
-        environment=environment(loaded.model.device),
-        model=model_info(loaded),
-        prompt=question.prompt,
-        chat=question.chat,
-        prompt_tokens=question.context_tokens,
-        settings=question.original.settings,
-        original=original,
-        compressed=compressed,
-        divergence=first_divergence(original, compressed),
-        heads=heads,
-        tokens=tokens,
-        notes=notes,
+    original, *others = (
+        _side(loaded, method, generation)
+        for method, generation in zip((METHODS["full"](), *question.methods), generations, strict=True)
     )
+    measured_on = environment(loaded.model.device)
+    model = model_info(loaded)
+    comparisons = []
+    for number, (method, compressed) in enumerate(zip(question.methods, others, strict=True)):
+        notes = [note for note in (_unmeasured(original, compressed, method),) if note]
+        measured = Measured()
+        if not (notes or cancelled()) and compressed.report.compressed_tokens:
+            measured = _measure(question, number, emit, cancelled)
+        comparison = Comparison(
+            environment=measured_on,
+            model=model,
+            prompt=question.prompt,
+            chat=question.chat,
+            prompt_tokens=question.context.shape[1],
+            settings=question.original.settings,
+            original=original,
+            compressed=compressed,
+            divergence=first_divergence(original, compressed),
+            heads=measured.heads,
+            tokens=measured.tokens,
+            attention=measured.attention,
+            notes=notes,
+        )
+        comparisons.append(comparison)
+    return comparisons
 
 
 def _emit_step(emit: OnEvent, index: int, generation: Generation) -> None:
-    held = generation.cache_bytes[-1]
+    side, number = SIDES[min(index, 1)], max(index - 1, 0)
+    held, count = generation.cache_bytes[-1], len(generation.tokens)
     if not generation.step_ms:
-        emit(Event("prefill", SIDES[index], cache_bytes=held))
-    count = len(generation.tokens)
-    emit(Event("token", SIDES[index], generation.text, count, held))
+        emit(Event("prefill", side, cache_bytes=held, number=number))
+    emit(Event("token", side, generation.text, count, held, number=number))
     if generation.finish:
-        emit(Event("done", SIDES[index], generation.text, count, held))
+        emit(Event("done", side, generation.text, count, held, number=number))
+
+
+def _texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
+    """Return the text of each token by itself."""
+    return [str(loaded.tokenizer.decode([token])) for token in tokens]
 
 
 def _side(loaded: LoadedModel, method: Method, generation: Generation) -> SideResult:
@@ -180,7 +239,7 @@ def _side(loaded: LoadedModel, method: Method, generation: Generation) -> SideRe
         method=str(method),
         text=generation.text,
         token_ids=generation.tokens,
-        token_texts=[str(loaded.tokenizer.decode([token])) for token in generation.tokens],
+        token_texts=_texts(loaded, generation.tokens),
         finish=generation.finish or "cancelled",
         time_to_first_token_ms=generation.time_to_first_token_ms,
         tokens_per_second=generation.tokens_per_second,
@@ -211,32 +270,50 @@ def _unmeasured(original: SideResult, compressed: SideResult, method: Method) ->
     )
 
 
-def _measure(
-    question: Question, emit: OnEvent, cancelled: Callable[[], bool]
-) -> tuple[HeadMetrics | None, TokenMetrics | None]:
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of one method; None where that was not finished or cannot be had."""
+
+    heads: HeadMetrics | None = None
+    tokens: TokenMetrics | None = None
+    attention: AttentionDetail | None = None
+
+
+def _measure(question: Question, number: int, emit: OnEvent, cancelled: Callable[[], bool]) -> Measured:
     """Measure heads, then tokens; a cancel leaves None for what was not finished.
 
     Heads are compared through a method's quantizers; layers of another library have none, and no head figures.
     """
+    method, original, history = question.methods[number], question.original, question.history
+    which = f": {method}" if len(question.methods) > 1 else ""
 
     def progress(text: str, fraction: float) -> None:
-        emit(Event("phase", text=text, fraction=fraction))
+        emit(Event("phase", text=text + which, fraction=fraction, number=number))
 
-    method, original, history = question.method, question.original, question.history
-    heads = None
+    heads, attention = None, None
     try:
-        with torch.no_grad():
-            if not method.foreign:
-                report = partial(progress, "Comparing attention heads")
-                lengths = tuple(accumulate(piece.shape[1] for piece in history))
-                heads = head_metrics(
-                    original.cache, original.recorder, method, question.context_tokens, report, lengths
-                )
+        if not method.foreign:
+            heads, attention = _measure_heads(question, method, partial(progress, "Comparing attention heads"))
         report = partial(progress, "Reading the original answer through both caches")
         prompt, answer = original.prompt, original.tokens
-        return heads, token_metrics(question.loaded, prompt, answer, method, report, cancelled, history)
+        tokens = token_metrics(question.loaded, prompt, answer, method, report, cancelled, history)
+        return Measured(heads, tokens, attention)
     except CancelledError:
+        return Measured(heads, None, attention)
+
+
+@torch.no_grad()
+def _measure_heads(
+    question: Question, method: Method, report: Callable[[float], None]
+) -> tuple[HeadMetrics, AttentionDetail | None]:
+    original, context = question.original, question.context
+    length = context.shape[1]
+    earlier = tuple(accumulate(piece.shape[1] for piece in question.history))
+    collector = attention_collector(method, length, original.recorder) if question.detail else None
+    heads = head_metrics(original.cache, original.recorder, method, length, report, earlier, collector)
+    if collector is None:
         return heads, None
+    return heads, collector.detail(_texts(question.loaded, [*context[0].tolist(), *original.tokens]))
 
 
 def first_divergence(original: SideResult, compressed: SideResult) -> Divergence | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from turboquant.attention import AttentionCollector
 from turboquant.cache import build_cache
 from turboquant.generate import CancelledError, QueryRecorder
 from turboquant.hf_attention import observe_queries
@@ -71,7 +72,7 @@ def packing_runs(method: Method, prompt_tokens: int, steps: int) -> list[tuple[i
 
 
 def _layer_agreement(
-    layer: _LayerKeys, query: Tensor, prompt_tokens: int, scaling: float
+    layer: _LayerKeys, query: Tensor, prompt_tokens: int, scaling: float, collector: AttentionCollector | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
     """Return agreement (heads, steps) as served and over packed positions (NaN where none), and packed counts."""
     served: list[dict[str, Tensor]] = []
@@ -81,6 +82,8 @@ def _layer_agreement(
     for start, stop in packing_runs(layer.method, prompt_tokens, query.shape[2]):
         tokens = prompt_tokens + stop - 1
         full, compressed, count = layer.scores(query[:, :, start:stop], tokens)
+        if collector is not None:
+            collector.take(start, full, compressed)
         seen = torch.arange(prompt_tokens + start, prompt_tokens + stop)[:, None]
         served.append(head_agreement(full, compressed, torch.arange(tokens) < seen, scaling))
         if count:
@@ -124,6 +127,13 @@ def head_scores(layers: list[dict[str, Tensor]]) -> HeadScores:
     )
 
 
+def attention_collector(method: Method, prompt_tokens: int, recorder: QueryRecorder) -> AttentionCollector:
+    """Return a collector for the recorded queries of an answer that follows `prompt_tokens` tokens."""
+    steps = max((len(queries) for queries in recorder.queries.values()), default=0)
+    packed = [method.packed_length(prompt_tokens + step) for step in range(steps)]
+    return AttentionCollector(prompt_tokens, packed, method.sink_length)
+
+
 def head_metrics(
     cache: Cache,
     recorder: QueryRecorder,
@@ -131,6 +141,7 @@ def head_metrics(
     prompt_tokens: int,
     progress: Progress = lambda _: None,
     earlier: Sequence[int] = (),
+    collector: AttentionCollector | None = None,
 ) -> HeadMetrics:
     """Compare attention under full and compressed keys for every recorded query, layer and query head.
 
@@ -141,6 +152,7 @@ def head_metrics(
         prompt_tokens: Tokens of the prompt, with all that stands before it.
         progress: Called with the fraction done.
         earlier: How many tokens the cache held after each forward call before the prompt's (turns of a conversation).
+        collector: Takes the scores as they are compared, to explain them (`attention_collector`).
 
     Raises:
         CancelledError: If the recorder's caller asked to stop; asked between layers.
@@ -158,7 +170,10 @@ def head_metrics(
         layer_keys = _LayerKeys(keys.float().cpu(), pair[0], method)
         for tokens in earlier:
             layer_keys.pack(tokens)
-        agreement = _layer_agreement(layer_keys, query, prompt_tokens, recorder.scaling[layer_idx])
+        scaling = recorder.scaling[layer_idx]
+        agreement = _layer_agreement(layer_keys, query, prompt_tokens, scaling, collector)
+        if collector is not None:
+            collector.end_layer(layer_idx, scaling, agreement[1])
         served.append(agreement[0])
         packed.append(agreement[1])
         counts = agreement[2]

@@ -19,15 +19,10 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-Matrix = list[list[float | None]]
-
-
-class Record(BaseModel):
-    """Base of all records: unknown fields are refused, NaN and infinity travel as null."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+from turboquant.attention import AttentionDetail
+from turboquant.record import Matrix, Record
 
 
 class Environment(Record):
@@ -169,7 +164,10 @@ class Settings(Record):
 
 
 class Comparison(Record):
-    """One prompt answered twice: with the full cache (`original`) and with a compressed one (`compressed`)."""
+    """One prompt answered twice: with the full cache (`original`) and with a compressed one (`compressed`).
+
+    `attention` explains the heads at risk; it is there only where it was asked for.
+    """
 
     schema_version: Literal[1] = 1
     environment: Environment
@@ -183,7 +181,8 @@ class Comparison(Record):
     divergence: Divergence | None
     heads: HeadMetrics | None
     tokens: TokenMetrics | None
-    notes: list[str] = []
+    attention: AttentionDetail | None = None
+    notes: list[str] = Field([])
 
 
 @cache
@@ -266,7 +265,7 @@ class Cell(Record):
     model: str | None = None
     weights: str = "auto"
     method: str | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field({})
 
     @property
     def key(self) -> str:
@@ -295,10 +294,10 @@ class ExperimentRecord(Record):
     schema_version: Literal[1] = 1
     cell: Cell
     model: ModelInfo | None = None
-    metrics: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = Field({})
     cache: CacheReport | None = None
-    timing: dict[str, float] = {}
-    detail: dict[str, Any] = {}
+    timing: dict[str, float] = Field({})
+    detail: dict[str, Any] = Field({})
     environment: Environment
     error: str | None = None
 

@@ -92,8 +92,36 @@ class Session:
     """
 
     def __init__(self, loaded: LoadedModel, method: Method, chat: bool = True) -> None:
-        self.loaded, self.method, self.chat = loaded, method, chat
+        self.method, self.chat = method, chat
+        self._name = _name(loaded)
+        self._config = loaded.model.config
+        self._loaded: LoadedModel | None = loaded
         self.reset()
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model.
+
+        Raises:
+            ValueError: If it has been detached.
+        """
+        if self._loaded is None:
+            raise ValueError(f"The conversation has no model: attach {self._name} to go on.")
+        return self._loaded
+
+    def detach(self) -> None:
+        """Let go of the model, so that it can be freed; caches and histories stay."""
+        self._loaded = None
+
+    def attach(self, loaded: LoadedModel) -> None:
+        """Take the model up again.
+
+        Raises:
+            ValueError: If it is another model, or the same in other weights or on another device.
+        """
+        if (name := _name(loaded)) != self._name:
+            raise ValueError(f"The conversation was held with {self._name}, and cannot go on with {name}.")
+        self._loaded = loaded
 
     def reset(self) -> None:
         """Begin anew with empty caches."""
@@ -101,7 +129,7 @@ class Session:
         self._sides = {name: self._empty(m) for name, m in zip(SIDES, (METHODS["full"](), self.method), strict=True)}
 
     def _empty(self, method: Method) -> _Side:
-        return _Side(method, build_cache(self.loaded.model.config, method))
+        return _Side(method, build_cache(self._config, method))
 
     def cache(self, side: SideName) -> Cache:
         """Return one side's cache, to be measured or looked at."""
@@ -136,6 +164,7 @@ class Session:
 
         Raises:
             PromptError: If the prompt is empty or the conversation does not fit the model's context; nothing changes.
+            ValueError: If the model has been detached.
         """
         wanted = {name: self._rendered(side, prompt, settings) for name, side in self._sides.items()}
         same = wanted["original"] == wanted["compressed"]
@@ -151,7 +180,7 @@ class Session:
             )
             for name, side in self._sides.items()
         )
-        question = Question(self.loaded, prompt, self.method, original, compressed, self.chat, history)
+        question = Question(self.loaded, prompt, (self.method,), original, (compressed,), self.chat, history)
         comparison = answer_twice(question, on_event, cancelled)
         kept = all(generation.time_to_first_token_ms is not None for generation in (original, compressed))
         for side, generation in zip(self._sides.values(), (original, compressed), strict=True):
@@ -202,7 +231,7 @@ class Session:
         )
 
     def _drop_cache(self, side: _Side) -> None:
-        side.cache, side.pieces = build_cache(self.loaded.model.config, side.method), []
+        side.cache, side.pieces = build_cache(self._config, side.method), []
 
     def _settle(self, side: _Side, generation: Generation) -> None:
         """Note what went through the cache; a call that was stopped half-way is taken out of the layers it reached."""
@@ -218,6 +247,12 @@ class Session:
         unsure = generation.finish == "cancelled" and not all(hasattr(x, "get_seq_length") for x in side.cache.layers)
         if unsure or not _shorten(side.cache, length, interrupted_prompt=reading):
             self._drop_cache(side)
+
+
+def _name(loaded: LoadedModel) -> str:
+    """What must be the same for caches to stay usable, for people."""
+    revision = f" at {loaded.spec.revision[:12]}" if loaded.spec.revision else ""
+    return f"{loaded.spec.name}{revision} ({loaded.weights}, {loaded.device})"
 
 
 def _first(pieces: list[list[int]], length: int) -> list[list[int]]:

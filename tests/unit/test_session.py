@@ -1,6 +1,8 @@
 """Conversations with two caches: what is fed, what is kept, what a stop leaves, what the figures are figures of."""
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -260,3 +262,49 @@ def test_memory_grows_turn_by_turn(loaded) -> None:
     report = turns[-1].comparison.compressed.report
     assert report == cache_report(session.cache("compressed"))
     assert report.bits_per_value < 32
+
+
+# -- the model comes and goes ---------------------------------------------------------------------------------------
+
+
+def test_a_detached_conversation_lets_the_model_go_and_goes_on_with_it_again() -> None:
+    def answers(pause: bool) -> list[list[int]]:
+        loaded = tiny_loaded(chat_template=TEMPLATE)
+        session = Session(loaded, METHOD)
+        given = []
+        for prompt in PROMPTS:
+            turn = session.ask(prompt, ANSWER)
+            given += [turn.comparison.original.token_ids, turn.comparison.compressed.token_ids]
+            if pause:
+                gone = weakref.ref(loaded.model)
+                session.detach()
+                del loaded
+                gc.collect()
+                assert gone() is None
+                loaded = tiny_loaded(chat_template=TEMPLATE)
+                session.attach(loaded)
+        return given
+
+    assert answers(pause=True) == answers(pause=False)
+
+
+def test_a_detached_conversation_keeps_its_past_and_says_what_it_lacks(loaded) -> None:
+    session = Session(loaded, METHOD)
+    turn = session.ask(OPENING, ANSWER)
+    held = session.held_tokens("compressed")
+    session.detach()
+    with pytest.raises(ValueError, match="has no model: attach tiny-llama"):
+        session.ask("And then?", ANSWER)
+    assert (session.turns, session.held_tokens("compressed")) == ([turn], held)
+    assert cache_report(session.cache("compressed")) == turn.comparison.compressed.report
+    session.reset()
+    assert session.held_tokens("compressed") == []
+
+
+def test_another_model_cannot_take_a_conversation_over(loaded) -> None:
+    session = Session(loaded, METHOD)
+    session.detach()
+    with pytest.raises(ValueError, match=r"tiny-llama \(fp32, cpu\).*tiny-qwen2 \(fp32, cpu\)"):
+        session.attach(tiny_loaded("qwen2"))
+    with pytest.raises(ValueError, match="has no model"):
+        session.ask("And then?", ANSWER)
