@@ -45,3 +45,55 @@ STRIP = (
     "The original answer, token by token. The first token where the compressed answer differs stands between arrows. "
     "Brackets mark tokens where the compressed cache would have made another token the most likely one."
 )
+
+# --- Heads
+HEAD_METRIC = (
+    "Top-1 miss: share of steps in which the most attended token changes. Top-5 miss: it is not even among the five "
+    "most attended ones. Cosines: how alike scores, or softmax weights, are; they can look fine while the top changes."
+)
+QUERY_POSITION = (
+    "Which token asks. Its query is scored against the keys of all earlier tokens and its own; scores are kept at "
+    "a few positions, evenly over the answer."
+)
+ATTENTION = (
+    "Softmax of the head's scores: how it shares its attention among the tokens. Packed only: among the packed tokens "
+    "alone. As served: among all tokens, as the model sees them."
+)
+HEAD_SCORES = (
+    "Query times key, scaled as the model does. Two scores that differ by 0.7 differ by a factor of two in weight. Off "
+    "the diagonal lies what compression did to a token's key."
+)
+MARGIN = (
+    "Margin: how far the best packed token's score stands above the second best, mean over the steps. Error: root mean "
+    "square change of the packed tokens' scores. A head whose error is about as large as its margin flips."
+)
+
+# --- Memory
+KV_ESTIMATE = (
+    "Estimated bytes of the cache at the chosen context and batch, everything counted: codes, scales, exact tokens, "
+    "spare room and tables. The same sum as a measurement would find after the context was read in one call."
+)
+LONGEST = (
+    "The most tokens a row for which weights, cache and what is kept free fit in the GPU's memory; one more does not. "
+    "It may be more than the model has positions for."
+)
+LARGEST_BATCH = "The most rows of the chosen context whose caches fit beside the weights; 0 when not even one does."
+WEIGHTS = (
+    "Parameters times bits. The number of parameters is estimated from the config (embeddings, attention, MLP, experts; "
+    "biases and norms are left out), which is right to about a thousandth for the models offered here."
+)
+GROWTH = (
+    "Lines are estimates; both axes are logarithmic. Above the dashed line weights and cache no longer fit in the GPU; "
+    "filled markers show where each cache reaches it. Open markers are measured runs of a model of this shape."
+)
+CACHE_PARTS = (
+    "Codes are the packed keys and values. Scales and means are what is stored to read them back. Exact tokens are not "
+    "packed at all. Spare room is held in advance. Tables (rotations, codebooks) serve all rows and tokens."
+)
+METHODS_TABLE = (
+    "Each method with the chosen bits and its own defaults. What they do to quality stands on the Methods page."
+)
+ROOM_TO_GROW = (
+    "A cache that grows token by token keeps up to a sixteenth more room behind its codes. Off: the context is read in "
+    "one call, which leaves none."
+)
