@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, Chart, layout, line
 from app.verdict import human_bytes
 from turboquant.results import CacheReport, Comparison
+from turboquant.sizing import KVBytes
 
 _UNIT = 2**20
 
@@ -46,8 +47,8 @@ def _padded(values: list[int], length: int) -> list[int | None]:
     return [*values, *([None] * (length - len(values)))]
 
 
-def parts(report: CacheReport) -> list[tuple[str, int]]:
-    """What a compressed cache is made of, in bytes."""
+def parts(report: CacheReport | KVBytes) -> list[tuple[str, int]]:
+    """What a compressed cache is made of, in bytes, measured or estimated."""
     return [
         ("keys", report.key_bytes),
         ("values", report.value_bytes),

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 ORIGINAL = "#3f7fbf"
 COMPRESSED = "#8b5cf6"
+SECOND = "#2f9e8f"
 BASELINE = "#7a8494"
 RISK = "#d9682b"
 PARTS = {
