@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from app import backend
 from app.examples import BY_NAME
-from app.jobs import Request
 from app.runs import RECORDED_FOLDER, Run
 from app.verdict import facts, verdict
+from turboquant.comparison import compare
 from turboquant.methods import parse_method
+from turboquant.models import load_model
 from turboquant.results import Settings
 
 
@@ -22,19 +22,19 @@ def record(
     method: Annotated[str, typer.Option(help="Compression method.")] = "turboquant:bits=4",
     model: Annotated[str, typer.Option(help="Model name, hub id or folder.")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 128,
+    detail: Annotated[bool, typer.Option(help="Keep what the Heads page explains heads with; the file grows.")] = True,
 ) -> None:
     """Run one comparison and keep it as a recorded run."""
     if example not in BY_NAME:
         raise typer.BadParameter(f"choose from {', '.join(BY_NAME)}", param_hint="--example")
-    loaded = backend.load(model, weights="auto", progress=lambda fraction, text: typer.echo(text, err=True))
+    loaded = load_model(model, progress=lambda fraction, text: typer.echo(text, err=True))
     settings = Settings(max_new_tokens=tokens, temperature=0.0, top_p=1.0, top_k=0, seed=0)
-    request = Request(model, "auto", BY_NAME[example].prompt, str(parse_method(method)), settings)
-    result = backend.run(loaded, request, lambda event: None, lambda: False)
+    result = compare(loaded, BY_NAME[example].prompt, parse_method(method), settings, detail=detail)
     run = Run(id=name, origin="recorded", comparison=result)
     if not run.packed:
         raise typer.BadParameter("this run packs no token, so it shows nothing", param_hint="--method")
     RECORDED_FOLDER.mkdir(parents=True, exist_ok=True)
-    (RECORDED_FOLDER / f"{name}.json").write_text(run.to_json() + "\n", encoding="utf-8")
+    (RECORDED_FOLDER / f"{name}.json").write_text(run.model_dump_json() + "\n", encoding="utf-8")
     typer.echo(verdict(result))
     for label, value in facts(result):
         typer.echo(f"{label}: {value}")

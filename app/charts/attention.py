@@ -13,6 +13,7 @@ from turboquant.results import AttentionDetail
 
 _LONGEST = 24
 _LABELLED = 4
+_EDGE = 0.06
 _SHADE = "rgba(122, 132, 148, 0.16)"
 
 
@@ -211,10 +212,15 @@ def _names(one: Look, texts: list[str], weights: np.ndarray, sign: int) -> go.Sc
         y=sign * weights[named],
         text=[texts[index] for index in named],
         mode="text",
-        textposition="top center" if sign > 0 else "bottom center",
+        textposition=[f"{'top' if sign > 0 else 'bottom'} {_side(index, len(one.places))}" for index in named],
         hoverinfo="skip",
         showlegend=False,
     )
+
+
+def _side(index: int, count: int) -> str:
+    """Where a text stands so that the figure's edge does not cut it."""
+    return "right" if index < _EDGE * count else "left" if index > (1 - _EDGE) * count else "center"
 
 
 def _shade_exact(figure: go.Figure, one: Look) -> None:
