@@ -97,3 +97,21 @@ ROOM_TO_GROW = (
     "A cache that grows token by token keeps up to a sixteenth more room behind its codes. Off: the context is read in "
     "one call, which leaves none."
 )
+
+# --- Theory
+LOST_LENGTH = (
+    "Squared length of what is missing after a unit vector was rounded and read back, as a share of its own. "
+    "The paper calls it the mean squared error of a vector."
+)
+GAIN = (
+    "The mean estimated inner product divided by the true one. 1 is unbiased; below 1 every score shrinks by the same "
+    "share."
+)
+PRODUCT_ERROR = (
+    "Mean squared error of the inner product of a key with a random query, both of length 1, times the dimensions d. "
+    "Without QJL it equals the lost squared length."
+)
+RECALL = (
+    "How often the key with the highest true score still has the highest score after rounding, among keys some of "
+    "which were placed close to it. It is what a softmax sees when it picks one token."
+)
