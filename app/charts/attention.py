@@ -13,6 +13,7 @@ from turboquant.results import AttentionDetail
 
 _LONGEST = 24
 _LABELLED = 4
+_TALL = 0.1
 _EDGE = 0.06
 _SHADE = "rgba(122, 132, 148, 0.16)"
 
@@ -205,7 +206,8 @@ def _names(one: Look, texts: list[str], weights: np.ndarray, sign: int) -> go.Sc
     room = max(1.0, len(one.places) / 12)
     named: list[int] = []
     for index in np.argsort(-weights, kind="stable")[: 3 * _LABELLED]:
-        if len(named) < _LABELLED and all(abs(int(index) - other) > room for other in named):
+        tall = weights[index] > _TALL * weights.max()
+        if tall and len(named) < _LABELLED and all(abs(int(index) - other) > room for other in named):
             named.append(int(index))
     return go.Scatter(
         x=one.places[named],

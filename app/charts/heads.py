@@ -1,7 +1,7 @@
 """Agreement of attention heads under the full and the compressed keys."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,6 +14,8 @@ Part = Literal["packed", "served"]
 _MARKED = 5
 _OFTEN = 0.25
 MARK = "#2f9e8f"
+_WORST = {"size": 9, "color": "#ffffff", "line": {"width": 1, "color": "#12151c"}}
+_CHOSEN = {"size": 21, "color": MARK, "line": {"width": 3}}
 
 
 def heads_table(heads: HeadMetrics, part: Part = "packed") -> pd.DataFrame:
@@ -95,6 +97,7 @@ def head_map(
     count = int(table["head"].max()) + 1 if len(table) else 0
     lowest = 0.0 if shown.miss or known.empty else float(known[shown.column].min())
     suffix = " %" if shown.miss else ""
+    title = shown.column.replace(" at ", "<br>at ").replace(" of ", " of<br>")
     value = "%{z:.1f} %" if shown.miss else "%{z:.4f}"
     figure = go.Figure(
         go.Heatmap(
@@ -107,16 +110,20 @@ def head_map(
             ygap=1,
             colorscale=RISK_SCALE,
             reversescale=not shown.miss,
-            colorbar={"title": shown.column.replace(" at ", "<br>at "), "ticksuffix": suffix, "thickness": 12},
+            colorbar={
+                "title": shown.column.replace(" at ", "<br>at ").replace(" of ", " of<br>"),
+                "ticksuffix": suffix,
+                "thickness": 12,
+            },
             hovertemplate=f"layer %{{x}}, head %{{y}}: {shown.column} {value}<extra></extra>",
         )
     )
     worst = known.head(_MARKED)
     worst = worst[worst[shown.column] > 0] if shown.miss else worst
-    figure.add_trace(_marks(worst, "diamond-open", f"the {len(worst)} worst heads", "#ffffff", 11))
+    figure.add_trace(_marks(worst, "diamond", f"the {len(worst)} worst heads", _WORST))
     if chosen is not None:
         figure.add_trace(
-            _marks(pd.DataFrame([chosen], columns=["layer", "head"]), "square-open", "the chosen head", MARK, 21)
+            _marks(pd.DataFrame([chosen], columns=["layer", "head"]), "square-open", "the chosen head", _CHOSEN)
         )
     layout(figure, height=120 + 22 * max(count, 4), hovermode="closest", xaxis_title="layer", yaxis_title="query head")
     figure.update_xaxes(type="category")
@@ -124,13 +131,13 @@ def head_map(
     return Chart(figure, _map_sentence(worst, known, shown), table)
 
 
-def _marks(heads: pd.DataFrame, symbol: str, name: str, color: str, size: int) -> go.Scatter:
+def _marks(heads: pd.DataFrame, symbol: str, name: str, marker: dict[str, Any]) -> go.Scatter:
     return go.Scatter(
         x=[str(layer) for layer in heads["layer"]],
         y=heads["head"],
         mode="markers",
         name=name,
-        marker={"symbol": symbol, "size": size, "color": color, "line": {"width": 2}},
+        marker={"symbol": symbol, **marker},
         hoverinfo="skip",
         showlegend=False,
     )

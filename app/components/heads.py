@@ -45,6 +45,7 @@ def chooser(runs: Mapping[str, Run]) -> Run | None:
         format_func=lambda run_id: f"{runs[run_id].label} ({_ORIGINS[runs[run_id].origin]})",
         key=RUN,
         persist_state="session",
+        on_change=lambda: _begin_with_worst(runs),
     )
     if picked != default:
         st.query_params[RUN] = str(picked)
@@ -52,6 +53,14 @@ def chooser(runs: Mapping[str, Run]) -> Run | None:
         del st.query_params[RUN]
     st.session_state[_WRITTEN] = st.query_params.get(RUN)
     return runs.get(str(picked))
+
+
+def _begin_with_worst(runs: Mapping[str, Run]) -> None:
+    """Another run has other worst heads."""
+    run = runs[st.session_state[RUN]]
+    if run.comparison.heads and (worst := _worst_first(run)):
+        st.session_state[HEAD] = _name(worst[0])
+    _clear_table()
 
 
 def controls(run: Run) -> tuple[Part, str, Head]:
@@ -120,6 +129,7 @@ def _worst_table(run: Run, part: Part, metric: str) -> None:
     st.markdown(
         "**Worst heads**", help="Choose a row to see that head below. Scores are kept for the rows with detail."
     )
+    first = METRICS[metric].column
     key = f"heads_table_{st.session_state.get(_TABLE, 0)}"
     st.dataframe(
         table,
@@ -128,7 +138,10 @@ def _worst_table(run: Run, part: Part, metric: str) -> None:
         key=key,
         on_select=lambda: _take_row(key, pairs),
         selection_mode="single-row",
+        column_order=["layer", "head", first, "detail", *(name for name in table.columns[3:] if name != first)],
         column_config={
+            "layer": st.column_config.NumberColumn(width="small"),
+            "head": st.column_config.NumberColumn(width="small"),
             "detail": st.column_config.TextColumn("detail", help="Scores of this head are kept", width="small"),
             "steps at risk": _bar("steps at risk", definitions.AT_RISK),
             "top-5 miss": _bar("top-5 miss", definitions.TOP5),
@@ -203,6 +216,7 @@ def tokens_table(one: Look) -> None:
         height=380,
         key="heads_tokens",
         column_config={
+            "position": st.column_config.NumberColumn(width="small"),
             "rank, full": st.column_config.NumberColumn(width="small"),
             "rank, compressed": st.column_config.NumberColumn(width="small"),
             "weight, full": st.column_config.NumberColumn(format="%.4f"),
