@@ -133,8 +133,12 @@ class Plan:
     @property
     def refusal(self) -> str | None:
         """Why there is no compressed figure, None where there is one."""
+        return self.refused(self.method)
+
+    def refused(self, method: Method) -> str | None:
+        """Why a method has no figure for this model, None where it has one."""
         try:
-            self.held(self.method, 1)
+            self.held(method, 1)
         except SizingError as error:
             return str(error)
         return None
@@ -232,20 +236,22 @@ class Row:
     times_full: float
 
 
+def alike(plan: Plan) -> list[Method]:
+    """Every method at the plan's bits, the uncompressed cache first."""
+    key_bits, value_bits = plan.method.resolved_bits
+    return [plan.full, *(parse_method(f"{name}:key_bits={key_bits},value_bits={value_bits}") for name in recipes())]
+
+
 def rows(plan: Plan) -> list[Row]:
-    """Every method at the plan's bits, the uncompressed cache first; only that where nothing can be compressed."""
-    methods = [plan.full]
-    if plan.refusal is None:
-        key_bits, value_bits = plan.method.resolved_bits
-        methods += [parse_method(f"{name}:key_bits={key_bits},value_bits={value_bits}") for name in recipes()]
+    """The methods at the plan's bits, without those that have no figure for this model."""
     full = plan.held(plan.full).bytes
-    return [
-        Row(
-            str(m), METHODS[m.name].title, held, plan.longest(m), plan.rows(m), full / held.bytes if held.bytes else 1.0
-        )
-        for m in methods
-        for held in [plan.held(m)]
-    ]
+    found = []
+    for method in alike(plan):
+        if plan.refused(method) is None:
+            held = plan.held(method)
+            fits = plan.longest(method), plan.rows(method)
+            found.append(Row(str(method), METHODS[method.name].title, held, *fits, full / held.bytes))
+    return found
 
 
 def lines(plan: Plan) -> list[tuple[str, Method]]:

@@ -147,6 +147,13 @@ def test_caches_of_hugging_face_are_not_estimated() -> None:
         longest_context(read_config(LLAMA), parse_method("hf-quanto"), 0, 0)
 
 
+def test_a_methods_own_rule_about_dims_is_a_refusal() -> None:
+    odd = read_config({**LLAMA, "head_dim": 33})
+    with pytest.raises(SizingError, match=r"polarquant cannot hold this model's cache: .* even head_dim, got 33"):
+        largest_batch(odd, parse_method("polarquant"), 2**40, 0, 100)
+    assert kv_bytes(odd, parse_method("turboquant"), 10_000).compression_ratio > 3
+
+
 @pytest.mark.parametrize(("tokens", "batch"), [(-1, 1), (True, 1), (1.5, 1), (10, -1), (MOST_TOKENS + 1, 1)])
 def test_numbers_out_of_range_are_refused(tokens: Any, batch: Any) -> None:
     with pytest.raises(SizingError, match="must be a whole number from 0"):

@@ -157,7 +157,10 @@ def kv_bytes(
         packed_tokens = method.packed_length(tokens)
         exact = tokens - packed_tokens
         places = tuple(i for i, kind in enumerate(shape.layers) if kind == "full")
-        layout = _layout(method, shape.key_dim, shape.value_dim, places)
+        try:
+            layout = _layout(method, shape.key_dim, shape.value_dim, places)
+        except ValueError as error:  # the method's own rule about dims
+            raise SizingError(f"{method.name} cannot hold this model's cache: {error}.") from None
         held, spare = _packed_bytes(layout, method, packed_tokens, rows, growing)
         room = method.sink_length + method.residual_length + method.block_length
         spare += shape.full_layers * cost * (room - exact)
