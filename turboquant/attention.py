@@ -5,11 +5,14 @@ The top token of a head changes where compression moves two scores past each oth
 and for the worst heads the scores themselves at a few query positions.
 """
 
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PlainSerializer, PlainValidator, PositiveInt, TypeAdapter
 from torch import Tensor
 
 from turboquant.record import Matrix, Record
@@ -22,13 +25,30 @@ SIGNIFICANT_DIGITS = 4
 _POWERS = torch.tensor([float(10**k) for k in range(23)], dtype=torch.float64)  # exact in float64
 
 
+_NUMBERS = TypeAdapter(list[float | None])
+
+
+def _row(values: Any) -> "array[float]":
+    if isinstance(values, array):
+        return values
+    return array("d", (math.nan if value is None else value for value in _NUMBERS.validate_python(values)))
+
+
+def _numbers(row: Iterable[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in row]
+
+
+Row = Annotated[array, PlainValidator(_row), PlainSerializer(_numbers, return_type=list[float | None])]
+"""Numbers that are many: an array, a quarter of a list's memory; null in JSON is NaN."""
+
+
 class HeadDetail(Record):
     """One query head's scaled scores, [position][token], over all tokens that the query sees: full and compressed."""
 
     layer: int
     head: int
-    full: Matrix
-    compressed: Matrix
+    full: list[Row]
+    compressed: list[Row]
 
 
 class AttentionDetail(Record):
@@ -129,8 +149,8 @@ class AttentionCollector:
             HeadDetail(
                 layer=layer,
                 head=head,
-                full=[rounded(self.scaling * full) for full, _ in scores],
-                compressed=[rounded(self.scaling * compressed) for _, compressed in scores],
+                full=[_row(rounded(self.scaling * full)) for full, _ in scores],
+                compressed=[_row(rounded(self.scaling * compressed)) for _, compressed in scores],
             )
             for _, layer, head, scores in self._kept
         ]

@@ -111,7 +111,7 @@ def head_map(
             colorscale=RISK_SCALE,
             reversescale=not shown.miss,
             colorbar={
-                "title": shown.column.replace(" at ", "<br>at ").replace(" of ", " of<br>"),
+                "title": title,
                 "ticksuffix": suffix,
                 "thickness": 12,
             },

@@ -141,7 +141,7 @@ def test_the_detail_is_what_a_layer_fed_call_by_call_gives(explained: tuple[Comp
             full, compressed, packed = layers[heads.layer_indices.index(kept.layer)][position - TOKENS + 1]
             assert detail.packed[place] == packed
             for held, expected in ((kept.full[place], full), (kept.compressed[place], compressed)):
-                assert held == pytest.approx(expected[kept.head].tolist(), rel=6e-4, abs=1e-4)
+                assert held.tolist() == pytest.approx(expected[kept.head].tolist(), rel=6e-4, abs=1e-4)
 
 
 def test_the_detail_names_its_tokens_and_keeps_the_worst_heads(explained: tuple[Comparison, Generation]) -> None:
