@@ -87,6 +87,7 @@ def read_config(data: str | bytes | Mapping[str, Any]) -> KVShape:
             counted here; one sentence says which field, the rule and the value.
 
     Example:
+        >>> from turboquant.sizing import read_config
         >>> fields = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
         >>> shape = read_config({"model_type": "llama", **fields})
         >>> 2 * shape.full_layers * shape.token_values  # bytes a token at 16 bits

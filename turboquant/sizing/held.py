@@ -140,6 +140,7 @@ def kv_bytes(
 
     Example:
         >>> from turboquant import parse_method
+        >>> from turboquant.sizing import read_config
         >>> fields = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
         >>> shape = read_config({"model_type": "llama", **fields})
         >>> kv_bytes(shape, parse_method("full"), tokens=8192).bytes / 2**30
