@@ -1,6 +1,7 @@
 """The needle: answers read the packed text, all methods get the same questions, success has an honest interval."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from turboquant.experiments import Watch
 from turboquant.generate import CancelledError
 from turboquant.methods import METHODS, parse_method
 from turboquant.models import LoadedModel
+from turboquant.results import read_records
 from turboquant.tasks import EXPERIMENTS
 from turboquant.tasks.needle import EXPERIMENT, NeedleSettings, build_prompt, success
 
+RECORDED = Path(__file__).resolve().parents[2] / "results" / "needle.jsonl"
 SMALL = NeedleSettings(context=480, repetitions=2, max_new_tokens=6)
 
 
@@ -177,3 +180,46 @@ def test_progress_rises(tiny: LoadedModel) -> None:
     )
     assert seen == sorted(seen)
     assert 0.6 < seen[-1] <= 1
+
+
+OWN = {"needle": "The night train leaves from platform nineteen.", "question": "Which platform?", "answer": "nineteen"}
+
+
+def test_an_own_needle_is_asked_about_and_counted(tiny: LoadedModel) -> None:
+    chosen = SMALL.model_copy(update=OWN)
+    (found,) = measure(tiny, ["turboquant:bits=2"], chosen).values()
+    for i, repetition in enumerate(found.detail["repetitions"]):
+        assert repetition["text"] == by_hand(tiny, "turboquant:bits=2", chosen, i)
+        assert repetition["answer"] == "nineteen"
+        assert repetition["found"] == ("nineteen" in repetition["text"].casefold())
+
+
+def test_cells_without_an_own_needle_keep_their_keys() -> None:
+    old = {"context": 480, "depth": 0.5, "repetitions": 2, "seed": 0, "filler": "sentences"}
+    old |= {"max_new_tokens": 6, "chunk_tokens": 512}
+    assert SMALL.model_dump(mode="json") == old
+    own = NeedleSettings(**SMALL.model_dump(), **OWN)
+    assert own.model_dump(mode="json").items() > OWN.items()
+    assert NeedleSettings.model_validate(own.model_dump(mode="json")) == own
+
+
+def test_recorded_cells_are_the_cells_of_today() -> None:
+    records = read_records(RECORDED)
+    assert records
+    for record in records:
+        again = NeedleSettings.model_validate(record.cell.settings).model_dump(mode="json")
+        assert record.cell.model_copy(update={"settings": again}).key == record.cell.key
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"needle": "A red door."}, "given together or not at all"),
+        ({**OWN, "answer": "twenty"}, "the answer must occur in the needle"),
+        ({**OWN, "needle": "nineteen " * 60}, "at most 400 characters"),
+        ({**OWN, "repetitions": 6}, "5 different prompts in the filler sentences, got 6 repetitions"),
+    ],
+)
+def test_own_needles_that_cannot_be_asked_are_refused(update: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NeedleSettings(**update)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import tiny_tokenizer
 from turboquant.generate import PromptError
-from turboquant.tasks.prompts import NeedlePrompt, needle_prompt
+from turboquant.tasks.prompts import _PLACE, STARTS, NeedlePrompt, OwnNeedle, needle_prompt
 from turboquant.texts import TEXTS
 
 CHAT = (
@@ -115,3 +115,57 @@ def test_answers_are_recognised() -> None:
 def test_every_shipped_text_can_be_filler() -> None:
     for name in TEXTS:
         assert needle_prompt(TOKENIZERS["plain"], 1000, filler=name).ids.shape == (1, 1000)
+
+
+OWN = OwnNeedle("The night train to Riga leaves from platform nineteen.", "Which platform?", "Nineteen")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(tokens=st.integers(LEAST, 1500), depth=st.floats(0, 1), seed=st.integers(0, 100))
+def test_an_own_needle_takes_the_place_of_the_number(name: str, tokens: int, depth: float, seed: int) -> None:
+    prompt = needle_prompt(TOKENIZERS[name], tokens, depth, seed, own=OWN)
+    assert prompt.ids.shape == (1, tokens)
+    assert text_of(name, prompt, prompt.needle_start, prompt.needle_stop) == f" {OWN.needle}"
+    assert "magic number" not in text_of(name, prompt)
+    question = text_of(name, prompt, prompt.question_start)
+    assert question.startswith(f"\n{OWN.question}")
+    assert question.endswith("<s>" if name == "chat" else " Answer:")
+    assert (prompt.word, prompt.answer) == ("", OWN.answer)
+
+
+def test_the_reply_to_an_own_needle_may_be_in_any_case() -> None:
+    prompt = needle_prompt(TOKENIZERS["plain"], 900, own=OWN)
+    assert prompt.is_answered_by("It leaves from platform NINETEEN, I believe.")
+    assert not prompt.is_answered_by("It leaves from platform 19.")
+
+
+def test_seeds_tell_prompts_with_an_own_needle_apart() -> None:
+    plain = TOKENIZERS["plain"]
+    texts = {text_of("plain", needle_prompt(plain, 900, seed=seed, own=OWN)) for seed in range(20)}
+    assert len(texts) == STARTS
+    assert len({text_of("plain", needle_prompt(plain, 900, 0.5, seed, "hamlet", OWN)) for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("A red door.", "What colour is it?", "blue"), "the answer must occur in the needle, got 'blue'"),
+        (("A red door.", "Is it red?", "RED"), "the question must not contain the answer 'RED'"),
+        (("A red door.", " ", "red"), "none of them empty"),
+        (("A red door.", "What?", ""), "none of them empty"),
+    ],
+)
+def test_own_needles_that_ask_nothing_are_refused(texts: tuple[str, str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OwnNeedle(*texts)
+
+
+def test_a_filler_that_holds_the_answer_is_refused() -> None:
+    with pytest.raises(PromptError, match="the answer 'blue' stands in the filler sentences as well"):
+        needle_prompt(TOKENIZERS["plain"], 900, own=OwnNeedle("The door is blue.", "What colour has the door?", "blue"))
+
+
+def test_a_question_cannot_move_the_filler() -> None:
+    own = OwnNeedle("The door is red.", f"What colour {_PLACE} is it?", "red")
+    prompt = needle_prompt(TOKENIZERS["chat"], 900, own=own)
+    assert text_of("chat", prompt, prompt.question_start).startswith(f"\nWhat colour {_PLACE} is it?")

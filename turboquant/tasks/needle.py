@@ -2,7 +2,8 @@
 
 Everything before the question is read first, in one forward call as far as the cache is concerned, and packed; then the
 question is fed and the answer decoded greedily, so both really read the packed text. The full cache answers the same
-prompts. A repetition has its own needle; success is the number, all seven digits of it, in the answer.
+prompts. A repetition has its own needle; success is the number, all seven digits of it, in the answer. Needle, question
+and answer can be given as texts instead; then repetitions differ in where the filler begins.
 """
 
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from scipy.stats import binomtest
 from transformers.cache_utils import Cache
 
@@ -24,7 +25,11 @@ from turboquant.model_checks import free_bytes
 from turboquant.models import LoadedModel
 from turboquant.results import CacheReport, Record, Settings
 from turboquant.tasks.capture import Captured, capture
-from turboquant.tasks.prompts import SENTENCES, NeedlePrompt, needle_prompt
+from turboquant.tasks.prompts import SENTENCES, STARTS, NeedlePrompt, OwnNeedle, needle_prompt
+
+MAX_NEEDLE = 400
+MAX_QUESTION = 300
+MAX_ANSWER = 100
 
 
 class NeedleSettings(Record):
@@ -38,6 +43,10 @@ class NeedleSettings(Record):
         filler: "sentences", a shipped text or a path (see `turboquant.tasks.prompts`).
         max_new_tokens: Tokens of an answer, at most.
         chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
+        needle: An own sentence to hide; with it `question` and `answer` are given too. Unset, the three are no part of
+            a cell's settings.
+        question: What is asked about it.
+        answer: Words of the needle that a right reply contains.
     """
 
     context: int = Field(1024, ge=2)
@@ -47,6 +56,34 @@ class NeedleSettings(Record):
     filler: str = SENTENCES
     max_new_tokens: int = Field(16, ge=1)
     chunk_tokens: int = Field(512, ge=1)
+    needle: str | None = Field(None, max_length=MAX_NEEDLE)
+    question: str | None = Field(None, max_length=MAX_QUESTION)
+    answer: str | None = Field(None, max_length=MAX_ANSWER)
+
+    @property
+    def own(self) -> OwnNeedle | None:
+        """The needle that was given, if one was."""
+        if self.needle is None or self.question is None or self.answer is None:
+            return None
+        return OwnNeedle(self.needle, self.question, self.answer)
+
+    @model_validator(mode="after")
+    def _own_needle_is_whole(self) -> "NeedleSettings":
+        given = [text is not None for text in (self.needle, self.question, self.answer)]
+        if any(given) and not all(given):
+            raise ValueError("needle, question and answer are given together or not at all")
+        if self.own and self.filler == SENTENCES and self.repetitions > STARTS:
+            raise ValueError(
+                f"an own needle has {STARTS} different prompts in the filler {SENTENCES}, "
+                f"got {self.repetitions} repetitions"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unset_texts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        own = ("needle", "question", "answer")
+        return {name: value for name, value in settings.items() if name not in own or value is not None}
 
 
 @dataclass
@@ -71,7 +108,7 @@ def build_prompt(loaded: LoadedModel, settings: NeedleSettings, repetition: int)
         ValueError: If there is no such filler.
     """
     seed = settings.seed * settings.repetitions + repetition
-    return needle_prompt(loaded.tokenizer, settings.context, settings.depth, seed, settings.filler)
+    return needle_prompt(loaded.tokenizer, settings.context, settings.depth, seed, settings.filler, settings.own)
 
 
 def check(loaded: LoadedModel, settings: NeedleSettings) -> None:

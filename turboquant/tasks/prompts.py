@@ -2,7 +2,8 @@
 
 A sentence "One of the special magic numbers for violet-harbor is: 4821907." stands at a chosen depth of a filler text;
 the question about it follows at the end, through the chat template where there is one, and the answer is begun for the
-model, so that its next tokens are the number.
+model, so that its next tokens are the number. An own needle, question and answer may take their place; then the model
+answers in its own words.
 """
 
 import random
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SENTENCES = "sentences"
 """The filler that RULER repeats."""
 _REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+STARTS = _REPEATED.count(".")
+"""Sentences at which that filler can begin: so many different prompts has an own needle in it."""
 _INTRODUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards."
@@ -33,7 +36,39 @@ _QUESTION = "What is the special magic number for {word} mentioned in the provid
 _ANSWER = "The special magic number for {word} mentioned in the provided text is"
 _ADJECTIVES = "amber brave calm distant eager fading gentle hollow idle jolly lively mellow narrow olive patient"
 _NOUNS = "anchor basket candle dragon engine feather garden harbor island jacket kettle lantern meadow needle orchard"
+_OWN_INTRODUCTION = (
+    "A fact is hidden within the following text. Make sure to memorize it. I will quiz you about it afterwards."
+)
+_OWN_ANSWER = "Answer:"
 _PLACE = "<|filler goes here|>"
+
+
+@dataclass(frozen=True)
+class OwnNeedle:
+    """A needle that somebody wrote: it stands in the filler, the question at the end.
+
+    Attributes:
+        needle: The sentence that is hidden.
+        question: What is asked about it.
+        answer: Words of the needle that a right reply contains.
+    """
+
+    needle: str
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        """Check that the answer can be found in the needle alone.
+
+        Raises:
+            ValueError: If a text is empty, the answer is not in the needle, or the question gives it away.
+        """
+        if not (self.needle.strip() and self.question.strip() and self.answer.strip()):
+            raise ValueError("an own needle has a needle, a question and an answer, none of them empty")
+        if not _contains(self.needle, self.answer):
+            raise ValueError(f"the answer must occur in the needle, got {self.answer!r}")
+        if _contains(self.question, self.answer):
+            raise ValueError(f"the question must not contain the answer {self.answer!r}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +80,9 @@ class NeedlePrompt:
         needle_start: Place of the needle sentence's first token.
         needle_stop: The place behind its last token.
         question_start: Where the filler ends and the question (with what follows it) begins.
-        word: What the number belongs to.
-        answer: The number, seven digits, as the model should go on.
+        word: What the number belongs to; empty with an own needle.
+        answer: The number, seven digits, as the model should go on, or the own needle's answer.
+        own: Is the needle somebody's own?
     """
 
     ids: Int[Tensor, "1 tokens"]
@@ -55,11 +91,22 @@ class NeedlePrompt:
     question_start: int
     word: str
     answer: str
+    own: bool = False
 
     def is_answered_by(self, text: str) -> bool:
-        """Return whether a continuation names the number, its digits grouped or not; a longer number is another one."""
+        """Return whether a continuation names the number, its digits grouped or not; a longer number is another one.
+
+        The answer to an own needle is its text, whatever the case.
+        """
+        if self.own:
+            return _contains(text, self.answer)
         digits = r"[,\s]?".join(self.answer)
         return re.search(rf"(?<!\d){digits}(?!\d)", text) is not None
+
+
+def _contains(text: str, words: str) -> bool:
+    """Return whether words stand in a text, whatever the case and the spaces between them."""
+    return " ".join(words.casefold().split()) in " ".join(text.casefold().split())
 
 
 def filler_text(filler: str) -> str:
@@ -75,7 +122,12 @@ def filler_text(filler: str) -> str:
 
 
 def needle_prompt(
-    tokenizer: "PreTrainedTokenizerBase", tokens: int, depth: float = 0.5, seed: int = 0, filler: str = SENTENCES
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: int,
+    depth: float = 0.5,
+    seed: int = 0,
+    filler: str = SENTENCES,
+    own: OwnNeedle | None = None,
 ) -> NeedlePrompt:
     """Return a prompt of exactly `tokens` tokens with a needle at `depth` of its filler.
 
@@ -88,31 +140,49 @@ def needle_prompt(
         depth: 0 is the start of the filler, 1 its end.
         seed: Chooses word and number, and with a text of many sentences where in it the filler begins.
         filler: See `filler_text`.
+        own: Takes the place of word and number; the seed then only chooses where the filler begins.
 
     Raises:
-        PromptError: If the needle and the question alone are longer, or the depth is out of range.
+        PromptError: If the needle and the question alone are longer, the depth is out of range, or the filler holds the
+            own needle's answer as well.
         ValueError: If there is no such filler.
     """
     if not 0 <= depth <= 1:
         raise PromptError(f"depth must be from 0 to 1, got {depth}")
     draw = random.Random(f"needle {seed}")
-    word = f"{draw.choice(_ADJECTIVES.split())}-{draw.choice(_NOUNS.split())}"
-    number = str(draw.randrange(1_000_000, 10_000_000))
-    head, tail = _frame(tokenizer, word)
-    needle = _encoded(tokenizer, [_NEEDLE.format(word=word, number=number)])[0]
-    room = tokens - len(head) - len(needle) - len(tail)
+    word, answer, needle, head, tail = _own(tokenizer, own, filler) if own else _number(tokenizer, draw)
+    needle_ids = _encoded(tokenizer, [needle])[0]
+    room = tokens - len(head) - len(needle_ids) - len(tail)
     if room < 0:
         raise PromptError(f"a prompt with a needle has at least {tokens - room} tokens, got {tokens}")
-    before, after = _filled(_sentences(tokenizer, filler, draw), room, depth)
+    before, after = _filled(_sentences(tokenizer, filler, draw, seed if own else 0), room, depth)
     start = len(head) + len(before)
     return NeedlePrompt(
-        ids=torch.tensor([head + before + needle + after + tail]),
+        ids=torch.tensor([head + before + needle_ids + after + tail]),
         needle_start=start,
-        needle_stop=start + len(needle),
+        needle_stop=start + len(needle_ids),
         question_start=tokens - len(tail),
         word=word,
-        answer=number,
+        answer=answer,
+        own=own is not None,
     )
+
+
+def _number(tokenizer: Any, draw: random.Random) -> tuple[str, str, str, list[int], list[int]]:
+    """Return word, number, needle, and the tokens before and behind the filler."""
+    word = f"{draw.choice(_ADJECTIVES.split())}-{draw.choice(_NOUNS.split())}"
+    number = str(draw.randrange(1_000_000, 10_000_000))
+    begun = _ANSWER.format(word=word)
+    head, tail = _frame(tokenizer, _INTRODUCTION, _QUESTION.format(word=word), begun, begun)
+    return word, number, _NEEDLE.format(word=word, number=number), head, tail
+
+
+def _own(tokenizer: Any, own: OwnNeedle, filler: str) -> tuple[str, str, str, list[int], list[int]]:
+    """Return the same for an own needle, which has no word; a chat model's answer is not begun."""
+    if _contains(filler_text(filler), own.answer):
+        raise PromptError(f"the answer {own.answer!r} stands in the filler {filler} as well")
+    head, tail = _frame(tokenizer, _OWN_INTRODUCTION, own.question.strip(), "", _OWN_ANSWER)
+    return "", own.answer, f" {own.needle.strip()}", head, tail
 
 
 def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -120,28 +190,34 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _frame(tokenizer: Any, word: str) -> tuple[list[int], list[int]]:
-    """Return the tokens before the filler and those behind it."""
-    content = f"{_INTRODUCTION}\n{_PLACE}\n{_QUESTION.format(word=word)}"
-    answer = _ANSWER.format(word=word)
+def _frame(tokenizer: Any, introduction: str, question: str, chat: str, plain: str) -> tuple[list[int], list[int]]:
+    """Return the tokens before the filler and those behind it.
+
+    `chat` and `plain` begin the answer, with a chat template and without one.
+    """
+    content = f"{introduction}\n{_PLACE}\n{question}"
     if not tokenizer.chat_template:
-        head, tail = content.split(_PLACE)
-        return list(tokenizer(head).input_ids), _encoded(tokenizer, [f"{tail} {answer}"])[0]
+        head, _, tail = content.partition(_PLACE)
+        return list(tokenizer(head).input_ids), _encoded(tokenizer, [f"{tail} {plain}"])[0]
     rendered: str = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=False,
         enable_thinking=False,  # templates of models that think first open the answer itself with this
     )
-    head, tail = rendered.split(_PLACE)
-    first, second = _encoded(tokenizer, [head, tail + answer])
+    head, _, tail = rendered.partition(_PLACE)
+    first, second = _encoded(tokenizer, [head, tail + chat])
     return first, second
 
 
-def _sentences(tokenizer: Any, filler: str, draw: random.Random) -> list[list[int]]:
-    """Return the filler's sentences as tokens, beginning at one that the seed chose."""
+def _sentences(tokenizer: Any, filler: str, draw: random.Random, turn: int = 0) -> list[list[int]]:
+    """Return the filler's sentences as tokens, beginning at one that the seed chose.
+
+    The repeated sentences begin with the first; `turn` of them are passed over, which is all that tells prompts with an
+    own needle apart.
+    """
     texts = re.split(r"(?<=[.!?])\s+", filler_text(filler).strip())
-    start = 0 if filler == SENTENCES else draw.randrange(len(texts))
+    start = turn % len(texts) if filler == SENTENCES else draw.randrange(len(texts))
     return _encoded(tokenizer, [f" {text}" for text in texts[start:] + texts[:start]])
 
 
