@@ -5,8 +5,8 @@ compressed, it is exactly Hugging Face's SDPA attention. Both must be registered
 padding and the causal mask of the prefill would silently be lost.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,7 +32,10 @@ class QueryObserver(Protocol):
         """Take the queries (batch, heads, queries, dim) of one forward call and the factor on their scores."""
 
 
+Clock = Callable[[], AbstractContextManager[None]]
+
 _observer: ContextVar[QueryObserver | None] = ContextVar("turboquant_query_observer", default=None)
+_clock: ContextVar[Clock] = ContextVar("turboquant_attention_clock", default=nullcontext)
 
 
 @contextmanager
@@ -43,6 +46,16 @@ def observe_queries(observer: QueryObserver) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+@contextmanager
+def time_attention(clock: Clock) -> Iterator[None]:
+    """Run every attention, without the packing after it, inside `clock()`, in this thread or task only."""
+    token = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
 
 
 def attention_forward(
@@ -66,16 +79,18 @@ def attention_forward(
         observer.record(int(module.layer_idx), query, scaling)  # type: ignore[arg-type]
     if not isinstance(key, CachedStates):
         assert isinstance(value, Tensor)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        with _clock.get()():
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     used = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if used or dropout:
         raise ValueError(f"a compressed cache does not support the attention option {', '.join(used) or 'dropout'}")
     layer = key.layer
-    if not layer.packed_length:
-        keys, values = layer.exact()
-        output, _ = sdpa_attention_forward(module, query, keys, values, attention_mask, 0.0, scaling, **kwargs)
-    else:
-        output = _packed_forward(layer, query, attention_mask, scaling)
+    with _clock.get()():
+        if not layer.packed_length:
+            keys, values = layer.exact()
+            output, _ = sdpa_attention_forward(module, query, keys, values, attention_mask, 0.0, scaling, **kwargs)
+        else:
+            output = _packed_forward(layer, query, attention_mask, scaling)
     layer.compress(_visible(attention_mask))
     return output, None
 

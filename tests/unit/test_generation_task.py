@@ -1,6 +1,7 @@
 """The generation benchmark: its loop generates what generate() does, and its figures are of this very run."""
 
 import statistics
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.helpers import Lossless, tiny_loaded
 from turboquant.cache import NothingCompressedError, build_cache, cache_bytes
 from turboquant.experiments import Measurement, Watch
 from turboquant.generate import CancelledError
+from turboquant.layer import QuantizedLayer
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models import LoadedModel
 from turboquant.tasks import EXPERIMENTS
@@ -101,12 +103,30 @@ def test_figures_belong_together(found: dict[Method, Measurement]) -> None:
         assert one.detail["peak_memory"].startswith("resident")
         assert len(one.detail["first_difference"]) == 3
         assert (figures["encode_step_ms"] is None) == (method == FULL)
+        for side in ("", "full_"):
+            assert figures[f"{side}attention_prompt_ms"] > 0
+            assert figures[f"{side}attention_step_ms"] > 0
     assert found[FULL].metrics["speed_ratio"] == 1
     assert found[FULL].metrics["same_tokens_pct"] == 100
     lossy: dict[str, Any] = found[parse_method("turboquant:bits=2")].metrics
     assert lossy["same_tokens_pct"] < 100
     assert lossy["encode_prompt_ms"] > lossy["encode_step_ms"] > 0
     assert lossy["compressed_tokens"] > 0
+
+
+def test_attention_is_timed_without_the_packing_after_it(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = QuantizedLayer.compress
+
+    def slow(self: QuantizedLayer, visible: torch.Tensor | None = None) -> None:
+        time.sleep(0.2)
+        pack(self, visible)
+
+    monkeypatch.setattr(QuantizedLayer, "compress", slow)
+    settings = SMALL.model_copy(update={"new_tokens": 2, "repeats": 1})
+    figures = measure(tiny, [parse_method("turboquant:bits=2")], settings)[parse_method("turboquant:bits=2")].metrics
+    assert figures["encode_prompt_ms"] > 400  # both layers
+    assert 0 < figures["attention_prompt_ms"] < 400
+    assert 0 < figures["attention_step_ms"] < 400
 
 
 def test_sides_take_turns(tiny: LoadedModel) -> None:

@@ -1,7 +1,8 @@
 """What compression costs and saves while a model generates: the whole loop, with the cache packing as it goes.
 
 After a short warm-up each side (the full cache and every method) is run once with instruments: bytes held after every
-step, time spent packing, peak memory. Then come the timed runs without instruments, all sides in turn in every round.
+step, time spent packing and attending, peak memory. Then come the timed runs without instruments, all sides in turn in
+every round.
 Rows of a batch read different pieces of a text, decode greedily and do not stop at an end-of-text token.
 
 Peak memory is what the allocator reached on a GPU; on the CPU it is the process's resident memory, sampled, less what
@@ -12,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers.cache_utils import Cache
 from turboquant.cache import NothingCompressedError, QuantizedLayer, build_cache, cache_bytes, cache_report
 from turboquant.experiments import Experiment, Measurement, Watch
 from turboquant.generate import PromptError
+from turboquant.hf_attention import time_attention
 from turboquant.memory import cache_shape, check_context, tokens_that_fit, trim
 from turboquant.methods import METHODS, Method
 from turboquant.model_checks import free_bytes
@@ -77,11 +80,28 @@ class Instruments:
 
     Attributes:
         encode_ms: Milliseconds spent packing, by forward call; the first call is the prompt's.
+        attention_ms: Milliseconds spent attending over the cache (scores, softmax, weighted values) in all layers, by
+            forward call. Caches of other libraries read their codes back before, which is not in it.
         cache_bytes: Bytes held after each forward call.
     """
 
     encode_ms: list[float] = field(default_factory=list)
+    attention_ms: list[float] = field(default_factory=list)
     cache_bytes: list[int] = field(default_factory=list)
+
+    def begin_call(self) -> None:
+        """A forward call starts: its times are 0 so far."""
+        self.encode_ms.append(0.0)
+        self.attention_ms.append(0.0)
+
+    @contextmanager
+    def time_into(self, times: list[float], device: torch.device | str) -> Iterator[None]:
+        """Add the time of the block to the last of `times`; it waits for the device before and after."""
+        _wait(device)
+        began = time.perf_counter()
+        yield
+        _wait(device)
+        times[-1] += 1e3 * (time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -118,11 +138,8 @@ class _TimedLayer(QuantizedLayer):
 
     def compress(self, visible: Tensor | None = None) -> None:
         """Pack, with a clock."""
-        _wait(self.device)
-        began = time.perf_counter()
-        super().compress(visible)
-        _wait(self.device)
-        self.notes.encode_ms[-1] += 1e3 * (time.perf_counter() - began)
+        with self.notes.time_into(self.notes.encode_ms, self.device):
+            super().compress(visible)
 
 
 class PeakMemory:
@@ -222,7 +239,7 @@ def generate_batch(
     for step in range(new_tokens):
         watch.check()
         if notes is not None:
-            notes.encode_ms.append(0.0)
+            notes.begin_call()
         options = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions}
         logits = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
         ids = logits[:, -1].argmax(dim=-1, keepdim=True)
@@ -247,7 +264,8 @@ def _instrumented(
         _TimedLayer(method, i, side.instruments) if isinstance(layer, QuantizedLayer) else layer
         for i, layer in enumerate(cache.layers)
     ]
-    with PeakMemory(loaded.model.device) as memory:
+    notes, device = side.instruments, loaded.model.device
+    with time_attention(lambda: notes.time_into(notes.attention_ms, device)), PeakMemory(device) as memory:
         side.warm = generate_batch(loaded, prompts, cache, settings.new_tokens, watch, side.instruments)
     side.peak_bytes = memory.peak_bytes
     return side
@@ -266,17 +284,17 @@ def _speeds(prefix: str, side: _Side) -> dict[str, float | None]:
     return {
         **_spread(prefix, [run.tokens_per_second for run in side.runs], "tokens_per_second"),
         **_spread(prefix, [run.first_ms for run in side.runs], "time_to_first_token_ms"),
+        **_by_call(f"{prefix}attention", side.instruments.attention_ms),
         f"{prefix}cache_bytes": float(side.instruments.cache_bytes[-1]),
         f"{prefix}peak_memory_bytes": float(side.peak_bytes),
     }
 
 
-def _encode(side: _Side, new_tokens: int) -> dict[str, float | None]:
-    """Return the time spent packing: for the prompt, and for each step after it; None where it cannot be seen."""
-    spent = side.instruments.encode_ms
+def _by_call(name: str, spent: Sequence[float]) -> dict[str, float | None]:
+    """Return the time of the prompt's call, and of each step after it; None where nothing of it can be seen."""
     if not any(spent):
-        return {"encode_prompt_ms": None, "encode_step_ms": None}
-    return {"encode_prompt_ms": spent[0], "encode_step_ms": sum(spent[1:]) / (new_tokens - 1)}
+        return {f"{name}_prompt_ms": None, f"{name}_step_ms": None}
+    return {f"{name}_prompt_ms": spent[0], f"{name}_step_ms": statistics.mean(spent[1:])}
 
 
 def _measurement(method: Method, own: _Side, full: _Side, settings: GenerationSettings, device: str) -> Measurement:
@@ -290,7 +308,7 @@ def _measurement(method: Method, own: _Side, full: _Side, settings: GenerationSe
             **_speeds("", own),
             **_speeds("full_", full),
             "speed_ratio": speeds[0] / speeds[1],
-            **_encode(own, settings.new_tokens),
+            **_by_call("encode", own.instruments.encode_ms),
             "same_tokens_pct": 100 * float(same.float().mean()),
             "bits_per_value": report.bits_per_value,
             "compression_ratio": report.compression_ratio,
