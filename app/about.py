@@ -15,13 +15,6 @@ from app.verdict import human_bytes
 from turboquant.results import Environment, environment
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
-TAGS = (
-    ("measured", "Computed on this machine, in the run or by the figure that shows it."),
-    ("estimated", "Calculated by a formula or from theory, not measured."),
-    ("recorded", "Measured earlier and shipped with the app; hardware, date and commit stand beside it."),
-    ("imported", "From a file that a visitor opened; this app cannot vouch for it."),
-    ("cached", "Measured on this machine earlier with the same settings, and not computed again."),
-)
 NOT_SHOWN = (
     (
         "What a large model would lose.",

@@ -207,7 +207,7 @@ def gains(found: Distortion, exact: Theory) -> pd.DataFrame:
                 "quantizer": label,
                 "gain (1 = unbiased)": found.gain[name].mean,
                 "± standard error": found.gain[name].standard_error,
-                "gain, theory": theory.get(name),
+                "gain, theory": f"{theory[name]:.4f}" if name in theory else "not stated",
                 f"d · squared error, cosine {COSINE}": found.correlated[name].mean,
                 "d · squared error, random query": found.inner_product[name].mean,
             }
