@@ -1,4 +1,4 @@
-"""The real work behind the engine: loading a model and comparing two caches, by the `turboquant` library.
+"""The real work behind the engine: loading a model and doing what was asked, by the `turboquant` library.
 
 The model library takes seconds to import, so it is imported on the worker thread, where it is first needed; no page
 waits for it.
@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
 from app.engine import Engine, Progress
-from app.jobs import Request
+from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from turboquant.methods import parse_method
-from turboquant.results import Comparison
 
 if TYPE_CHECKING:
-    from turboquant.comparison import Event
+    from turboquant.experiments import Watch
     from turboquant.models import LoadedModel
 
 
@@ -25,15 +24,91 @@ def load(name: str, *, weights: str, progress: Progress) -> "LoadedModel":
     return load_model(name, weights=weights, progress=progress)
 
 
-def run(
-    loaded: Any, request: Request, on_event: "Callable[[Event], None]", cancelled: Callable[[], bool]
-) -> Comparison:
-    """Compare the full cache with the request's method on the request's prompt."""
+def run(loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+    """Work on a job's pending items."""
+    request = job.request
+    if isinstance(request, CompareRequest):
+        _compare(loaded, job, request, cancelled)
+    elif isinstance(request, PromptsRequest):
+        _prompts(loaded, job, request, cancelled, yielding)
+    elif isinstance(request, TurnRequest):
+        turn = request.conversation.ask(loaded, request.prompt, request.settings, job.publish, cancelled)
+        job.add(0, turn)
+    elif isinstance(request, CellsRequest):
+        _cells(loaded, job, request, cancelled, yielding)
+    else:
+        raise TypeError(f"no runner for {type(request).__name__}")
+
+
+def _compare(loaded: Any, job: Job, request: CompareRequest, cancelled: Callable[[], bool]) -> None:
+    from turboquant.comparison import compare_methods
+
+    methods = [parse_method(method) for method in request.methods]
+    found = compare_methods(
+        loaded,
+        request.prompt,
+        methods,
+        request.settings,
+        chat=request.chat,
+        detail=True,
+        on_event=job.publish,
+        cancelled=cancelled,
+    )
+    job.add(0, tuple(found))
+
+
+def _prompts(
+    loaded: Any, job: Job, request: PromptsRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
+) -> None:
     from turboquant.comparison import compare
 
     method = parse_method(request.method)
-    return compare(
-        loaded, request.prompt, method, request.settings, chat=request.chat, on_event=on_event, cancelled=cancelled
+    for item in job.pending:
+        job.begin_item(item)
+        found = compare(
+            loaded,
+            request.prompts[item],
+            method,
+            request.settings,
+            chat=request.chat,
+            on_event=job.publish,
+            cancelled=cancelled,
+        )
+        job.add(item, found)
+        if cancelled() or yielding():
+            return
+
+
+def _cells(
+    loaded: Any, job: Job, request: CellsRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
+) -> None:
+    """Measure the cells that are left, one group that shares its forward passes after the other."""
+    from turboquant.experiments import Models, Watch, groups, run_group
+    from turboquant.generate import CancelledError
+    from turboquant.tasks import EXPERIMENTS
+
+    models = Models(lambda name, weights: loaded)
+    item_of = {request.cells[item].key: item for item in job.pending}
+    for group in groups([request.cells[item] for item in job.pending]):
+        watch = _watch(Watch, job, len(group), cancelled, yielding)
+        try:
+            for record in run_group(EXPERIMENTS[group[0].experiment], group, models, watch):
+                job.add(item_of[record.cell.key], record)
+        except CancelledError:
+            return
+        if yielding():
+            return
+
+
+def _watch(
+    make: "type[Watch]", job: Job, size: int, cancelled: Callable[[], bool], yielding: Callable[[], bool]
+) -> "Watch":
+    """Report the progress of `size` cells; stop between methods for others, but not before one is measured."""
+    known = len(job.results)
+    return make(
+        progress=lambda fraction, text: job.progress(known + size * fraction, text),
+        cancelled=cancelled,
+        stopping=lambda: len(job.results) > known and yielding(),
     )
 
 
@@ -48,7 +123,15 @@ def is_expected(error: BaseException) -> bool:
 
 def build_engine(config: AppConfig) -> Engine:
     """The engine of this deployment; it warms up the default model if the settings say so."""
-    engine = Engine(load, run, is_expected=is_expected, max_queue=config.max_queue, grace_s=config.disconnect_grace_s)
+    engine = Engine(
+        load,
+        run,
+        is_expected=is_expected,
+        max_queue=config.max_queue,
+        grace_s=config.disconnect_grace_s,
+        max_run_s=config.max_run_s,
+        max_cached=config.max_cached,
+    )
     if config.warm_up:
         engine.warm_up(config.default_model, config.weights)
     return engine

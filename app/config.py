@@ -2,15 +2,21 @@
 
 | Variable | Meaning | Default |
 | --- | --- | --- |
-| TURBOQUANT_MODELS | comma-separated names a visitor may pick | every known model |
-| TURBOQUANT_ALLOW_ANY_MODEL | may a visitor type a hub id or a local folder | 1 |
+| TURBOQUANT_MODELS | comma-separated names, hub ids or folders a visitor may pick | every known model |
+| TURBOQUANT_ALLOW_ANY_MODEL | may a visitor type another hub id | 1 |
 | TURBOQUANT_DEFAULT_MODEL | the model that is loaded at start | smollm2-135m |
+| TURBOQUANT_LOCK_MODEL | offer the default model only | 0 |
 | TURBOQUANT_WEIGHTS | how weights are loaded: auto, fp32, bf16, 8bit, 4bit | auto |
 | TURBOQUANT_WARM_UP | load the default model at start | 1 |
 | TURBOQUANT_MAX_NEW_TOKENS | longest answer, in tokens | 512 |
 | TURBOQUANT_MAX_PROMPT_CHARS | longest prompt, in characters | 20000 |
+| TURBOQUANT_MAX_PROMPTS | prompts in one set | 32 |
+| TURBOQUANT_MAX_CONTEXT_TOKENS | longest context of a measurement, in tokens | 8192 |
+| TURBOQUANT_MAX_CELLS | cells (method x setting) in one measurement | 200 |
+| TURBOQUANT_MAX_RUN_S | seconds of work after which a run is stopped | 1800 |
 | TURBOQUANT_MAX_QUEUE | runs that may wait for the worker | 8 |
-| TURBOQUANT_MAX_RUNS | runs kept for one visitor | 12 |
+| TURBOQUANT_MAX_RUNS | runs kept for one visitor | 24 |
+| TURBOQUANT_MAX_CACHED | results kept for repeated settings, over all visitors; 0 keeps none | 64 |
 | TURBOQUANT_DISCONNECT_GRACE_S | seconds a run goes on after its tab was closed | 20 |
 """
 
@@ -34,12 +40,18 @@ class AppConfig:
     models: tuple[str, ...] = ()
     allow_any_model: bool = True
     default_model: str = "smollm2-135m"
+    lock_model: bool = False
     weights: str = "auto"
     warm_up: bool = True
     max_new_tokens: int = 512
     max_prompt_chars: int = 20_000
+    max_prompts: int = 32
+    max_context_tokens: int = 8192
+    max_cells: int = 200
+    max_run_s: float = 1800.0
     max_queue: int = 8
-    max_runs: int = 12
+    max_runs: int = 24
+    max_cached: int = 64
     disconnect_grace_s: float = 20.0
 
 
@@ -59,16 +71,24 @@ def load_config(environ: Mapping[str, str] | None = None) -> AppConfig:
         raise ConfigError(
             f"TURBOQUANT_DEFAULT_MODEL must be one of TURBOQUANT_MODELS ({', '.join(models)}), got {default_model!r}"
         )
+    locked = _flag(env, "TURBOQUANT_LOCK_MODEL", default=default.lock_model)
+    any_model = _flag(env, "TURBOQUANT_ALLOW_ANY_MODEL", default=default.allow_any_model)
     return AppConfig(
-        models=models,
-        allow_any_model=_flag(env, "TURBOQUANT_ALLOW_ANY_MODEL", default=default.allow_any_model),
+        models=(default_model,) if locked else models,
+        allow_any_model=any_model and not locked,
         default_model=default_model,
+        lock_model=locked,
         weights=_choice(env, "TURBOQUANT_WEIGHTS", WEIGHTS, default.weights),
         warm_up=_flag(env, "TURBOQUANT_WARM_UP", default=default.warm_up),
         max_new_tokens=_whole(env, "TURBOQUANT_MAX_NEW_TOKENS", default.max_new_tokens, 1, 65_536),
         max_prompt_chars=_whole(env, "TURBOQUANT_MAX_PROMPT_CHARS", default.max_prompt_chars, 1, 10_000_000),
+        max_prompts=_whole(env, "TURBOQUANT_MAX_PROMPTS", default.max_prompts, 1, 10_000),
+        max_context_tokens=_whole(env, "TURBOQUANT_MAX_CONTEXT_TOKENS", default.max_context_tokens, 256, 10_000_000),
+        max_cells=_whole(env, "TURBOQUANT_MAX_CELLS", default.max_cells, 1, 100_000),
+        max_run_s=_seconds(env, "TURBOQUANT_MAX_RUN_S", default.max_run_s),
         max_queue=_whole(env, "TURBOQUANT_MAX_QUEUE", default.max_queue, 1, 10_000),
         max_runs=_whole(env, "TURBOQUANT_MAX_RUNS", default.max_runs, 1, 1_000),
+        max_cached=_whole(env, "TURBOQUANT_MAX_CACHED", default.max_cached, 0, 100_000),
         disconnect_grace_s=_seconds(env, "TURBOQUANT_DISCONNECT_GRACE_S", default.disconnect_grace_s),
     )
 

@@ -79,8 +79,8 @@ LONGEST = (
 )
 LARGEST_BATCH = "The most rows of the chosen context whose caches fit beside the weights; 0 when not even one does."
 WEIGHTS = (
-    "Parameters times bits. The number of parameters is estimated from the config (embeddings, attention, MLP, experts; "
-    "biases and norms are left out), which is right to about a thousandth for the models offered here."
+    "Parameters times bits. The number of parameters is estimated from the config (embeddings, attention, MLP, "
+    "experts; biases and norms are left out), which is right to about a thousandth for the models offered here."
 )
 GROWTH = (
     "Lines are estimates; both axes are logarithmic. Above the dashed line weights and cache no longer fit in the GPU; "

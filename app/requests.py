@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from app.config import WEIGHTS, AppConfig
 from app.examples import name_of
-from app.jobs import Request
+from app.jobs import CompareRequest
 from turboquant.methods import METHODS, BitsMethod, parse_method
 from turboquant.registry import MODELS
 from turboquant.results import Settings
@@ -19,6 +18,18 @@ from turboquant.results import Settings
 SAME = "same"
 BIT_CHOICES = (2, 3, 4)
 EACH_BITS = (SAME, *(str(bits) for bits in range(1, 9)))
+SECOND_CHOICES = (
+    "turboquant:bits=4",
+    "turboquant:bits=3",
+    "turboquant:bits=2",
+    "turboquant-paper:bits=4",
+    "kivi:bits=4",
+    "kivi:bits=2",
+    "rtn:bits=4",
+    "polarquant",
+    "qjl",
+    "hf-quanto:bits=4",
+)
 MAX_EXACT = 4096
 LINK_PROMPT_CHARS = 1500
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -45,6 +56,7 @@ class Choices:
     temperature: float = 0.0
     weights: str = "auto"
     chat: bool = True
+    second: str = ""
 
 
 def defaults(config: AppConfig) -> Choices:
@@ -95,16 +107,16 @@ def check_model(name: object, config: AppConfig) -> str:
             f"The model {shown!r} is not offered here; choose from {', '.join(selectable_models(config))}."
         )
     text = str(name).strip()
-    if _HUB_ID.fullmatch(text) or (text and "\0" not in text and Path(text).expanduser().is_dir()):
+    if _HUB_ID.fullmatch(text) and ".." not in text:
         return text
-    raise RequestError(f"{shown!r} is no known model, no hub id such as org/name, and no folder on this machine.")
+    raise RequestError(f"{shown!r} is no known model and no hub id such as org/name.")
 
 
-def build_request(choices: Choices, prompt: object, config: AppConfig) -> Request:
-    """Check every choice and make the request that the engine runs.
+def check_prompt(prompt: object, config: AppConfig) -> str:
+    """The prompt, if it is one that may be run.
 
     Raises:
-        RequestError: One of them cannot be run.
+        RequestError: It is empty or too long.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError("Type a prompt, or pick one of the examples.")
@@ -112,10 +124,57 @@ def build_request(choices: Choices, prompt: object, config: AppConfig) -> Reques
         raise RequestError(
             f"The prompt has {len(prompt):,} characters; the limit here is {config.max_prompt_chars:,}. Shorten it."
         )
+    return prompt
+
+
+def check_bound(name: str, value: object, low: int, high: int) -> int:
+    """The whole number, if it is within its bounds.
+
+    Raises:
+        RequestError: It is not, or no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} must be a whole number from {low:,} to {high:,}, got {str(value)[:40]}.")
+    return value
+
+
+def check_loading(choices: Choices, config: AppConfig) -> tuple[str, str]:
+    """The model's name and how its weights are loaded, if this deployment allows them.
+
+    Raises:
+        RequestError: It does not.
+    """
     if choices.weights not in WEIGHTS:
         raise RequestError(f"Weights must be one of {', '.join(WEIGHTS)}, got {str(choices.weights)[:20]!r}.")
-    model = check_model(choices.model, config)
-    return Request(model, choices.weights, prompt, method_text(choices), _settings(choices, config), bool(choices.chat))
+    return check_model(choices.model, config), choices.weights
+
+
+def compare_request(choices: Choices, prompt: object, config: AppConfig) -> CompareRequest:
+    """Check every choice and make the request that the engine runs.
+
+    Raises:
+        RequestError: One of them cannot be run.
+    """
+    model, weights = check_loading(choices, config)
+    methods = [method_text(choices)]
+    if choices.second:
+        methods.append(second_method(choices))
+    if len(set(methods)) < len(methods):
+        raise RequestError("Both compressed settings are the same; change one of them.")
+    checked, sampling = check_prompt(prompt, config), sampling_settings(choices, config)
+    return CompareRequest(model, weights, checked, tuple(methods), sampling, bool(choices.chat))
+
+
+def second_method(choices: Choices) -> str:
+    """The second compressed setting as `parse_method` reads it.
+
+    Raises:
+        RequestError: It is no method.
+    """
+    try:
+        return str(parse_method(choices.second))
+    except ValueError as error:
+        raise RequestError(f"The second setting cannot be used: {error}.") from None
 
 
 def method_text(choices: Choices) -> str:
@@ -142,7 +201,12 @@ def method_text(choices: Choices) -> str:
         raise RequestError(f"The method cannot be used: {error}.") from None
 
 
-def _settings(choices: Choices, config: AppConfig) -> Settings:
+def sampling_settings(choices: Choices, config: AppConfig) -> Settings:
+    """How answers are chosen, checked.
+
+    Raises:
+        RequestError: A number is out of range.
+    """
     if not 1 <= choices.tokens <= config.max_new_tokens:
         raise RequestError(f"Max new tokens must be from 1 to {config.max_new_tokens}, got {choices.tokens}.")
     try:

@@ -1,19 +1,25 @@
 """The bridge between Streamlit's sessions and the engine: shared resources, session keys, callbacks."""
 
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from app.backend import build_engine
 from app.config import AppConfig, load_config
+from app.conversation import Conversation
 from app.engine import Engine, EngineBusyError
 from app.examples import BY_NAME
-from app.jobs import Job
-from app.requests import Choices, RequestError, build_request, prompt_query, read_choices
+from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, Request
+from app.requests import Choices, RequestError, compare_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
+from turboquant.results import ExperimentRecord, read_records
 
-PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "shown_run", "notice"
+PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "run", "notice"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MAX_RECORDS = 2_000
 
 
 @st.cache_resource(show_spinner=False)
@@ -32,6 +38,12 @@ def engine() -> Engine:
 def recordings() -> list[Run]:
     """The runs that ship with the app."""
     return recorded_runs()
+
+
+@st.cache_resource(show_spinner=False)
+def recorded(name: str) -> list[ExperimentRecord]:
+    """The measurements of an experiment that ship with the app, the failed ones left out; none where there are none."""
+    return [record for record in read_records(RESULTS / f"{name}.jsonl") if record.error is None]
 
 
 def session_id() -> str:
@@ -68,6 +80,20 @@ def job() -> Job | None:
     return engine().job(session_id())
 
 
+def busy() -> bool:
+    """Is a job of this tab waiting or at work?"""
+    newest = job()
+    return newest is not None and newest.live
+
+
+def notice() -> str | None:
+    """What was wrong with the last click, if anything."""
+    return st.session_state.get(NOTICE)
+
+
+# --- what this tab has measured
+
+
 def runs() -> RunStore:
     """The runs of this tab."""
     if "runs" not in st.session_state:
@@ -76,32 +102,79 @@ def runs() -> RunStore:
     return store
 
 
+def add_run(run: Run, *, show: bool = True) -> Run:
+    """Keep a run in this tab, and make it the one that pages show."""
+    kept = runs().add(run)
+    if show:
+        st.session_state[SHOWN] = kept.id
+    return kept
+
+
 def all_runs() -> dict[str, Run]:
     """The runs of this tab, newest first, then the recorded ones, by id."""
     return {run.id: run for run in [*runs().all(), *recordings()]}
 
 
+def records() -> dict[str, ExperimentRecord]:
+    """Every cell that this tab has measured, by the cell's key."""
+    kept: dict[str, ExperimentRecord] = st.session_state.setdefault("records", {})
+    return kept
+
+
+def conversation() -> Conversation | None:
+    """The conversation of this tab."""
+    return st.session_state.get("conversation")
+
+
 def collect() -> None:
-    """Keep the result of the newest job, once, and show it."""
+    """Take what the newest job has computed since the last look."""
     newest = job()
-    if newest is None or newest.live or newest.result is None or st.session_state.get("collected") == newest.id:
+    if newest is None:
         return
-    st.session_state["collected"] = newest.id
-    st.session_state[SHOWN] = runs().add(Run(comparison=newest.result)).id
+    if st.session_state.get("collecting") != newest.id:
+        st.session_state["collecting"], st.session_state["collected"] = newest.id, set()
+    seen: set[int] = st.session_state["collected"]
+    for item, result in sorted(newest.results.items()):
+        if item not in seen:
+            seen.add(item)
+            _take(newest, item, result)
+
+
+def _take(newest: Job, item: int, result: Any) -> None:
+    request, cached = newest.request, item in newest.cached
+    if isinstance(request, CompareRequest):
+        group = uuid.uuid4().hex[:8] if len(result) > 1 else None
+        for comparison in reversed(result):
+            add_run(Run(comparison=comparison, group=group, cached=cached))
+    elif isinstance(request, PromptsRequest):
+        add_run(Run(comparison=result, group=f"set-{newest.id}", cached=cached), show=False)
+    elif isinstance(request, CellsRequest):
+        kept = records()
+        kept[result.cell.key] = result
+        while len(kept) > MAX_RECORDS:
+            del kept[next(iter(kept))]
 
 
 # --- callbacks
 
 
-def submit() -> None:
-    """Check the form and hand it to the engine; what is wrong becomes the notice above the results."""
-    prompt = st.session_state.get(PROMPT, "")
+def submit(make: Callable[[], Request]) -> None:
+    """Check what was asked and hand it to the engine; what is wrong becomes the notice."""
+    collect()
     try:
-        engine().submit(session_id(), build_request(choices(), prompt, config()))
+        engine().submit(session_id(), make())
     except (RequestError, EngineBusyError) as error:
         st.session_state[NOTICE] = str(error)
         return
     st.session_state[NOTICE] = None
+
+
+def submit_compare() -> None:
+    """Compare what stands in the prompt box, and put it into the address."""
+    prompt = st.session_state.get(PROMPT, "")
+    submit(lambda: compare_request(choices(), prompt, config()))
+    if notice():
+        return
     link = prompt_query(prompt)
     for key in ("prompt", "example"):
         if key in link:
@@ -141,8 +214,8 @@ def take_upload() -> None:
     if upload is None:
         return
     try:
-        run = runs().add(import_run(upload.getvalue()))
+        add_run(import_run(upload.getvalue()))
     except RunError as error:
         st.session_state[NOTICE] = str(error)
         return
-    st.session_state[NOTICE], st.session_state[SHOWN] = None, run.id
+    st.session_state[NOTICE] = None

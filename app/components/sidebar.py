@@ -5,34 +5,62 @@ from typing import Final
 import streamlit as st
 
 from app import state
+from app.components.page import PAGES
+from app.components.panes import escape
+from app.components.work import words
 from app.config import WEIGHTS
 from app.engine import EngineStatus
-from app.requests import BIT_CHOICES, EACH_BITS, MAX_EXACT, Choices, defaults, has_window, recipes, selectable_models
+from app.requests import (
+    BIT_CHOICES,
+    EACH_BITS,
+    MAX_EXACT,
+    SECOND_CHOICES,
+    Choices,
+    defaults,
+    has_window,
+    recipes,
+    selectable_models,
+)
 from turboquant.methods import METHODS
 from turboquant.registry import MODELS
 
 _URL: Final = "query-params"
 
 
-def render() -> None:
-    """Draw the sidebar."""
+def render(*, settings: bool) -> None:
+    """Draw the sidebar; the settings of runs stand on the pages that use them."""
+    with st.sidebar:
+        if settings:
+            _settings()
+        _status()
+
+
+def _settings() -> None:
     config = state.config()
     start = defaults(config)
-    with st.sidebar:
-        _model(start)
-        st.segmented_control(
-            "Bits",
-            BIT_CHOICES,
-            default=start.bits,
-            required=True,
-            key="bits",
-            bind=_URL,
-            help="Bits of one key or value code in the compressed cache. Fewer bits save more and change more.",
-        )
-        _sampling(start, config.max_new_tokens)
-        with st.expander("Advanced", icon=":material/tune:"):
-            _advanced(start)
-        _status()
+    _model(start)
+    st.segmented_control(
+        "Bits",
+        BIT_CHOICES,
+        default=start.bits,
+        required=True,
+        key="bits",
+        bind=_URL,
+        help="Bits of one key or value code in the compressed cache. Fewer bits save more and change more.",
+    )
+    st.selectbox(
+        "Second setting",
+        SECOND_CHOICES,
+        key="second",
+        bind=_URL,
+        index=None,
+        accept_new_options=True,
+        placeholder="none",
+        help="Another method beside the first, such as turboquant:bits=3; pick one or type one.",
+    )
+    _sampling(start, config.max_new_tokens)
+    with st.expander("Advanced", icon=":material/tune:"):
+        _advanced(start)
 
 
 def _model(start: Choices) -> None:
@@ -44,7 +72,8 @@ def _model(start: Choices) -> None:
         bind=_URL,
         accept_new_options=config.allow_any_model,
         placeholder="Pick a model",
-        help="Pick one, or type a hub id (org/name) or a folder on this machine." if config.allow_any_model else None,
+        disabled=config.lock_model,
+        help="Pick one, or type a hub id (org/name)." if config.allow_any_model else None,
     )
     spec = MODELS.get(str(st.session_state.get("model")))
     if spec is not None:
@@ -137,13 +166,24 @@ def _advanced(start: Choices) -> None:
 
 
 def _status() -> None:
-    """One line about the engine; while a model loads and nothing streams, it refreshes itself."""
+    """One line about the engine or about this tab's work; it refreshes itself while that changes."""
     job = state.job()
     if job is not None and job.live:
-        st.caption(f":material/play_circle: Your comparison is at work · {job.request.model}")
+        st.fragment(_work_line, run_every=1.0)()
+        st.button("Stop this run", key="sidebar_stop", icon=":material/stop_circle:", on_click=state.stop)
         return
     waiting = state.engine().status().state in ("loading", "empty")
     st.fragment(_engine_line, run_every=1.0 if waiting else None)()
+
+
+def _work_line() -> None:
+    job = state.job()
+    if job is None or not job.live:
+        st.rerun(scope="app")
+    st.page_link(
+        PAGES / f"{job.request.page}.py", label=f"{job.request.title} is at work", icon=":material/play_circle:"
+    )
+    st.caption(escape(words(job)))
 
 
 def _engine_line() -> None:

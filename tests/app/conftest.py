@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from app import state
 from app.engine import Engine, Progress
-from app.jobs import Request
+from app.jobs import CompareRequest, Job
 from tests.app.factory import comparison
 from turboquant.comparison import Event
 from turboquant.results import Comparison
@@ -30,7 +30,7 @@ class Bench:
     run_error: BaseException | None = None
     hold_load: threading.Event = field(default_factory=threading.Event)
     hold_run: threading.Event = field(default_factory=threading.Event)
-    result: Callable[[Request], Comparison] = lambda request: comparison(prompt=request.prompt, method=request.method)
+    result: Callable[[str, str], Any] = lambda prompt, method: comparison(prompt=prompt, method=method)
     loads: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)
     resident: int = 0
@@ -49,21 +49,46 @@ class Bench:
             raise self.load_error
         return _Model(self, weights)
 
-    def run(
-        self, loaded: Any, request: Request, on_event: Callable[[Any], None], cancelled: Callable[[], bool]
-    ) -> Comparison:
-        self.served.append(request.prompt)
-        if self.run_error is not None:
-            raise self.run_error
+    def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Stream four words on each side of every item, wait for `hold_run`, and add what `result` makes."""
+        for item in job.pending:
+            prompts, methods = _asked(job)
+            self.served.append(prompts[item])
+            if self.run_error is not None:
+                raise self.run_error
+            job.begin_item(item)
+            self._speak(job)
+            prompt, stopped = prompts[item], False
+            while not (stopped or self.hold_run.wait(0.02)):
+                stopped = cancelled()
+            made = [_half(prompt, method) if stopped else self.result(prompt, method) for method in methods]
+            job.add(item, tuple(made) if isinstance(job.request, CompareRequest) else made[0])
+            if stopped or yielding():
+                return
+
+    def _speak(self, job: Job) -> None:
         text = ""
         for step in range(1, 5):
             text += f" word{step}"
-            for side in ("original", "compressed"):
-                on_event(Event("token", side, text, step, 1000 * step))
-        while not self.hold_run.wait(0.02):
-            if cancelled():
-                return comparison((" half",), (" half",), finish="cancelled", measured=False, prompt=request.prompt)
-        return self.result(request)
+            for side in range(job.request.sides):
+                name: Any = "compressed" if side else "original"
+                job.publish(Event("token", name, text, step, 1000 * step, number=max(0, side - 1)))
+
+
+def _half(prompt: str, method: str) -> Comparison:
+    return comparison((" half",), (" half",), finish="cancelled", measured=False, prompt=prompt, method=method)
+
+
+def _asked(job: Job) -> tuple[list[str], list[str]]:
+    """The prompt of every item, or what stands for it, and the methods."""
+    request: Any = job.request
+    if hasattr(request, "cells"):
+        return [str(cell) for cell in request.cells], ["turboquant:bits=4"]
+    prompts = list(request.prompts) if hasattr(request, "prompts") else [request.prompt]
+    methods = (
+        list(request.methods) if hasattr(request, "methods") else [getattr(request, "method", "turboquant:bits=4")]
+    )
+    return prompts, methods
 
 
 class _Model(SimpleNamespace):

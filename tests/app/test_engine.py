@@ -1,20 +1,28 @@
 """The engine with a stand-in model: order, limits, cancelling, failures, switching, disconnects."""
 
+import ctypes
+import threading
 import time
 
 import pytest
 import torch
 
 from app.engine import Engine, EngineBusyError, out_of_memory
-from app.jobs import Job, Request
+from app.examples import EXAMPLES
+from app.jobs import CompareRequest, Job, PromptsRequest
 from tests.app.conftest import Bench, until
 from turboquant.comparison import Event
 from turboquant.results import Settings
 
+SETTINGS = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
-def request(prompt: str = "hello", model: str = "a") -> Request:
-    settings = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
-    return Request(model, "auto", prompt, "turboquant:bits=4", settings)
+
+def request(prompt: str = "hello", model: str = "a") -> CompareRequest:
+    return CompareRequest(model, "auto", prompt, ("turboquant:bits=4",), SETTINGS)
+
+
+def long_request(*prompts: str, model: str = "a") -> PromptsRequest:
+    return PromptsRequest(model, "auto", prompts, "turboquant:bits=4", SETTINGS)
 
 
 def test_jobs_run_first_in_first_out(engine: Engine, bench: Bench) -> None:
@@ -32,7 +40,7 @@ def test_jobs_run_first_in_first_out(engine: Engine, bench: Bench) -> None:
 def test_one_live_job_a_session(engine: Engine, bench: Bench) -> None:
     bench.hold_run.clear()
     first = engine.submit("me", request())
-    with pytest.raises(EngineBusyError, match="already running in this tab"):
+    with pytest.raises(EngineBusyError, match=r"already at work in this tab \(Compare\)"):
         engine.submit("me", request("again"))
     other = engine.submit("you", request())
     bench.hold_run.set()
@@ -47,7 +55,7 @@ def test_a_full_queue_refuses(engine: Engine, bench: Bench) -> None:
     until(lambda: running.view.state == "running")
     for i in range(3):
         engine.submit(f"s{i}", request())
-    with pytest.raises(EngineBusyError, match="3 comparisons are waiting"):
+    with pytest.raises(EngineBusyError, match="3 runs are waiting"):
         engine.submit("late", request())
 
 
@@ -66,15 +74,15 @@ def test_cancel_a_queued_job_at_once(engine: Engine, bench: Bench) -> None:
 def test_cancel_a_running_job_keeps_what_it_has(engine: Engine, bench: Bench) -> None:
     bench.hold_run.clear()
     job = engine.submit("a", request())
-    until(lambda: job.view.original.tokens == 4)
+    until(lambda: job.view.sides[0].tokens == 4)
     begun = time.monotonic()
     engine.cancel(job)
     assert job.wait(1)
     assert time.monotonic() - begun < 1
     assert job.view.state == "stopped"
-    assert job.result is not None
-    assert job.result.original.finish == "cancelled"
-    assert job.view.original.text == " word1 word2 word3 word4"
+    (comparison,) = job.results[0]
+    assert comparison.original.finish == "cancelled"
+    assert job.view.sides[0].text == " word1 word2 word3 word4"
 
 
 def test_cancel_while_loading_frees_the_worker(engine: Engine, bench: Bench) -> None:
@@ -190,13 +198,161 @@ def test_a_late_reader_sees_everything_and_heartbeats_come() -> None:
     job = Job("s", request())
     for step in range(1, 4):
         job.publish(Event("token", "original", "x" * step, step, 10 * step))
+    job.publish(Event("token", "compressed", "y", 1, 5))
     stream = job.stream(poll=0.01, pause=0)
-    batch = next(stream)
-    assert [event.tokens for event in batch] == [1, 2, 3]
-    assert [event.text for event in batch] == ["", "", "xxx"]
-    assert next(stream) == []
+    first = next(stream)
+    assert [side.text for side in first.sides] == ["xxx", "y"]
+    assert next(stream) is first
     job.finish("done")
     job.finish("failed", error="too late")
-    assert list(stream) == [[]]
-    assert job.view.state == "done"
-    assert list(job.stream(start=2, pause=0)) == [[batch[2]]]
+    assert [view.state for view in stream] == ["done"]
+    assert job.view.error is None
+
+
+def test_a_short_run_waits_for_one_item_of_a_long_one(engine: Engine, bench: Bench) -> None:
+    bench.hold_run.clear()
+    long = engine.submit("set", long_request("l0", "l1", "l2"))
+    until(lambda: bench.served == ["l0"])
+    short = engine.submit("me", request("s"))
+    assert engine.ahead(short) == 1
+    bench.hold_run.set()
+    assert short.wait(5)
+    assert long.wait(5)
+    assert bench.served == ["l0", "s", "l1", "l2"]
+    assert [long.results[i].prompt for i in range(3)] == ["l0", "l1", "l2"]
+    assert long.view.state == "done"
+    assert long.fraction == 1
+
+
+def test_a_long_run_is_not_passed_for_ever(engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_max_queue", 20)
+    bench.hold_run.clear()
+    first = engine.submit("x", request("first"))
+    until(lambda: bench.served == ["first"])
+    engine.submit("set", long_request("l0", "l1"))
+    jobs = [engine.submit(f"s{i}", request(f"s{i}")) for i in range(6)]
+    bench.hold_run.set()
+    assert all(job.wait(5) for job in (first, *jobs))
+    assert bench.served.index("l0") == 5  # behind four short runs
+    assert bench.served.index("l1") > bench.served.index("s5")
+
+
+def test_long_runs_take_turns(engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.job_queue.TURN_S", 0.0)
+    bench.hold_run.clear()
+    jobs = [engine.submit("a", long_request("a0", "a1"))]
+    until(lambda: bench.served == ["a0"])
+    jobs.append(engine.submit("b", long_request("b0", "b1", model="b")))
+    bench.hold_run.set()
+    assert all(job.wait(5) for job in jobs)
+    assert bench.served == ["a0", "b0", "a1", "b1"]
+    assert bench.most_resident == 1
+
+
+def test_stopping_a_long_run_keeps_its_results(engine: Engine, bench: Bench) -> None:
+    job = engine.submit("a", long_request("p0", "p1", "p2"))
+    assert job.wait(5)
+    bench.hold_run.clear()
+    job = engine.submit("a", long_request("p0", "p1", "q2", "q3"))
+    until(lambda: bench.served[-1] == "q2")
+    assert job.cached == {0, 1}
+    engine.cancel(job)
+    assert job.wait(2)
+    assert job.view.state == "stopped"
+    assert sorted(job.results) == [0, 1, 2]
+    bench.hold_run.set()
+    again = engine.submit("a", long_request("q2"))
+    assert again.wait(5)
+    assert again.cached == frozenset()  # what was stopped half-way is measured again
+
+
+def test_repeated_settings_are_answered_from_the_cache_and_say_so(engine: Engine, bench: Bench) -> None:
+    first = engine.submit("me", request("mine"))
+    assert first.wait(5)
+    again = engine.submit("me", request("mine"))
+    assert again.view.state == "done"
+    assert again.cached == {0}
+    assert again.results[0] == first.results[0]
+    assert bench.served == ["mine"]
+
+
+def test_what_a_visitor_wrote_is_not_given_to_another(engine: Engine, bench: Bench) -> None:
+    """Only results of shipped examples are shared."""
+    assert engine.submit("me", request("secret")).wait(5)
+    other = engine.submit("you", request("secret"))
+    assert other.wait(5)
+    assert other.cached == frozenset()
+    example = EXAMPLES[0].prompt
+    assert engine.submit("me", request(example)).wait(5)
+    assert engine.submit("you", request(example)).cached == {0}
+    engine.disconnect("me")
+    until(lambda: engine.job("me") is None)
+    until(lambda: not engine.submit("me", request("secret")).cached)
+
+
+def test_the_time_limit_stops_a_run_and_names_itself(engine: Engine, bench: Bench) -> None:
+    engine._max_run_s = 0.05
+    bench.hold_run.clear()
+    job = engine.submit("me", request())
+    assert job.wait(5)
+    assert job.view.state == "stopped"
+    assert "time limit" in str(job.stop_reason)
+    assert job.results
+
+
+def test_a_run_whose_worker_is_killed_says_so_and_the_next_one_works(engine: Engine, bench: Bench) -> None:
+    bench.hold_run.clear()
+    job = engine.submit("me", request())
+    until(lambda: job.view.state == "running" and bench.served)
+    kill(engine._thread)
+    assert job.wait(5)
+    assert job.view.state == "failed"
+    assert "ended unexpectedly" in str(job.view.error)
+    bench.hold_run.set()
+    again = engine.submit("me", request("next"))
+    assert again.wait(5)
+    assert again.view.state == "done"
+
+
+def test_a_fault_of_the_engine_itself_fails_one_job_only(
+    engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_attempt", None)
+        job = engine.submit("me", request())
+        assert job.wait(5)
+        assert "ended unexpectedly" in str(job.view.error)
+    again = engine.submit("me", request("next"))
+    assert again.wait(5)
+    assert again.view.state == "done"
+
+
+def kill(thread: threading.Thread) -> None:
+    """End a thread from outside, as nothing in the app does."""
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
+def test_fifty_sessions_queue_in_order_and_leave_nothing_behind(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(bench.load, bench.run, max_queue=60, grace_s=0.05, max_cached=10)
+    bench.hold_run.clear()
+    first = engine.submit("first", request("first"))
+    until(lambda: bench.served == ["first"])
+    jobs = [engine.submit(f"s{i}", request(f"p{i}", model="ab"[i % 2])) for i in range(40)]
+    sets = [engine.submit(f"l{i}", long_request(f"l{i}a", f"l{i}b")) for i in range(10)]
+    assert [engine.ahead(job) for job in jobs] == list(range(1, 41))
+    for job in jobs[10:15]:
+        engine.cancel(job)
+    engine.disconnect("l3")
+    bench.hold_run.set()
+    assert all(job.wait(30) for job in (first, *jobs, *sets))
+    served = [prompt for prompt in bench.served if prompt.startswith("p")]
+    assert served == [f"p{i}" for i in range(40) if not 10 <= i < 15]
+    assert [job.view.state for job in jobs].count("stopped") == 5
+    assert bench.most_resident == 1
+    for name in [job.session for job in (first, *jobs, *sets)]:
+        engine.disconnect(name)
+    until(lambda: not engine._jobs and not engine._timers)
+    assert not engine._cache._results
+    engine.close()
+    until(lambda: bench.resident == 0)

@@ -8,7 +8,7 @@ import pytest
 from app import backend
 from app.config import AppConfig
 from app.engine import Engine
-from app.requests import build_request, defaults
+from app.requests import compare_request, defaults
 from app.runs import Run, import_run
 
 CONFIG = AppConfig(warm_up=False)
@@ -24,54 +24,53 @@ def real() -> Iterator[Engine]:
 def test_a_real_comparison_goes_through_queue_record_and_export(real: Engine) -> None:
     choices = replace(defaults(CONFIG), tokens=6, residual=0, sinks=0, bits=3)
     prompt = "The tide table says when the boats can leave. " * 6
-    job = real.submit("s", build_request(choices, prompt, CONFIG))
+    job = real.submit("s", compare_request(choices, prompt, CONFIG))
     assert job.wait(120)
     assert job.view.error is None
-    assert job.result is not None
-    run = Run(comparison=job.result)
+    run = Run(comparison=job.results[0][0])
     assert run.packed
     assert run.comparison.compressed.report.compressed_layers == 30
     assert run.comparison.heads is not None
     assert run.comparison.tokens is not None
-    assert job.view.original.text == run.comparison.original.text
-    assert job.view.compressed.cache_bytes == run.comparison.compressed.cache_bytes[-1]
+    assert job.view.sides[0].text == run.comparison.original.text
+    assert job.view.sides[1].cache_bytes == run.comparison.compressed.cache_bytes[-1]
     assert import_run(run.to_json()).comparison == run.comparison
     assert real.status().model == "smollm2-135m"
 
 
 def test_stop_is_quick_and_keeps_the_text(real: Engine) -> None:
     job = real.submit(
-        "s", build_request(replace(defaults(CONFIG), tokens=400), "Count from one to two hundred.", CONFIG)
+        "s", compare_request(replace(defaults(CONFIG), tokens=400), "Count from one to two hundred.", CONFIG)
     )
     for _ in job.stream():
-        if job.view.compressed.tokens >= 3:
+        if job.view.sides[1].tokens >= 3:
             break
     real.cancel(job)
     assert job.wait(1.5)
     assert job.view.state == "stopped"
-    assert job.result is not None
-    assert job.result.original.finish == "cancelled"
-    assert job.result.original.text
-    assert job.result.heads is None
+    (stopped,) = job.results[0]
+    assert stopped.original.finish == "cancelled"
+    assert stopped.original.text
+    assert stopped.heads is None
 
 
 def test_a_prompt_longer_than_the_context_names_both_numbers(real: Engine) -> None:
     config = AppConfig(max_prompt_chars=100_000)
-    job = real.submit("s", build_request(defaults(config), "word " * 9000, config))
+    job = real.submit("s", compare_request(defaults(config), "word " * 9000, config))
     assert job.wait(60)
     assert job.view.state == "failed"
     assert "8,192" in str(job.view.error)
 
 
 def test_a_model_that_is_no_model_gives_one_sentence_and_the_next_run_works(real: Engine, tmp_path: object) -> None:
-    job = real.submit("s", build_request(replace(defaults(CONFIG), model=str(tmp_path)), "hello", CONFIG))
+    config = AppConfig(warm_up=False, models=("smollm2-135m", str(tmp_path)))
+    job = real.submit("s", compare_request(replace(defaults(config), model=str(tmp_path)), "hello", config))
     assert job.wait(60)
     assert job.view.state == "failed"
     assert job.view.error
     assert "\n" not in job.view.error
-    again = real.submit("s", build_request(replace(defaults(CONFIG), tokens=2), "hello", CONFIG))
+    again = real.submit("s", compare_request(replace(defaults(CONFIG), tokens=2), "hello", CONFIG))
     assert again.wait(60)
     assert again.view.state == "done"
-    assert again.result is not None
-    assert again.result.notes
-    assert again.result.heads is None
+    assert again.results[0][0].notes
+    assert again.results[0][0].heads is None

@@ -1,0 +1,116 @@
+"""Work on a page: the button that starts it, its progress, and how it ended."""
+
+from collections.abc import Callable
+
+import streamlit as st
+
+from app import state
+from app.components.panes import escape
+from app.jobs import Job, Request
+
+
+def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disabled: str | None = None) -> None:
+    """The button that starts the work, the one that stops it, and what would be done (or why it cannot be).
+
+    Args:
+        label: What the button says.
+        make: Builds the request from the widgets when the button is pressed; raises RequestError.
+        plan: What will be done and how long it takes, in the app's own words (Markdown).
+        key: Unique in the app.
+        disabled: Why it cannot be done; None if it can.
+    """
+    live = state.busy()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button(
+            label,
+            type="primary",
+            icon=":material/play_arrow:",
+            key=key,
+            on_click=state.submit,
+            args=(make,),
+            disabled=live or disabled is not None,
+            shortcut="Mod+Enter",
+        )
+        st.button(
+            "Stop",
+            icon=":material/stop_circle:",
+            key=f"{key}_stop",
+            on_click=state.stop,
+            disabled=not live,
+            shortcut="Esc",
+        )
+        st.caption(plan if disabled is None else f":orange[{disabled}]", width="stretch")
+
+
+def words(job: Job) -> str:
+    """Where a live job stands, in one line."""
+    view = job.view
+    if view.state == "queued":
+        return _queue_words(job)
+    if job.cancelled:
+        return "Stopping; what is there is kept"
+    if view.state == "loading":
+        return view.phase or f"Loading {job.request.model}"
+    done = f"{len(job.results)} of {job.request.items} done" if job.request.items > 1 else ""
+    return " · ".join(part for part in (done, view.phase, _left(job)) if part) or "Running"
+
+
+def _queue_words(job: Job) -> str:
+    if job.results and len(job.results) > len(job.cached):
+        return f"Letting a shorter run go first · {len(job.results)} of {job.request.items} done"
+    ahead, wait = state.engine().ahead(job), state.engine().estimate_s(job)
+    about = f", about {_duration(wait)}" if wait else ""
+    if not ahead:
+        return "Starting"
+    return f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} ahead of you{about}. Stop leaves the queue."
+
+
+def _left(job: Job) -> str:
+    seconds = job.remaining_s if job.request.items > 1 else None
+    return "" if seconds is None else f"about {_duration(seconds)} left (estimated)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def watch(job: Job, draw: Callable[[], None]) -> None:
+    """Show how far a live job is and what it has found; both refresh every second until it ends."""
+
+    def look() -> None:
+        state.collect()
+        if not job.live:
+            st.rerun(scope="app")
+        fraction = job.fraction if job.request.items > 1 or job.view.fraction is None else job.view.fraction
+        if job.view.state == "loading" and job.view.fraction is not None:
+            fraction = job.view.fraction
+        st.progress(min(max(fraction, 0.0), 1.0), text=escape(words(job)))
+        draw()
+
+    st.fragment(look, run_every=1.0)()
+
+
+def ending(page: str) -> None:
+    """Say what was wrong with the last click, and how the newest job of this page ended if it did not end well."""
+    if notice := state.notice():
+        st.warning(escape(notice), icon=":material/info:")
+    job = state.job()
+    if job is None or job.live or job.request.page != page:
+        return
+    kept = f"{len(job.results)} of {job.request.items} results are kept."
+    if job.view.state == "failed":
+        st.error(
+            f"{escape(job.view.error or 'The run failed.')} {kept if job.request.items > 1 else ''}",
+            icon=":material/error:",
+            title="This run did not finish",
+        )
+    elif job.view.state == "stopped":
+        reason = f" by {job.stop_reason}" if job.stop_reason else ""
+        if job.request.items > 1:
+            st.info(f"Stopped{reason}: {kept} Start it again to go on with the rest.", icon=":material/stop_circle:")
+        elif not job.results:
+            st.info(f"Stopped{reason} before it began; nothing was computed.", icon=":material/stop_circle:")
+        elif job.stop_reason:
+            st.info(f"Stopped{reason}; what was there is kept.", icon=":material/stop_circle:")
