@@ -160,7 +160,8 @@ class Session:
         """Put a prompt to both sides and measure the turn; see `turboquant.compare` for events and cancelling.
 
         A cancel keeps what both sides have said so far. Where one of them had not begun, the turn is undone, and a
-        cache that was stopped while it read the prompt is built anew at the next turn.
+        cache that was stopped while it read the prompt is built anew at the next turn. So are both caches after any
+        other error in the midst of a turn; the conversation stays as it was before.
 
         Raises:
             PromptError: If the prompt is empty or the conversation does not fit the model's context; nothing changes.
@@ -181,7 +182,12 @@ class Session:
             for name, side in self._sides.items()
         )
         question = Question(self.loaded, prompt, (self.method,), original, (compressed,), self.chat, history)
-        comparison = answer_twice(question, on_event, cancelled)
+        try:
+            comparison = answer_twice(question, on_event, cancelled)
+        except BaseException:
+            for side in self._sides.values():
+                self._drop_cache(side)
+            raise
         kept = all(generation.time_to_first_token_ms is not None for generation in (original, compressed))
         for side, generation in zip(self._sides.values(), (original, compressed), strict=True):
             self._settle(side, generation)

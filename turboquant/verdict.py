@@ -39,7 +39,9 @@ def verdict(c: Comparison) -> str:
 
 def _parting(c: Comparison, stopped: bool) -> str:
     d = c.divergence
-    if d is None:
+    if d is None and any(a != b for a, b in zip(c.original.token_ids, c.compressed.token_ids, strict=False)):
+        text = "the sides answered different conversations, so their texts are not compared"
+    elif d is None:
         text = f"identical for all {_tokens(min(len(c.original.token_ids), len(c.compressed.token_ids)))}"
         text = text.replace("for all", "so far, for") if stopped else text
     elif d.original is None or d.compressed is None:
