@@ -67,8 +67,9 @@ def _settings() -> str:
     return query(state.choices(), str(st.session_state.get(state.PROMPT, "")), state.config())
 
 
-def _text(params: Mapping[str, object]) -> dict[str, str]:
-    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in params.items()}
+def _text(params: Mapping[str, object]) -> dict[str, list[str]]:
+    lists = {key: value if isinstance(value, list | tuple) else [value] for key, value in params.items()}
+    return {key: [str(one).lower() if isinstance(one, bool) else str(one) for one in lists[key]] for key in lists}
 
 
 def copy_link(params: Mapping[str, object] | None = None) -> None:
