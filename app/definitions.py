@@ -115,3 +115,84 @@ RECALL = (
     "How often the key with the highest true score still has the highest score after rounding, among keys some of "
     "which were placed close to it. It is what a softmax sees when it picks one token."
 )
+
+# --- Session
+TURN_KL = (
+    "How far the compressed cache's next-token distribution is from the full one's, averaged over the original answer "
+    "of each turn (teacher forced). Where it rises from turn to turn, the compressed cache drifts."
+)
+TURN_SAME = (
+    "Tokens from the start of the two answers that are the same. Turns whose sides answered different conversations "
+    "are left out: there, different texts say nothing about the cache."
+)
+
+# --- Seeds
+SEED_STRIP = (
+    "A rotation seed chooses the random rotation that every vector goes through before it is rounded; it is arbitrary, "
+    "so what depends on it is luck. Each dot is one cell. Below the dots stand the mean and its interval by Student's t "
+    "over seeds: across a rotation seed it holds for these texts and prompts."
+)
+SEED_METRICS = (
+    "KL: how far the next-token distribution moves, mean over a text's tokens. Same top token: how often the most likely "
+    "next token stays the same. Perplexity change: of the text. Identical answers: share of greedy answers without any "
+    "difference. First divergence: tokens before the answer first differs; all of them where it never does."
+)
+SEED_GAPS = (
+    "Pairs are equal things measured under both settings. The interval is a bootstrap over pairs, p that of a permutation "
+    "test with flipped signs. A difference is called real where both exclude none. Answers to one prompt resemble each "
+    "other, so what is said over answers holds for these prompts."
+)
+DIVERGENCE_HISTOGRAM = (
+    "The place of the first token that differs from the full cache's answer, one count an answer. Sampled answers draw "
+    "the same random numbers on both sides, so that a difference is the compression's."
+)
+
+# --- Benchmarks
+BENCH_SPEED = (
+    "New tokens of all rows a second, the first of each row left out: median of the timed rounds; whiskers are the "
+    "range from the 20th to the 80th percentile. All sides take turns in every round."
+)
+BENCH_FIRST = "Time from the start of the prompt's reading to the first new token: median of the timed rounds."
+BENCH_PARTS = (
+    "Encode: time spent packing keys and values. Attention: time spent on scores, softmax and weighted values in all "
+    "layers. Both come from one extra run with instruments, a step at a time; the whole step is timed without them."
+)
+BENCH_MEMORY = (
+    "Bytes held by the cache at the end. Peak is how far memory grew during the run, activations included: what the "
+    "allocator reached on a GPU, the process's resident memory, sampled, on a CPU."
+)
+BYTE_FLOOR = (
+    "Bytes held, divided by the byte floor. The floor is a formula: every cached value at the bits of its code alone, "
+    "without scales, exact tokens, spare room or tables. 1 is the floor; nothing can go below it at these bits. It is "
+    "about memory held, not about the time in which a kernel reads it."
+)
+
+# --- Needle
+NEEDLE_FOUND = (
+    "In how many of the prompts the answer held the hidden fact, with its 95-in-100 Wilson interval below: few prompts "
+    "give a wide one. Deeper means nearer to the question."
+)
+NEEDLE_CHANGE = "The compressed cache's share less the full cache's, in percentage points. Below 0, facts were lost."
+NEEDLE_TOTAL = "All lengths and depths together. Bits held is the mean over them of everything the cache holds."
+
+# --- Methods
+PARETO = (
+    "One point a method; lower left is better. On the dotted front are the methods that no other one beats: nobody has "
+    "both fewer bits and less KL."
+)
+METHOD_KL = (
+    "How far the next-token distribution moves under the compressed cache when a text is read through it, in nats; mean "
+    "over the measured tokens. 0 is no change."
+)
+METHOD_SAME_TOP = "At how many of the measured tokens the most likely next token stays the same."
+METHOD_PPL = "By how much perplexity on the text rises against the full cache; below 0 it falls."
+METHOD_HELD = (
+    "Everything the cache holds at the end, in bits, divided by the cached values: codes, scales, exact tokens in the "
+    "model's own number format, spare room, tables. A full cache in float32 holds 32."
+)
+METHOD_PACKED = (
+    "Codes and scales of the packed tokens alone, in bits a value: what one more token costs in a long text. Empty where "
+    "nothing is packed or some layers are not compressed."
+)
+METHOD_SMALLER = "The 16-bit baseline (2 bytes a value) divided by the bytes really held; below 1 it is larger."
+METHOD_FRONT = "Whether no other method has both fewer of the bits shown in the plot and less KL."
