@@ -129,18 +129,18 @@ TURN_SAME = (
 # --- Seeds
 SEED_STRIP = (
     "A rotation seed chooses the random rotation that every vector goes through before it is rounded; it is arbitrary, "
-    "so what depends on it is luck. Each dot is one cell. Below the dots stand the mean and its interval by Student's t "
-    "over seeds: across a rotation seed it holds for these texts and prompts."
+    "so what depends on it is luck. Each dot is one cell. Beside the dots stand the mean and its interval over seeds "
+    "(Student's t); it holds for these texts and prompts."
 )
 SEED_METRICS = (
-    "KL: how far the next-token distribution moves, mean over a text's tokens. Same top token: how often the most likely "
-    "next token stays the same. Perplexity change: of the text. Identical answers: share of greedy answers without any "
-    "difference. First divergence: tokens before the answer first differs; all of them where it never does."
+    "KL: how far the next-token distribution moves, mean over the texts' tokens. Same top token: how often the most "
+    "likely next token stays the same. Perplexity change: of the texts. Identical answers: share of greedy answers "
+    "without any difference. First divergence: tokens before the answer first differs; all of them where it never does."
 )
 SEED_GAPS = (
-    "Pairs are equal things measured under both settings. The interval is a bootstrap over pairs, p that of a permutation "
-    "test with flipped signs. A difference is called real where both exclude none. Answers to one prompt resemble each "
-    "other, so what is said over answers holds for these prompts."
+    "Pairs are equal things measured under both settings. The interval is a bootstrap over pairs, p comes from a "
+    "permutation test with flipped signs. A difference is called real where both exclude none. Answers to one prompt "
+    "resemble each other, so what is said over answers holds for these prompts."
 )
 DIVERGENCE_HISTOGRAM = (
     "The place of the first token that differs from the full cache's answer, one count an answer. Sampled answers draw "
