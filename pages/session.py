@@ -1,0 +1,37 @@
+"""Session: a conversation of several turns, held in the full cache and in a compressed one at once."""
+
+import streamlit as st
+
+from app import state
+from app.components import chat, page
+
+page.header(
+    "A conversation in two caches",
+    "A chat model remembers what was said in its KV cache. Here every message of yours is answered twice: by the model "
+    "with its full cache and by the same model with a compressed one. Both caches live on from turn to turn, so you "
+    "see how much memory each takes and whether the compressed one drifts.",
+)
+talk, job = chat.current(), chat.turn_job()
+live = job if job is not None and job.live else None
+if talk.turns:
+    chat.settings(talk)
+elif live is None:
+    chat.openings()
+chat.history(talk)
+chat.ending(talk)
+slot = st.container()
+if talk.turns:
+    if live is None:
+        chat.forks(talk)
+    chat.figures_of(talk)
+st.chat_input(
+    "An answer is being written" if live else "Your message to both sides",
+    key="chat_message",
+    max_chars=state.config().max_prompt_chars,
+    on_submit=chat.send_typed,
+    disabled=live is not None,
+)
+if live is not None:
+    with slot:
+        chat.stream(live)
+    st.rerun()
