@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from urllib.parse import urlencode
 
 import streamlit as st
 
 from app import state
+from app.navigation import FOLDER
 from app.requests import query
 
 Tag = Literal["measured", "estimated", "recorded", "imported", "cached"]
@@ -34,7 +34,8 @@ TAGS: dict[Tag, tuple[str, str, str, str]] = {
         "Measured on this machine before, for the same settings; not measured again.",
     ),
 }
-PAGES = Path(__file__).resolve().parents[2] / "pages"
+
+PAGES = FOLDER
 
 
 def header(title: str, sentence: str) -> None:
@@ -111,4 +112,4 @@ def empty(words: str, page: str | None = None, label: str | None = None) -> None
     """Say that there is nothing yet and where to get it: `page` is the file name of a page without .py."""
     st.info(words, icon=":material/info:")
     if page is not None:
-        st.page_link(PAGES / f"{page}.py", label=label or page.capitalize(), icon=":material/arrow_forward:")
+        st.page_link(FOLDER / f"{page}.py", label=label or page.capitalize(), icon=":material/arrow_forward:")

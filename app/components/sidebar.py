@@ -5,11 +5,11 @@ from typing import Final
 import streamlit as st
 
 from app import state
-from app.components.page import PAGES
 from app.components.panes import escape
 from app.components.work import words
 from app.config import WEIGHTS
 from app.engine import EngineStatus
+from app.navigation import FOLDER
 from app.requests import (
     BIT_CHOICES,
     EACH_BITS,
@@ -181,7 +181,7 @@ def _work_line() -> None:
     if job is None or not job.live:
         st.rerun(scope="app")
     st.page_link(
-        PAGES / f"{job.request.page}.py", label=f"{job.request.title} is at work", icon=":material/play_circle:"
+        FOLDER / f"{job.request.page}.py", label=f"{job.request.title} is at work", icon=":material/play_circle:"
     )
     st.caption(escape(words(job)))
 

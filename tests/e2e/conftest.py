@@ -1,0 +1,102 @@
+"""A server started as a visitor's would be, a real browser, and what both kinds of browser tests do with them."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "tests" / "artifacts"
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+SECONDS = 1000
+expect.set_options(timeout=20 * SECONDS)  # other tests share the two cores
+ENVIRONMENT = {"NO_COLOR": "1", "TURBOQUANT_DISCONNECT_GRACE_S": "1"}
+IN_A_BROWSER = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed"),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server started as a visitor's would be, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [sys.executable, "-m", "streamlit", "run", "--server.port", str(port), "--server.headless", "true"]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | ENVIRONMENT)
+    try:
+        wait_for_health(f"http://127.0.0.1:{port}", server, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+    assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
+
+
+def wait_for_health(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urlopen(f"{url}/_stcore/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def visit(browser: Browser, url: str, width: int = 1440, heading: str = "", **options: Any) -> Page:
+    """Open an address and wait for the page's heading."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    page.set_default_timeout(60 * SECONDS)
+    page.goto(url)
+    expect(page.get_by_role("heading", level=1, name=heading or None).first).to_be_visible(timeout=30 * SECONDS)
+    return page
+
+
+def wait_until(page: Page, condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, page.get_by_test_id("stMain").inner_text()[-1500:]
+        page.wait_for_timeout(50)
+
+
+def shot(page: Page, name: str, *, whole: bool = True) -> None:
+    """A screenshot of the whole page, whose height the window takes for it."""
+    ARTIFACTS.mkdir(exist_ok=True)
+    size = page.viewport_size
+    assert size is not None
+    if whole:
+        height = page.get_by_test_id("stMain").evaluate("e => e.scrollHeight")
+        page.set_viewport_size({"width": size["width"], "height": min(int(height) + 40, 7000)})
+        page.wait_for_timeout(1500)
+    page.screenshot(path=ARTIFACTS / f"{name}.png")
+    page.set_viewport_size(size)
+
+
+def no_sideways_scroll(page: Page) -> bool:
+    wide = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    main = page.get_by_test_id("stMain").evaluate("e => [e.scrollWidth, e.clientWidth]")
+    return bool(wide[0] <= wide[1] and main[0] <= main[1])

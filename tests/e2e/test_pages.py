@@ -1,0 +1,72 @@
+"""Every page in a real browser: it opens from a link, fits, follows the colour scheme, and is usable by everybody."""
+
+import re
+import time
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+from app.navigation import ENTRIES
+from tests.e2e.conftest import IN_A_BROWSER, SECONDS, no_sideways_scroll, shot, visit, wait_until
+
+pytestmark = IN_A_BROWSER
+NAMES = [entry.name for entry in ENTRIES]
+SERIOUS = ("serious", "critical")
+SCHEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 28)"}
+
+
+def settled(page: Page) -> None:
+    """Wait until the server has drawn the page."""
+    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0, timeout=60 * SECONDS)
+    page.wait_for_timeout(400)
+
+
+def background(page: Page) -> str:
+    return str(page.get_by_test_id("stApp").evaluate("e => getComputedStyle(e).backgroundColor"))
+
+
+def serious_findings(page: Page) -> list[str]:
+    """What axe-core calls serious or critical, a line each."""
+    violations: list[dict[str, Any]] = Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {one['help']}: {node['target']} {node['html'][:160]}"
+        for one in violations
+        if one["impact"] in SERIOUS
+        for node in one["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_opens_from_a_link_and_is_usable_by_everybody(address: str, browser: Browser, name: str) -> None:
+    """Wide and narrow, light and dark: no error, nothing cut off, no serious finding of axe-core."""
+    begun = time.monotonic()
+    page = visit(browser, f"{address}/{name}", 1600, color_scheme="light")
+    print(f"{name}: heading after {time.monotonic() - begun:.1f} s")
+    settled(page)
+    expect(page.get_by_test_id("stSidebar").get_by_role("link", name="Compare").first).to_be_visible()
+    found = {}
+    for scheme, color in SCHEMES.items():
+        page.emulate_media(color_scheme=scheme)
+        wait_until(page, lambda color=color: background(page) == color)
+        for width in (1600, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(600)
+            expect(page.get_by_test_id("stException")).to_have_count(0)
+            assert no_sideways_scroll(page), f"{name} is wider than {width} px"
+            shot(page, f"{name}-{scheme}-{width}")
+            if (scheme, width) in (("light", 1600), ("dark", 390)):
+                found[scheme, width] = serious_findings(page)
+    page.close()
+    assert not any(found.values()), "\n".join(f"{where}: {line}" for where, lines in found.items() for line in lines)
+
+
+def test_pages_are_reached_from_each_other(address: str, browser: Browser) -> None:
+    page = visit(browser, address)
+    for entry in reversed(ENTRIES):
+        page.get_by_test_id("stSidebar").get_by_role("link", name=entry.title, exact=True).first.click()
+        expect(page).to_have_url(re.compile(f"/{entry.name}|/$|/\\?"))
+        expect(page.get_by_role("heading", level=1).first).to_be_visible()
+        expect(page.get_by_test_id("stException")).to_have_count(0)
+    page.close()
