@@ -169,8 +169,8 @@ BYTE_FLOOR = (
 
 # --- Needle
 NEEDLE_FOUND = (
-    "In how many of the prompts the answer held the hidden fact, with its 95-in-100 Wilson interval below: few prompts "
-    "give a wide one. Deeper means nearer to the question."
+    "In how many of the prompts the answer held the hidden fact. Below it stands the Wilson interval at a confidence of "
+    "0.95: few prompts give a wide one. Depth 0 is the start of the text, 1 its end, next to the question."
 )
 NEEDLE_CHANGE = "The compressed cache's share less the full cache's, in percentage points. Below 0, facts were lost."
 NEEDLE_TOTAL = "All lengths and depths together. Bits held is the mean over them of everything the cache holds."

@@ -121,6 +121,12 @@ def filler_text(filler: str) -> str:
     return _REPEATED if filler == SENTENCES else read_text(filler)
 
 
+def check_filler(own: OwnNeedle, filler: str) -> None:
+    """Raise PromptError where a filler holds an own needle's answer as well; ValueError where there is none such."""
+    if _contains(filler_text(filler), own.answer):
+        raise PromptError(f"the answer {own.answer!r} stands in the filler {filler} as well")
+
+
 def needle_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     tokens: int,
@@ -179,8 +185,7 @@ def _number(tokenizer: Any, draw: random.Random) -> tuple[str, str, str, list[in
 
 def _own(tokenizer: Any, own: OwnNeedle, filler: str) -> tuple[str, str, str, list[int], list[int]]:
     """Return the same for an own needle, which has no word; a chat model's answer is not begun."""
-    if _contains(filler_text(filler), own.answer):
-        raise PromptError(f"the answer {own.answer!r} stands in the filler {filler} as well")
+    check_filler(own, filler)
     head, tail = _frame(tokenizer, _OWN_INTRODUCTION, own.question.strip(), "", _OWN_ANSWER)
     return "", own.answer, f" {own.needle.strip()}", head, tail
 

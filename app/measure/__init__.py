@@ -1,0 +1,87 @@
+"""Measurements asked for on a page: the widgets' values as checked cells, and the records of them as rows."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from app.config import AppConfig
+from app.requests import RequestError
+from turboquant.results import Cell, ExperimentRecord
+
+MAX_SEED = 2**31 - 1
+
+
+def check_each(name: str, values: Iterable[object], allowed: Sequence[str]) -> tuple[str, ...]:
+    """The chosen values in the order of the offered ones, if each of them is offered.
+
+    Raises:
+        RequestError: One is not, or there are none.
+    """
+    chosen = [str(value) for value in values]
+    if wrong := next((value for value in chosen if value not in allowed), None):
+        raise RequestError(f"{name} must be among {', '.join(allowed)}, got {wrong[:40]!r}.")
+    if not chosen:
+        raise RequestError(f"Choose at least one of {name.lower()}.")
+    return tuple(value for value in allowed if value in chosen)
+
+
+def check_whole(name: str, value: object, low: int, high: int) -> int:
+    """A whole number in its range.
+
+    Raises:
+        RequestError: It is none, or out of range.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} must be a whole number from {low:,} to {high:,}, got {str(value)[:40]}.")
+    return value
+
+
+def check_count(cells: Sequence[Cell], config: AppConfig) -> None:
+    """Raise RequestError where there are more cells than this deployment measures at once."""
+    if len(cells) > config.max_cells:
+        raise RequestError(f"At most {config.max_cells} cells can be measured at once, got {len(cells)}.")
+
+
+def missing(cells: Iterable[Cell], records: Mapping[str, ExperimentRecord]) -> tuple[Cell, ...]:
+    """The cells without a result; those that failed are asked for again."""
+    return tuple(cell for cell in cells if cell.key not in records or records[cell.key].error is not None)
+
+
+def present(cells: Iterable[Cell], records: Mapping[str, ExperimentRecord]) -> list[ExperimentRecord]:
+    """The records of the cells that were measured or tried, in the cells' order."""
+    return [records[cell.key] for cell in cells if cell.key in records]
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def made_with(records: Sequence[ExperimentRecord]) -> str:
+    """Model, machine, date and commit of some records, in one line."""
+    from turboquant.summary import measured_on
+
+    models = {record.model.name: record.model for record in records if record.model}
+    said = [f"{one.name} (weights {one.weights}, {one.dtype})" for one in models.values()]
+    return f"{', '.join(said)}. {measured_on(record.environment for record in records)}" if records else ""
+
+
+def json_lines(records: Iterable[ExperimentRecord]) -> str:
+    """The records as the command line writes them."""
+    return "".join(record.model_dump_json() + "\n" for record in records)
+
+
+def as_json(records: Iterable[ExperimentRecord]) -> str:
+    """The records as one JSON list."""
+    return json.dumps([record.model_dump(mode="json") for record in records], indent=1)
+
+
+def report(records: Sequence[ExperimentRecord]) -> str:
+    """The records as one HTML page that works offline: tables and figures."""
+    from turboquant.report.page import build_report, to_html
+    from turboquant.summary import Results
+
+    results = Results(records=tuple((record, Path("records.jsonl")) for record in records))
+    return to_html(build_report(results, plots=True))

@@ -1,0 +1,327 @@
+"""The Benchmarks page's cells and rows: what the widgets say, checked; what records of speed and memory say.
+
+Medians and percentiles are those of the records. The experiment needs the model library, which takes seconds to
+import; it is imported where it is first needed.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.config import AppConfig
+from app.jobs import CellsRequest
+from app.measure import check_count, missing
+from app.requests import Choices, RequestError, check_bound, check_loading, method_text, second_method
+from app.verdict import human_bytes
+from turboquant.methods import parse_method
+from turboquant.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
+
+CONTEXTS = (256, 384, 640, 1024, 2048, 4096)
+MOST_NEW_TOKENS = 256
+BATCHES, REPEATS = (1, 8), (1, 10)
+METRICS_FILE, DECODE_FILE = "bench-metrics.jsonl", "bench-decode.jsonl"
+
+
+@dataclass(frozen=True)
+class BenchChoices:
+    """What the page's widgets say, named as in the URL without `bench_`."""
+
+    contexts: tuple[int, ...] = (256, 640, 1024)
+    tokens: int = 32
+    batch: int = 1
+    repeats: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of one measurement."""
+
+    model: str
+    weights: str
+    cells: tuple[Cell, ...]
+
+    def request(self, records: Mapping[str, ExperimentRecord], title: str, page: str) -> CellsRequest:
+        """The work that is left.
+
+        Raises:
+            RequestError: Nothing is.
+        """
+        left = missing(self.cells, records)
+        if not left:
+            raise RequestError(f"All {len(self.cells)} cells are measured; choose other contexts or settings.")
+        return CellsRequest(self.model, self.weights, left, title, page)
+
+
+def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
+    """Check what was chosen and make its cells: each context with the sidebar's one or two methods.
+
+    Raises:
+        RequestError: Something of it cannot be measured here.
+    """
+    model, weights = check_loading(choices, config)
+    tokens = check_bound("New tokens", own.tokens, 2, min(MOST_NEW_TOKENS, config.max_new_tokens))
+    batch, repeats = check_bound("Rows", own.batch, *BATCHES), check_bound("Rounds", own.repeats, *REPEATS)
+    contexts = _check_contexts(own.contexts, tokens, batch, config)
+    methods = list(dict.fromkeys([method_text(choices), *([second_method(choices)] if choices.second else [])]))
+    for method in map(parse_method, methods):
+        if not method.foreign and not method.packed_length(contexts[0] - 1):
+            raise RequestError(
+                f"{method} packs none of {contexts[0]} tokens: choose longer contexts or a smaller exact window."
+            )
+
+    from turboquant.experiments import cells_for
+    from turboquant.tasks.generation import EXPERIMENT
+
+    shared = {"new_tokens": tokens, "batch": batch, "repeats": repeats}
+    every = [EXPERIMENT.settings(context=context, **shared) for context in contexts]
+    cells = tuple(cells_for(EXPERIMENT, model, map(parse_method, methods), every, weights))
+    check_count(cells, config)
+    return Plan(model, weights, cells)
+
+
+def _check_contexts(contexts: Sequence[int], tokens: int, batch: int, config: AppConfig) -> list[int]:
+    if not 1 <= len(contexts) <= len(CONTEXTS):
+        raise RequestError(f"Choose from 1 to {len(CONTEXTS)} contexts, got {len(contexts)}.")
+    most = config.max_context_tokens
+    found = sorted({check_bound("A context", context, 3, most) for context in contexts})
+    if tokens >= found[0]:
+        raise RequestError(f"New tokens must be fewer than the shortest context of {found[0]}, got {tokens}.")
+    if batch * found[-1] > most:
+        raise RequestError(f"{batch} rows of {found[-1]:,} tokens are more than the {most:,} tokens allowed here.")
+    return found
+
+
+def _passes(settings: Mapping[str, Any], methods: int) -> float:
+    """Tokens read and written by one cell: a run with instruments and the rounds, its share of the full cache's too."""
+    return settings["batch"] * settings["context"] * (1 + settings["repeats"]) * (1 + 1 / methods)
+
+
+def estimate_s(cells: Sequence[Cell], known: Iterable[ExperimentRecord]) -> float | None:
+    """Seconds that cells take, by the time to first token and the speed of others of their model; None without any."""
+    if not cells:
+        return 0.0
+    timed = [r for r in known if r.error is None and r.cell.model == cells[0].model and r.cell.settings["batch"] == 1]
+    if not timed:
+        return None
+    methods = max(1, len({cell.method for cell in cells}))
+    read = sum(r.cell.settings["context"] - r.cell.settings["new_tokens"] for r in timed)
+    reading_s = sum(r.metrics["time_to_first_token_ms"] or 0.0 for r in timed) / 1e3 / read
+    writing_s = sum(1 / (r.metrics["tokens_per_second"] or 1.0) for r in timed) / len(timed)
+    spent = 0.0
+    for cell in cells:
+        s = cell.settings
+        runs = (1 + s["repeats"]) * (1 + 1 / methods)
+        spent += runs * s["batch"] * ((s["context"] - s["new_tokens"]) * reading_s + s["new_tokens"] * writing_s)
+    return spent
+
+
+# --- records to rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one context on one machine, beside the full cache of the same run.
+
+    `p20` and `p80` are percentiles of the timed rounds. What the record does not hold is None.
+    """
+
+    method: str
+    context: int
+    new_tokens: int
+    batch: int
+    tokens_per_second: Spread
+    full_tokens_per_second: Spread
+    ratio: float
+    first_ms: Spread
+    full_first_ms: Spread
+    encode_prompt_ms: float | None
+    encode_step_ms: float | None
+    attention_prompt_ms: float | None
+    full_attention_prompt_ms: float | None
+    attention_step_ms: float | None
+    full_attention_step_ms: float | None
+    bytes: int
+    full_bytes: int | None
+    peak_bytes: int | None
+    full_peak_bytes: int | None
+    floor: float | None
+    environment: Environment
+    model: str
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a step: one token of every row."""
+        return 1e3 * self.batch / self.tokens_per_second.median
+
+    @property
+    def full_step_ms(self) -> float:
+        """Milliseconds of a step with the full cache."""
+        return 1e3 * self.batch / self.full_tokens_per_second.median
+
+    @property
+    def where(self) -> str:
+        """The machine."""
+        return f"{self.environment.device}, {self.environment.cpu_threads} threads"
+
+
+def byte_floor(report: CacheReport | None) -> float | None:
+    """How many times the packed-code floor a cache holds; None where the floor is not known.
+
+    The floor is what all cached values take at the bits of their codes alone: without scales, exact tokens, spare
+    room and tables.
+    """
+    if report is None or not report.payload_ratio or not report.full_precision_bytes:
+        return None
+    return report.bytes / (report.full_precision_bytes / report.payload_ratio)
+
+
+def _spread(record: ExperimentRecord, prefix: str, name: str) -> Spread:
+    found = [record.metrics.get(f"{prefix}{part}{name}") for part in ("", "p20_", "p80_")]
+    median, p20, p80 = (float("nan") if value is None else value for value in found)
+    return Spread(median=median, p20=p20, p80=p80)
+
+
+def row(record: ExperimentRecord) -> Row:
+    """A row of the experiment `generation`."""
+    m, s = record.metrics, record.cell.settings
+
+    def whole(name: str) -> int | None:
+        return None if (value := m.get(name)) is None else int(value)
+
+    times = ("encode_prompt_ms", "encode_step_ms")
+    times += tuple(f"{side}attention_{part}_ms" for side in ("", "full_") for part in ("prompt", "step"))
+    return Row(
+        method=str(record.cell.method),
+        context=s["context"],
+        new_tokens=s["new_tokens"],
+        batch=s["batch"],
+        tokens_per_second=_spread(record, "", "tokens_per_second"),
+        full_tokens_per_second=_spread(record, "full_", "tokens_per_second"),
+        ratio=m.get("speed_ratio") or float("nan"),
+        first_ms=_spread(record, "", "time_to_first_token_ms"),
+        full_first_ms=_spread(record, "full_", "time_to_first_token_ms"),
+        bytes=whole("cache_bytes") or 0,
+        full_bytes=whole("full_cache_bytes"),
+        peak_bytes=whole("peak_memory_bytes"),
+        full_peak_bytes=whole("full_peak_memory_bytes"),
+        floor=byte_floor(record.cache),
+        environment=record.environment,
+        model=str(record.cell.model),
+        **{name: m.get(name) for name in times},
+    )
+
+
+def decode_row(bench: DecodeBench) -> Row:
+    """A row of `bench-decode`, which measures speed and bytes held, and no parts of a step."""
+    return Row(
+        method=bench.method,
+        context=bench.prompt_tokens + bench.new_tokens,
+        new_tokens=bench.new_tokens,
+        batch=1,
+        tokens_per_second=bench.tokens_per_second,
+        full_tokens_per_second=bench.full_tokens_per_second,
+        ratio=bench.ratio,
+        first_ms=bench.prefill_ms,
+        full_first_ms=bench.full_prefill_ms,
+        bytes=bench.report.bytes,
+        floor=byte_floor(bench.report),
+        environment=bench.environment,
+        model=bench.model.name,
+        **dict.fromkeys(
+            (
+                *("encode_prompt_ms", "encode_step_ms", "attention_prompt_ms", "full_attention_prompt_ms"),
+                *("attention_step_ms", "full_attention_step_ms", "full_bytes", "peak_bytes", "full_peak_bytes"),
+            )
+        ),  # type: ignore[arg-type]
+    )
+
+
+def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
+    """Rows of the good records, by context, then method."""
+    found = [row(record) for record in records if record.error is None]
+    return sorted(found, key=lambda one: (one.context, one.batch, one.method))
+
+
+def recorded_decode(folder: Path) -> list[DecodeBench]:
+    """The recorded runs of `bench-decode`; none where the file is missing."""
+    return [DecodeBench.model_validate(line) for line in _lines(folder / DECODE_FILE)]
+
+
+def recorded_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The recorded runs of `bench-metrics` as rows."""
+    found = []
+    for line in _lines(folder / METRICS_FILE):
+        environment = Environment.model_validate(line["environment"])
+        fast, loop = (Spread.model_validate(line[name]) for name in ("vectorised_ms", "loop_ms"))
+        found.append(
+            {
+                "hardware": environment.device,
+                "threads": environment.cpu_threads,
+                "date": environment.created[:10],
+                "commit": environment.commit,
+                "tokens": line["tokens"],
+                "queries": line["queries"],
+                "heads": line["query_heads"],
+                "all at once (ms)": fast.median,
+                "head by head (ms)": loop.median,
+                "times faster": line["ratio"],
+            }
+        )
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def sources(named: Iterable[tuple[str, Environment]]) -> list[dict[str, Any]]:
+    """One row for each place that numbers come from: what was measured, on which hardware, when, at which commit."""
+    found: dict[tuple[str, str, int, str, str], int] = {}
+    for name, e in named:
+        key = name, e.device, e.cpu_threads, e.created[:10], e.commit or "no commit"
+        found[key] = found.get(key, 0) + 1
+    names = ("measured", "hardware", "threads", "date", "commit")
+    return [dict(zip(names, key, strict=True)) | {"results": count} for key, count in found.items()]
+
+
+def table_rows(found: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows with plain values, for tables and files."""
+    lines = []
+    for one in found:
+        values = {**asdict(one), "step_ms": one.step_ms, "full_step_ms": one.full_step_ms}
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            if name == "environment":
+                flat |= {"hardware": one.where, "date": one.environment.created, "commit": one.environment.commit}
+            elif isinstance(getattr(one, name), Spread):
+                spread: Spread = getattr(one, name)
+                flat |= {name: spread.median, f"{name}_p20": spread.p20, f"{name}_p80": spread.p80}
+            else:
+                flat[name] = value
+        lines.append(flat)
+    return lines
+
+
+def words(one: Row) -> str:
+    """How fast a method was next to the full cache, and what was measured of why."""
+    own, full = one.tokens_per_second, one.full_tokens_per_second
+    apart = own.p80 < full.p20 or own.p20 > full.p80
+    verdict = ("slower" if one.ratio < 1 else "faster") if apart else "no clear difference, the rounds overlap"
+    text = (
+        f"{one.method} at {one.context:,} tokens{f', {one.batch} rows' if one.batch > 1 else ''}: {one.ratio:.2f} x the "
+        f"full cache on {one.where} ({own.median:.1f} against {full.median:.1f} tokens/s): {verdict}."
+    )
+    parts = []
+    if one.encode_step_ms is not None:
+        parts.append(f"packing takes {one.encode_step_ms:.2f} ms")
+    if one.attention_step_ms is not None and one.full_attention_step_ms is not None:
+        parts.append(
+            f"attention over codes {one.attention_step_ms:.1f} ms instead of {one.full_attention_step_ms:.1f} ms"
+        )
+    step = f" A step takes {one.step_ms:.1f} ms instead of {one.full_step_ms:.1f} ms"
+    text += f"{step}; of it {' and '.join(parts)}." if parts else f"{step}; its parts were not measured."
+    held = f" It holds {human_bytes(one.bytes)}"
+    held += f" instead of {human_bytes(one.full_bytes)}" if one.full_bytes is not None else ""
+    return text + held + (f", {one.floor:.2f} x the byte floor." if one.floor is not None else "; no floor is known.")
