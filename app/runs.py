@@ -8,7 +8,8 @@ import csv
 import io
 import json
 import uuid
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from turboquant.results import AttentionDetail, Comparison, HeadMetrics, Record
 
 RECORDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "runs"
 MAX_IMPORT_BYTES = 20_000_000
+MAX_TOGETHER = 2
 Origin = Literal["measured", "recorded", "imported"]
 
 
@@ -27,10 +29,16 @@ class RunError(ValueError):
 
 
 class Run(Record):
-    """A comparison with an identity and where it comes from."""
+    """A comparison with an identity and where it comes from.
+
+    Runs of one `group` were asked for together: other settings of one prompt, or prompts of one set. `cached` says that
+    an earlier measurement of the same settings was shown again.
+    """
 
     id: str = Field(default_factory=lambda: uuid.uuid4().hex[:8], pattern=r"^[\w.-]{1,64}$")
     origin: Origin = "measured"
+    group: str | None = Field(None, pattern=r"^[\w.-]{1,64}$")
+    cached: bool = False
     comparison: Comparison
 
     @property
@@ -70,9 +78,9 @@ class Run(Record):
             f"{self.tag}.",
             f"**{_escape(verdict(c))}**",
             "| Figure | Value |\n| --- | --- |\n" + "\n".join(rows),
-            f"## Prompt\n\n{_fenced(c.prompt)}",
-            f"## Original: full KV cache\n\n{_fenced(c.original.text)}\n\n{provenance(c, 'original')}",
-            f"## Compressed: {c.compressed.method}\n\n{_fenced(c.compressed.text)}\n\n{provenance(c, 'compressed')}",
+            f"## Prompt\n\n{fenced(c.prompt)}",
+            f"## Original: full KV cache\n\n{fenced(c.original.text)}\n\n{provenance(c, 'original')}",
+            f"## Compressed: {c.compressed.method}\n\n{fenced(c.compressed.text)}\n\n{provenance(c, 'compressed')}",
             *(["## Notes\n\n" + "\n".join(f"- {_escape(note)}" for note in c.notes)] if c.notes else []),
         ]
         return "\n\n".join(parts) + "\n"
@@ -92,7 +100,7 @@ class Run(Record):
                 forced = [_at(part, i) for part in (t.kl, t.same_top, t.probability_full, t.probability_compressed)]
             step = [_at(steps.per_step_cosine_scores, i), _at(steps.per_step_top1, i)] if steps else [None, None]
             lines.append([i, *sides, *held, *forced, *step])
-        return _csv(head, lines)
+        return csv_text(head, lines)
 
     def heads_csv(self) -> str:
         """One line a layer and query head."""
@@ -100,9 +108,9 @@ class Run(Record):
         names = ["cosine_scores", "cosine_weights", "top1", "top5"]
         head = ["layer", "head", *(f"{name}_{part}" for part in ("served", "packed") for name in names)]
         if heads is None:
-            return _csv(head, [])
+            return csv_text(head, [])
         tables = [getattr(part, f"per_head_{name}") for part in (heads.served, heads.packed) for name in names]
-        return _csv(
+        return csv_text(
             head,
             [
                 [layer, h, *(table[row][h] for table in tables)]
@@ -113,7 +121,7 @@ class Run(Record):
 
 
 class RunStore:
-    """The runs of one visitor, newest first; the oldest are dropped."""
+    """The runs of one visitor, newest first; beyond `limit` the oldest go. A group counts as one."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -124,9 +132,16 @@ class RunStore:
         if run.id in self._runs and self._runs[run.id] != run:
             run = run.model_copy(update={"id": uuid.uuid4().hex[:8]})
         self._runs[run.id] = run
-        while len(self._runs) > self._limit:
-            del self._runs[next(iter(self._runs))]
+        while len({kept.group or kept.id for kept in self._runs.values()}) > self._limit:
+            oldest = next(iter(self._runs.values()))
+            self.remove(oldest.id, whole_group=True)
         return run
+
+    def remove(self, run_id: str, *, whole_group: bool = False) -> None:
+        """Forget a run, or everything that was asked for together with it."""
+        run = self._runs.pop(run_id, None)
+        if run is not None and run.group and whole_group:
+            self._runs = {key: kept for key, kept in self._runs.items() if kept.group != run.group}
 
     def get(self, run_id: str) -> Run | None:
         """The run of that id, if it is still kept."""
@@ -137,6 +152,30 @@ class RunStore:
         return list(reversed(self._runs.values()))
 
 
+def together(run: Run, runs: Collection[Run]) -> list[Run]:
+    """The runs to show beside this one: those of other settings that share its original answer, in the order asked."""
+    mine = run.comparison
+    found = [
+        other
+        for other in runs
+        if run.group is not None
+        and other.group == run.group
+        and other.comparison.compressed.method != mine.compressed.method
+        and (other.comparison.prompt, other.comparison.original.token_ids) == (mine.prompt, mine.original.token_ids)
+    ]
+    kept = {other.id for other in (run, *found[: MAX_TOGETHER - 1])}
+    return [other for other in runs if other.id in kept] if found else [run]
+
+
+def zipped(runs: Iterable[Run]) -> bytes:
+    """A zip file with one JSON file a run."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for run in runs:
+            archive.writestr(f"comparison-{run.id}.json", run.to_json())
+    return out.getvalue()
+
+
 def import_run(data: str | bytes) -> Run:
     """Read a run or a bare comparison from JSON.
 
@@ -145,8 +184,10 @@ def import_run(data: str | bytes) -> Run:
     """
     if len(data) > MAX_IMPORT_BYTES:
         raise RunError(f"The file is too large: {len(data):,} bytes, the limit is {MAX_IMPORT_BYTES:,}.")
+    if data[:4] in (b"PK\x03\x04", "PK\x03\x04"):
+        raise RunError("The file is a zip, which is not opened here; unpack it and import one JSON file of it.")
     run = _read(data)
-    return run.model_copy(update={"origin": "imported"})
+    return run.model_copy(update={"origin": "imported", "cached": False})
 
 
 def _read(data: str | bytes) -> Run:
@@ -238,7 +279,8 @@ def _at(values: Iterable[Any] | None, index: int) -> Any:
     return values[index] if index < len(values) else None
 
 
-def _csv(head: list[str], lines: list[list[object]]) -> str:
+def csv_text(head: list[str], lines: list[list[object]]) -> str:
+    """CSV in which no text can be run as a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
@@ -251,7 +293,7 @@ def _cell(value: object) -> object:
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """Text in a code fence that it cannot close."""
     fence = "```"
     while fence in text:

@@ -1,69 +1,75 @@
-"""A job on the page: waiting, loading, streaming, and how it ended."""
+"""A comparison at work: waiting, loading, streaming, and how it ended."""
+
+from collections.abc import Sequence
 
 import streamlit as st
 
 from app import state
-from app.components.panes import SIDES, frame, live_line
-from app.jobs import Job, View
+from app.components import work
+from app.components.panes import SIDES, Side, escape, frame, live_line
+from app.jobs import CompareRequest, Job, View
 
 
-def stream(job: Job) -> None:
-    """Draw a live job until it ends. A click anywhere interrupts the drawing, not the job."""
+def newest() -> Job | None:
+    """The newest job of this tab, if it is a comparison."""
+    job = state.job()
+    return job if job is not None and isinstance(job.request, CompareRequest) else None
+
+
+def methods_of(job: Job | None) -> tuple[str, ...]:
+    """The methods of its compressed answers."""
+    return job.request.methods if job is not None and isinstance(job.request, CompareRequest) else ()
+
+
+def stream(job: Job, methods: Sequence[str]) -> None:
+    """Draw a live job until it ends. A click anywhere interrupts the drawing, not the job.
+
+    `methods` are those of the compressed answers, in the order of the job's sides.
+    """
     line = st.empty()
-    texts, captions = {}, {}
-    for column, side in zip(st.columns(2), SIDES, strict=True):
+    texts, captions = [], []
+    for column, (side, method) in zip(st.columns(1 + len(methods)), _sides(methods), strict=True):
         with column:
-            texts[side] = frame(side, job.request.method).empty()
-            captions[side] = st.empty()
-    drawn: dict[str, object] = {}
+            texts.append(frame(side, method, lettered=len(methods) > 1).empty())
+            captions.append(st.empty())
+    drawn: dict[object, object] = {}
     for _ in job.stream():
         view = job.view
         if (words := _words(job, view)) != drawn.get("line"):
             drawn["line"] = words
             _status_line(line, words, view.fraction)
-        for side in SIDES:
-            part = getattr(view, side)
-            if part != drawn.get(side):
-                drawn[side] = part
-                texts[side].text(part.text)
-                captions[side].caption(live_line(part.tokens, part.cache_bytes))
+        for index, part in enumerate(view.sides):
+            if part != drawn.get(index):
+                drawn[index] = part
+                texts[index].text(part.text)
+                captions[index].caption(live_line(part.tokens, part.cache_bytes))
+
+
+def _sides(methods: Sequence[str]) -> list[tuple[Side, str]]:
+    return list(zip(SIDES, ("full", *methods), strict=False))
 
 
 def _words(job: Job, view: View) -> str:
-    if view.state == "queued":
-        ahead = state.engine().ahead(job)
-        wait = state.engine().estimate_s(job)
-        about = f", about {wait:.0f} s" if wait else ""
-        if not ahead:
-            return "Starting"
-        return f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} ahead of you{about}. Stop leaves the queue."
-    if job.cancelled:
-        return "Stopping; what is there is kept"
-    if view.original.tokens and view.fraction is None:
-        return "Both sides answer, token by token in turn"
-    return view.phase or "Running"
+    answering = view.state == "running" and view.sides and view.sides[0].tokens and view.fraction is None
+    if answering and not job.cancelled:
+        sides = "Both sides" if len(view.sides) == 2 else f"All {len(view.sides)} sides"
+        return f"{sides} answer, token by token in turn"
+    return work.words(job)
 
 
 def _status_line(slot: "st.delta_generator.DeltaGenerator", words: str, fraction: float | None) -> None:
     if fraction is None:
-        slot.markdown(f":gray[{words}]")
+        slot.markdown(f":gray[{escape(words)}]")
     else:
-        slot.progress(min(max(fraction, 0.0), 1.0), text=words)
+        slot.progress(min(max(fraction, 0.0), 1.0), text=escape(words))
 
 
-def ending(job: Job | None) -> None:
-    """Say how the newest job ended when its result does not say it."""
-    if notice := st.session_state.get(state.NOTICE):
-        st.warning(notice, icon=":material/info:")
-    if job is None or job.live or job.result is not None:
+def ending(job: Job | None, methods: Sequence[str]) -> None:
+    """Say how the newest comparison ended when its result does not say it; what a failed one had written is shown."""
+    work.ending("compare")
+    if job is None or job.live or job.view.state != "failed" or not any(side.text for side in job.view.sides):
         return
-    view = job.view
-    if view.state == "stopped":
-        st.info("Stopped before it began; nothing was computed.", icon=":material/stop_circle:")
-    elif view.state == "failed":
-        st.error(view.error or "The run failed.", icon=":material/error:", title="This comparison did not finish")
-        if view.original.text or view.compressed.text:
-            st.caption("What was computed until then:")
-            for column, side in zip(st.columns(2), SIDES, strict=True):
-                with column:
-                    frame(side, job.request.method).text(getattr(view, side).text)
+    st.caption("What was computed until then:")
+    for column, (side, method), part in zip(st.columns(1 + len(methods)), _sides(methods), job.view.sides, strict=True):
+        with column:
+            frame(side, method, text=part.text, lettered=len(methods) > 1).text(part.text)

@@ -1,6 +1,7 @@
-"""The two answers side by side. Model text is drawn raw, never as Markdown or HTML."""
+"""The answers side by side, or one at a time. Model text is drawn raw, never as Markdown or HTML."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import streamlit as st
@@ -8,35 +9,61 @@ import streamlit as st
 from app.runs import Run
 from app.verdict import human_bytes, provenance
 
-Side = Literal["original", "compressed"]
-SIDES: tuple[Side, Side] = ("original", "compressed")
+Side = Literal["original", "compressed", "second"]
+SIDES: tuple[Side, Side, Side] = ("original", "compressed", "second")
+LETTERS = ("A", "B")
 _HEIGHT = 300
 _SHORT = 900
 
 
-def heading(side: Side, method: str) -> str:
-    """A pane's title: its colour and its words both say which side it is."""
+def heading(side: Side, method: str, *, lettered: bool = False) -> str:
+    """A pane's title: its colour and its words both say which side it is. `lettered`: there is an A and a B."""
     if side == "original":
         return "**:blue[:material/database: Original]** · full KV cache"
-    return f"**:violet[:material/compress: Compressed]** · `{method}`"
+    name = f"Compressed {LETTERS[SIDES.index(side) - 1]}" if lettered else "Compressed"
+    colour = "violet" if side == "compressed" else "green"
+    return f"**:{colour}[:material/compress: {name}]** · {code(method)}"
 
 
-def frame(side: Side, method: str, *, text: str | None = None) -> "st.delta_generator.DeltaGenerator":
+def code(text: str) -> str:
+    """Text as a code span that it cannot close."""
+    return f"`{' '.join(text.replace('`', chr(39)).split()) or ' '}`"
+
+
+def frame(
+    side: Side, method: str, *, text: str | None = None, lettered: bool = False
+) -> "st.delta_generator.DeltaGenerator":
     """Draw a pane's title and return the box for its text; without a `text` yet, the box follows its end."""
-    st.markdown(heading(side, method))
+    st.markdown(heading(side, method, lettered=lettered))
     short = text is not None and len(text) < _SHORT
     return st.container(border=True, height="content" if short else _HEIGHT, autoscroll=text is None)
 
 
-def answers(run: Run) -> None:
-    """Both finished answers with their provenance."""
-    c = run.comparison
-    longer = max(c.original.text, c.compressed.text, key=len)
-    for column, side in zip(st.columns(2), SIDES, strict=True):
-        result = getattr(c, side)
+def answers(runs: Sequence[Run]) -> None:
+    """The original answer and each compressed one, with their provenance. All runs share the original answer."""
+    texts = [runs[0].comparison.original.text, *(run.comparison.compressed.text for run in runs)]
+    for index, column in enumerate(st.columns(1 + len(runs))):
         with column:
-            frame(side, c.compressed.method, text=longer).text(result.text or "(no text)")
-            st.caption(escape(provenance(c, side)))
+            _pane(runs, index, max(texts, key=len))
+
+
+def one_answer(runs: Sequence[Run]) -> None:
+    """One answer over the whole width, with a switch between them."""
+    names = ["Original", *(["Compressed"] if len(runs) == 1 else LETTERS[: len(runs)])]
+    picked = st.segmented_control(
+        "Answer shown", names, default=names[0], required=True, key="compare_pane", bind="query-params"
+    )
+    index = names.index(str(picked)) if picked in names else 0
+    c = runs[max(index - 1, 0)].comparison
+    _pane(runs, index, c.compressed.text if index else c.original.text)
+
+
+def _pane(runs: Sequence[Run], index: int, longest: str) -> None:
+    c = runs[max(index - 1, 0)].comparison
+    result = c.compressed if index else c.original
+    box = frame(SIDES[index], c.compressed.method, text=longest, lettered=len(runs) > 1)
+    box.text(result.text or "(no text)")
+    st.caption(escape(provenance(c, "compressed" if index else "original")))
 
 
 def live_line(tokens: int, held: int) -> str:

@@ -3,8 +3,10 @@
 import streamlit as st
 
 from app import state
+from app.components.panes import escape
 from app.examples import BY_NAME, EXAMPLES
-from app.requests import RequestError, method_text
+from app.jobs import CompareRequest
+from app.requests import RequestError, method_text, second_method
 
 
 def render() -> None:
@@ -16,7 +18,9 @@ def render() -> None:
         key=state.EXAMPLE,
         on_change=state.pick_example,
     )
-    live = (job := state.job()) is not None and job.live
+    job = state.job()
+    live = job is not None and job.live
+    other = job.request.title if job is not None and live and not isinstance(job.request, CompareRequest) else None
     with st.form("ask", border=False, enter_to_submit=False):
         st.text_area(
             "Prompt",
@@ -32,7 +36,7 @@ def render() -> None:
                 type="primary",
                 icon=":material/compare:",
                 shortcut="Mod+Enter",
-                on_click=state.submit,
+                on_click=state.submit_compare,
                 disabled=live,
                 key="compare",
             )
@@ -41,10 +45,14 @@ def render() -> None:
                 icon=":material/stop_circle:",
                 shortcut="Esc",
                 on_click=state.stop,
-                disabled=not live,
+                disabled=not live or other is not None,
                 key="stop",
             )
-            st.caption(_plan(), width="stretch")
+            st.caption(_plan() if other is None else _other(other), width="stretch")
+
+
+def _other(title: str) -> str:
+    return f":orange[{title} is at work in this tab; stop it in the sidebar or wait for it to end.]"
 
 
 def _plan() -> str:
@@ -52,7 +60,8 @@ def _plan() -> str:
     choices = state.choices()
     sampling = "greedy" if choices.temperature == 0 else f"temperature {choices.temperature:g}, seed {choices.seed}"
     try:
-        method = method_text(choices)
+        methods = [method_text(choices), *([second_method(choices)] if choices.second else [])]
     except RequestError as error:
-        return f":orange[{error}]"
-    return f"`{method}` against the full cache · up to {choices.tokens} new tokens each · {sampling}"
+        return f":orange[{escape(str(error))}]"
+    named = " and ".join(f"`{method}`" for method in methods)
+    return f"{named} against the full cache · up to {choices.tokens} new tokens each · {sampling}"

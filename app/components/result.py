@@ -1,61 +1,93 @@
-"""A finished run on the page: verdict, answers, figures, charts."""
+"""A finished comparison on the page: verdict, answers, figures, charts; of one compressed setting or of two."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import streamlit as st
 
 from app import definitions, state
 from app.charts import heads, memory, tokens
-from app.components import figures, panes, share
-from app.components.panes import escape
+from app.charts.style import COMPRESSED, SECOND, Chart
+from app.components import diff, figures, page, panes, share
+from app.components.panes import LETTERS, code, escape
 from app.components.tokens import strip
 from app.examples import LONG_EXAMPLE
 from app.runs import Run
 from app.verdict import cosine, human_bytes, number, percent, verdict
 
-_BADGES = {
-    "measured": ("Measured on this machine", ":material/straighten:", "blue"),
-    "recorded": ("Recorded", ":material/history:", "gray"),
-    "imported": ("Imported", ":material/upload_file:", "orange"),
-}
+VIEWS = ("side by side", "diff", "focus")
 
 
-def render(run: Run) -> None:
-    """Draw the whole run."""
-    c = run.comparison
-    _header(run)
+def render(runs: Sequence[Run]) -> None:
+    """Draw one comparison, or two that share their original answer."""
+    c = runs[0].comparison
+    _header(runs)
     with st.expander(f"Prompt of this run · {c.prompt_tokens:,} tokens", icon=":material/notes:"):
         st.text(c.prompt)
-    st.subheader(escape(verdict(c)), anchor=False)
-    panes.answers(run)
-    if not run.packed:
-        _nothing_packed(run)
-        return
-    for note in c.notes:
-        st.info(escape(note), icon=":material/info:")
-    _metrics(run)
-    if c.original.token_texts:
-        strip(run)
-    _charts(run)
+    for letter, run in _named(runs):
+        st.subheader(f"{letter}: {escape(verdict(run.comparison))}" if letter else escape(verdict(c)), anchor=False)
+    _answers(runs)
+    for letter, run in _named(runs):
+        if letter:
+            st.markdown(_title(letter, run))
+        if not run.packed:
+            _nothing_packed(run, letter)
+            continue
+        for note in run.comparison.notes:
+            st.info(escape(note), icon=":material/info:")
+        _metrics(run, letter)
+    if packed := [pair for pair in _named(runs) if pair[1].packed]:
+        _inside(packed)
 
 
-def _header(run: Run) -> None:
-    words, icon, color = _BADGES[run.origin]
+def _named(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """The runs with their letters; a single one needs none."""
+    return list(zip(LETTERS if len(runs) > 1 else ("",), runs, strict=False))
+
+
+def _title(letter: str, run: Run) -> str:
+    colour = "violet" if letter == LETTERS[0] else "green"
+    return f"**:{colour}[{letter}]** · {code(run.comparison.compressed.method)}"
+
+
+def _header(runs: Sequence[Run]) -> None:
+    run = runs[0]
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     with left.container(horizontal=True, vertical_alignment="center"):
-        st.badge(words, icon=icon, color=color)  # type: ignore[arg-type]
-        st.caption(escape(_origin(run)), width="content")
-    with right.container(horizontal=True, horizontal_alignment="right"):
-        share.buttons(run)
+        page.tag("cached" if run.cached else run.origin)
+        st.caption(escape(_origin(runs)), width="content")
+    with right.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
+        share.buttons(runs)
 
 
-def _origin(run: Run) -> str:
+def _origin(runs: Sequence[Run]) -> str:
+    run = runs[0]
     env, c = run.comparison.environment, run.comparison
     threads = f"{env.cpu_threads} thread{'' if env.cpu_threads == 1 else 's'}"
     where = f"{env.created[:10]}, {env.device}, {threads}, commit {env.commit or 'unknown'}"
-    more = ". Every number below is from that run; press Compare to measure your own."
-    return f"{where}, {c.model.name}, {c.compressed.method}" + (more if run.origin == "recorded" else "")
+    more = ""
+    if run.origin == "recorded":
+        more = ". Every number below is from that run; press Compare to measure your own."
+    elif run.cached:
+        more = ". Measured before for the same settings and prompt, and shown again: nothing was computed this time."
+    return f"{where}, {c.model.name}, {' and '.join(other.comparison.compressed.method for other in runs)}{more}"
 
 
-def _nothing_packed(run: Run) -> None:
+def _answers(runs: Sequence[Run]) -> None:
+    view = st.segmented_control(
+        "Answers",
+        VIEWS,
+        default=VIEWS[0],
+        required=True,
+        key="view",
+        bind="query-params",
+        label_visibility="collapsed",
+        help="Side by side; word by word, what is left out and added; or one answer at a time.",
+    )
+    {"diff": diff.draw, "focus": panes.one_answer}.get(str(view), panes.answers)(runs)
+
+
+def _nothing_packed(run: Run, letter: str) -> None:
     """No quality or memory figure is shown; the note says why, and two buttons fix the cause."""
     notes = run.comparison.notes or ["No token was packed, so no quality or memory figure would mean anything."]
     st.info(escape(" ".join(notes)), icon=":material/compress:", title="Nothing was packed")
@@ -66,18 +98,18 @@ def _nothing_packed(run: Run) -> None:
             on_click=state.use,
             kwargs={"example": LONG_EXAMPLE},
             icon=":material/article:",
-            key="fix_long",
+            key=f"fix_long{letter}",
         )
         st.button(
             "Keep no token exact",
             on_click=state.use,
             kwargs={"residual": 0, "sinks": 0},
             icon=":material/compress:",
-            key="fix_window",
+            key=f"fix_window{letter}",
         )
 
 
-def _metrics(run: Run) -> None:
+def _metrics(run: Run, letter: str) -> None:
     c = run.comparison
     report = c.compressed.report
     cards: list[tuple[str, str, str | None, str]] = [
@@ -106,16 +138,16 @@ def _metrics(run: Run) -> None:
     cards.append(
         ("First token after", number(first, 0, " ms"), number(other, 0, " ms original"), definitions.FIRST_TOKEN)
     )
-    _row(cards, "memory")
+    _row(cards, f"memory{letter}")
     if report.bytes >= report.full_precision_bytes:
         st.caption(
             "The compressed cache is not smaller than 16 bit here: in so short a text the exact tokens, the spare "
             "capacity and the shared tables outweigh what packing saves."
         )
-    _quality(run)
+    _quality(run, letter)
 
 
-def _quality(run: Run) -> None:
+def _quality(run: Run, letter: str) -> None:
     c = run.comparison
     if c.heads is None and c.tokens is None:
         st.caption("Quality was not measured: the run was stopped before its measurement.")
@@ -139,7 +171,7 @@ def _quality(run: Run) -> None:
                 f"{definitions.KL} {definitions.SAME_TOP}",
             )
         )
-    _row(cards, "quality")
+    _row(cards, f"quality{letter}")
     if c.heads:
         st.caption(
             f"Large figures of attention: packed positions only; small ones: as served. Cosine of softmax weights: "
@@ -154,22 +186,64 @@ def _row(cards: list[tuple[str, str, str | None, str]], key: str) -> None:
             st.metric(label, value, below, delta_color="off", delta_arrow="off", help=text, border=True, width=168)
 
 
-def _charts(run: Run) -> None:
+def _inside(pairs: Sequence[tuple[str, Run]]) -> None:
+    """Tokens and charts of one setting; with two, a switch picks it."""
+    letter, run = pairs[0]
+    if letter:
+        by_letter = dict(pairs)
+        picked = st.segmented_control(
+            "Tokens and charts of",
+            list(by_letter),
+            format_func=lambda name: f"{name} · {by_letter[name].comparison.compressed.method}",
+            default=letter,
+            required=True,
+            key="compare_setting",
+            help="Which compressed setting the marks and charts below belong to.",
+        )
+        letter = str(picked) if picked in by_letter else letter
+        run = by_letter[letter]
+    if run.comparison.original.token_texts:
+        strip(run)
+    _charts(run, second=letter == LETTERS[1])
+    if run.comparison.heads:
+        st.page_link(
+            page.PAGES / "heads.py",
+            label="See which heads are at risk in this run, and why",
+            icon=":material/grid_on:",
+            query_params={"heads_run": run.id},
+        )
+
+
+def _charts(run: Run, *, second: bool) -> None:
     c = run.comparison
+    shown: list[tuple[str, Chart, str, str | None]] = []
     if c.tokens and c.tokens.kl:
-        left, right = st.columns(2, gap="medium")
-        with left:
-            figures.show("KL per token", tokens.kl_per_token(c), "kl", help=definitions.KL)
-        with right:
-            figures.show("Probability of the chosen token", tokens.probabilities(c), "probability")
+        shown += [
+            ("KL per token", tokens.kl_per_token(c), "kl", definitions.KL),
+            ("Probability of the chosen token", tokens.probabilities(c), "probability", None),
+        ]
     if c.heads and c.heads.layer_indices:
-        left, right = st.columns(2, gap="medium")
-        with left:
-            figures.show("Heads at risk, step by step", heads.risk_per_step(c), "risk_steps", help=definitions.AT_RISK)
-        with right:
-            figures.show("Risk map: layer by query head", heads.risk_map(c), "risk_map", help=definitions.RISK_MAP)
-    left, right = st.columns(2, gap="medium")
-    with left:
-        figures.show("KV bytes over time", memory.bytes_per_step(c), "bytes_steps", help=definitions.KV_BYTES)
-    with right:
-        figures.show("What the bytes are", memory.bytes_by_part(c), "bytes_parts", help=definitions.KV_BYTES)
+        shown += [
+            ("Heads at risk, step by step", heads.risk_per_step(c), "risk_steps", definitions.AT_RISK),
+            ("Risk map: layer by query head", heads.risk_map(c), "risk_map", definitions.RISK_MAP),
+        ]
+    shown += [
+        ("KV bytes over time", memory.bytes_per_step(c), "bytes_steps", definitions.KV_BYTES),
+        ("What the bytes are", memory.bytes_by_part(c), "bytes_parts", definitions.KV_BYTES),
+    ]
+    for start in range(0, len(shown), 2):
+        for column, (title, chart, key, words) in zip(
+            st.columns(2, gap="medium"), shown[start : start + 2], strict=True
+        ):
+            with column:
+                figures.show(title, _in_second(chart) if second else chart, key, help=words)
+
+
+def _in_second(chart: Chart) -> Chart:
+    """The chart with the second setting's colour where the first one's is."""
+    figure = type(chart.figure)(chart.figure)
+    for trace in figure.data:
+        for part in ("line", "marker"):
+            if getattr(getattr(trace, part, None), "color", None) == COMPRESSED:
+                trace[part].color = SECOND
+    return replace(chart, figure=figure)

@@ -1,59 +1,125 @@
-"""Taking a run along: link, exports, import, and the list of this tab's runs."""
+"""Taking a run along: exports, import, the link to its settings, and which run is shown."""
+
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
 from app import state
-from app.requests import query
-from app.runs import Run
+from app.components import page
+from app.components.panes import LETTERS
+from app.config import AppConfig
+from app.requests import BIT_CHOICES, SAME, Choices, RequestError, defaults, has_window, method_text, query
+from app.runs import Run, together
+from turboquant.methods import BitsMethod, parse_method
+from turboquant.results import Comparison
+
+ORIGINS = {"measured": "this tab", "recorded": "recorded", "imported": "imported"}
 
 
-def buttons(run: Run) -> None:
-    """The link and the exports of one run."""
-    with st.popover("Link", icon=":material/link:", key="share_link"):
-        st.caption("Opens the settings and the prompt of this page now; copy it with the button at its right.")
-        st.code(link(), language=None, wrap_lines=True)
-        if "prompt=" not in link() and "example=" not in link() and st.session_state.get(state.PROMPT):
-            st.caption("The prompt is too long for an address; export the run instead.")
-    with st.popover("Export", icon=":material/download:", key="share_export"):
-        name = f"comparison-{run.id}"
-        for label, suffix, mime, make in (
-            ("Run as JSON", ".json", "application/json", run.to_json),
-            ("Report as Markdown", ".md", "text/markdown", run.to_markdown),
-            ("Tokens as CSV", "-tokens.csv", "text/csv", run.to_csv),
-            ("Heads as CSV", "-heads.csv", "text/csv", run.heads_csv),
-        ):
-            st.download_button(
-                label, make, name + suffix, mime, on_click="ignore", key=f"export{suffix}", width="stretch"
+def files(run: Run, letter: str = "") -> list[page.File]:
+    """The exports of one run; a `letter` tells those of two apart."""
+    name, mark = (f"{letter}: ", f"-{letter}") if letter else ("", "")
+    return [
+        page.File(f"{name}Run as JSON", f"{mark}.json", "application/json", run.to_json),
+        page.File(f"{name}Report as Markdown", f"{mark}.md", "text/markdown", run.to_markdown),
+        page.File(f"{name}Tokens as CSV", f"{mark}-tokens.csv", "text/csv", run.to_csv),
+        page.File(f"{name}Heads as CSV", f"{mark}-heads.csv", "text/csv", run.heads_csv),
+    ]
+
+
+def buttons(runs: Sequence[Run]) -> None:
+    """The link to the page and the exports of what it shows."""
+    page.copy_link()
+    letters = LETTERS if len(runs) > 1 else ("",)
+    made = [file for run, letter in zip(runs, letters, strict=False) for file in files(run, letter)]
+    page.downloads(f"comparison-{runs[0].id}", made)
+
+
+def label(run: Run) -> str:
+    """A run in a list of runs, with where it comes from."""
+    cached = ", cached" if run.cached else ""
+    return f"{run.label} ({ORIGINS[run.origin]}{cached})"
+
+
+def linked(key: str, runs: Mapping[str, Run], default: str | None) -> str | None:
+    """The run a widget begins with: of the address where it names one, else the one picked before, else `default`.
+
+    Run ids are not bound to the address by the widget, which would put labels there; `note_address` writes them.
+    """
+    asked = st.query_params.get(key)
+    if asked is not None and asked != st.session_state.get(f"{key}_written"):
+        if asked in runs:
+            st.session_state[key] = asked
+        else:
+            st.info(
+                "The run of this link is not kept here; runs stay in the tab that made them.",
+                icon=":material/link_off:",
             )
+    if st.session_state.get(key) not in runs:
+        st.session_state[key] = default
+    return st.session_state[key]
 
 
-def link() -> str:
-    """The address that opens this page with the settings and the prompt of now."""
-    text = query(state.choices(), str(st.session_state.get(state.PROMPT, "")), state.config())
-    return f"{(st.context.url or '').split('?')[0]}?{text}" if text else (st.context.url or "").split("?")[0]
+def note_address(key: str, picked: str | None, default: str | None) -> None:
+    """Put the picked run into the address, or take it out where it is what the page shows anyway."""
+    if picked is not None and picked != default:
+        st.query_params[key] = picked
+    elif key in st.query_params:
+        del st.query_params[key]
+    st.session_state[f"{key}_written"] = st.query_params.get(key)
 
 
-def chooser() -> Run | None:
-    """The run to show: the newest one of this tab or the first recorded one, unless another is picked."""
+def chooser() -> list[Run]:
+    """The run to show with those asked for together with it: the newest of this tab, unless another is picked."""
     runs = state.all_runs()
-    if st.session_state.get(state.SHOWN) not in runs:
-        st.session_state[state.SHOWN] = next(iter(runs), None)
-    if not runs:
-        return None
-    if len(runs) == 1:
-        return next(iter(runs.values()))
-    words = {"measured": "this tab", "recorded": "recorded", "imported": "imported"}
-    picked = st.selectbox(
-        "Run shown",
-        list(runs),
-        format_func=lambda run_id: f"{runs[run_id].label} ({words[runs[run_id].origin]})",
-        key=state.SHOWN,
-        persist_state="session",
-    )
-    return runs.get(picked)
+    default = next(iter(runs), None)
+    picked = linked(state.SHOWN, runs, default)
+    if len(runs) > 1:
+        picked = st.selectbox(
+            "Run shown",
+            list(runs),
+            format_func=lambda run_id: label(runs[run_id]),
+            key=state.SHOWN,
+            persist_state="session",
+        )
+    note_address(state.SHOWN, picked, default)
+    return together(runs[picked], runs.values()) if picked is not None else []
 
 
 def importer() -> None:
     """Open a run that was exported elsewhere."""
     with st.expander("Open an exported run", icon=":material/upload_file:"):
         st.file_uploader("Run as JSON", type="json", key="upload", on_change=state.take_upload, max_upload_size=20)
+
+
+def settings_query(c: Comparison, config: AppConfig) -> str | None:
+    """The query of a link that asks for the same comparison again; None where the app's settings cannot say it."""
+    start = defaults(config)
+    try:
+        method = parse_method(c.compressed.method)
+    except ValueError:
+        return None
+    if not isinstance(method, BitsMethod) or (c.settings.top_p, c.settings.top_k, c.settings.stop) != (1.0, 0, ()):
+        return None
+    plain = method.bits in BIT_CHOICES
+    window = has_window(method.name)
+    choices = Choices(
+        model=c.model.name,
+        bits=method.bits if plain else start.bits,  # type: ignore[arg-type]
+        recipe=method.name,
+        key_bits=SAME if plain else str(method.key_bits),
+        value_bits=SAME if plain else str(method.value_bits),
+        residual=method.residual_length if window else start.residual,
+        sinks=method.sink_length if window else start.sinks,
+        rotation=method.seed,
+        tokens=c.settings.max_new_tokens,
+        seed=c.settings.seed,
+        temperature=c.settings.temperature,
+        weights=start.weights,
+        chat=c.chat,
+    )
+    try:
+        same = method_text(choices) == str(method)
+    except RequestError:
+        return None
+    return query(choices, c.prompt, config) if same else None

@@ -4,14 +4,17 @@ import html
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from app import state
+from app.components import diff
 from app.components.sidebar import engine_words
 from app.config import AppConfig
 from app.engine import Engine, EngineStatus
 from app.examples import BY_NAME
-from app.jobs import Request
+from app.jobs import CompareRequest, PromptsRequest
 from app.requests import Choices
 from app.runs import Run
 from tests.app.conftest import MAIN, Bench, until
@@ -33,9 +36,9 @@ def ask(page: AppTest, prompt: str) -> AppTest:
     return page.run()  # the first one redraws itself when the job ends, which AppTest shows on top of the old page
 
 
-def request(prompt: str = "hello", model: str = "smollm2-135m") -> Request:
-    settings = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
-    return Request(model, "auto", prompt, "turboquant:bits=4", settings)
+def request(prompt: str = "hello", model: str = "smollm2-135m") -> CompareRequest:
+    sampling = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
+    return CompareRequest(model, "auto", prompt, ("turboquant:bits=4",), sampling)
 
 
 def test_empty_page_says_what_to_do(page: AppTest) -> None:
@@ -60,7 +63,7 @@ def test_a_finished_run_shows_verdict_figures_and_charts(page: AppTest) -> None:
     assert not page.exception
     said = texts(page)
     assert "Identical for 1 token, then 'river' → 'stream'." in said
-    assert "Measured on this machine" in said
+    assert "Measured here" in said
     assert "QuantizedCache · turboquant:bits=4 · weights fp32 on cpu · 96 tokens packed, 20 exact" in said
     labels = {metric.label for metric in page.metric}
     assert {"KV cache held", "Heads at risk", "Top-1 match", "Cosine of scores", "Mean KL", "Bits per value"} <= labels
@@ -83,7 +86,7 @@ def test_every_chart_has_its_table(page: AppTest) -> None:
 
 def test_model_text_is_never_markup(page: AppTest, bench: Bench) -> None:
     nasty = ("<script>alert(1)</script>", " :tada: **x** [a](http://b) $y$ `c`", "\n# h")
-    bench.result = lambda request: comparison(nasty, (*nasty[:2], " :red[z]"))
+    bench.result = lambda prompt, method: comparison(nasty, (*nasty[:2], " :red[z]"))
     page.run()
     ask(page, "hello")
     for element in page.markdown:
@@ -94,7 +97,7 @@ def test_model_text_is_never_markup(page: AppTest, bench: Bench) -> None:
 
 
 def test_nothing_packed_shows_no_figure_and_offers_a_way_out(page: AppTest, bench: Bench) -> None:
-    bench.result = lambda request: comparison(packed=0)
+    bench.result = lambda prompt, method: comparison(packed=0)
     page.run()
     ask(page, "hello")
     assert "Nothing was packed" in page.subheader[0].value
@@ -124,7 +127,7 @@ def test_a_choice_that_cannot_run_is_refused_and_the_page_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(state, "choices", lambda: Choices(model="no/such/model"))
         ask(page, "hello")
-    assert "'no/such/model' is no known model, no hub id such as org/name" in page.warning[0].value
+    assert "'no/such/model' is no known model and no hub id such as org/name" in texts(page)
     assert not bench.served
     ask(page, "hello")
     assert not page.warning
@@ -136,7 +139,7 @@ def test_a_failed_run_gives_its_sentence_and_keeps_the_last_result(page: AppTest
     ask(page, "hello")
     bench.run_error = LookupError("phi-2 has sliding layers only; pick another model")
     ask(page, "again")
-    assert page.error[0].value == "phi-2 has sliding layers only; pick another model"
+    assert "phi-2 has sliding layers only; pick another model" in html.unescape(page.error[0].value)
     assert "Identical for 1 token" in texts(page)
     bench.run_error = None
     ask(page, "third")
@@ -147,7 +150,7 @@ def test_an_attached_page_draws_a_job_that_is_already_running(page: AppTest, eng
     page.run()
     bench.hold_run.clear()
     job = engine.submit(page.session_state["session_id"], request())
-    until(lambda: job.view.original.tokens == 4)
+    until(lambda: job.view.sides[0].tokens == 4)
     bench.hold_run.set()
     page.run()
     assert "Identical for 1 token" in texts(page)
@@ -158,7 +161,7 @@ def test_stop_keeps_the_partial_text(page: AppTest, engine: Engine, bench: Bench
     page.run()
     bench.hold_run.clear()
     job = engine.submit(page.session_state["session_id"], request())
-    until(lambda: job.view.original.tokens == 4)
+    until(lambda: job.view.sides[0].tokens == 4)
     engine.cancel(job)
     assert job.wait(1)
     page.run()
@@ -186,7 +189,119 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown(
 
     monkeypatch.setattr(state, "collect", collect_then_end)
     page.run()
-    assert page.session_state["collected"] == job.id
+    assert page.session_state["collecting"] == job.id
+    assert page.session_state["collected"] == {0}
+    assert page.metric
+
+
+@pytest.fixture
+def two(page: AppTest, bench: Bench) -> AppTest:
+    """The page after a comparison of two compressed settings."""
+    other = (" the", " stream", " runs", " low")
+    bench.result = lambda prompt, method: comparison(
+        other=(" the", " brook") if "bits=2" in method else other, prompt=prompt, method=method
+    )
+    page.query_params["second"] = "turboquant:bits=2"
+    page.run()
+    return ask(page, "Where does the water go?")
+
+
+def test_two_settings_stand_side_by_side_with_their_own_figures(two: AppTest) -> None:
+    assert not two.exception
+    verdicts = [html.unescape(heading.value).replace("\u200b", "") for heading in two.subheader]
+    assert verdicts == [
+        "A: Identical for 1 token, then 'river' → 'stream'.",
+        "B: Identical for 1 token, then 'river' → 'brook'.",
+    ]
+    assert [text.value for text in two.text][1:] == ["the river runs low", "the stream runs low", "the brook"]
+    said = texts(two)
+    assert "**:violet[A]** · `turboquant:bits=4`" in said
+    assert "**:green[B]** · `turboquant:bits=2`" in said
+    assert sum(metric.label == "Mean KL" for metric in two.metric) == 2
+    assert len(two.get("plotly_chart")) == 6
+    assert len(two.get("download_button")) == 8
+    two.segmented_control(key="compare_setting").set_value("B").run()
+    assert not two.exception
+    assert len(two.get("plotly_chart")) == 6
+
+
+def test_the_same_setting_twice_is_refused(page: AppTest, bench: Bench) -> None:
+    page.query_params["second"] = "turboquant:bits=4"
+    page.run()
+    ask(page, "hello")
+    assert "Both compressed settings are the same" in texts(page)
+    assert not bench.served
+
+
+def test_the_diff_marks_words_by_signs_and_lets_no_markup_through(two: AppTest, bench: Bench) -> None:
+    two.segmented_control(key="view").set_value("diff").run()
+    said = texts(two)
+    assert ":orange-background[[-river-]]" in said
+    assert ":blue-background[{+stream+}]" in said
+    assert ":blue-background[{+brook+}]" in said
+    assert "only in A" in said
+    nasty = "<b>x</b> :red[y] [a](http://b) **z**"
+    bench.result = lambda prompt, method: comparison((nasty,), (f"{nasty} $q$",), prompt=prompt, method=method)
+    ask(two, "again")
+    for element in two.markdown:
+        assert "<b>" not in str(element.value)
+        assert ":red[" not in str(element.value)
+        assert "](http" not in str(element.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_a_diff_holds_both_texts(first: str, second: str) -> None:
+    steps = diff.changes(first, second)
+    assert "".join(text for kind, text in steps if kind != "added") == first
+    assert "".join(text for kind, text in steps if kind != "removed") == second
+    assert not {"<", "`", "*"} & set(diff.marked(steps))
+
+
+def test_the_focus_view_shows_one_answer_at_a_time(two: AppTest) -> None:
+    two.query_params["view"] = "focus"
+    two.segmented_control(key="view").set_value("focus").run()
+    assert [text.value for text in two.text][1:] == ["the river runs low"]
+    two.segmented_control(key="compare_pane").set_value("B").run()
+    assert [text.value for text in two.text][1:] == ["the brook"]
+
+
+def test_a_result_that_was_there_before_says_so(page: AppTest, bench: Bench) -> None:
+    page.run()
+    ask(page, "hello")
+    assert "Cached" not in texts(page)
+    ask(page, "hello")
+    said = texts(page)
+    assert bench.served == ["hello"]
+    assert "Cached" in said
+    assert "nothing was computed this time" in said
+
+
+def test_a_link_names_the_run_to_show(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = [Run(id=f"0{n}", origin="recorded", comparison=comparison(prompt=f"prompt {n}")) for n in (1, 2)]
+    monkeypatch.setattr(state, "recordings", lambda: shipped)
+    page.query_params["run"] = "02"
+    page.run()
+    assert page.selectbox(key=state.SHOWN).value == "02"
+    ask(page, "hello")
+    assert page.text[0].value == "hello"
+    assert "run" not in page.query_params
+    page.query_params["run"] = "deadbeef"
+    page.run()
+    assert "not kept here" in texts(page)
+
+
+def test_work_of_another_page_leaves_the_result_alone(page: AppTest, engine: Engine, bench: Bench) -> None:
+    page.run()
+    ask(page, "hello")
+    bench.hold_run.clear()
+    asked = PromptsRequest("smollm2-135m", "auto", ("one", "two"), "turboquant:bits=4", request().settings)
+    job = engine.submit(page.session_state["session_id"], asked)
+    until(lambda: job.view.state == "running")
+    page.run()
+    assert not page.exception
+    assert "Prompts is at work in this tab" in texts(page)
+    assert page.button(key="compare").disabled
     assert page.metric
 
 
@@ -208,7 +323,7 @@ def test_a_second_submit_is_refused_while_one_is_live(page: AppTest, engine: Eng
     session = page.session_state["session_id"]
     job = engine.submit(session, request())
     until(lambda: job.view.state == "running")
-    with pytest.raises(Exception, match="already running"):
+    with pytest.raises(Exception, match="already at work"):
         engine.submit(session, request())
     bench.hold_run.set()
     assert job.wait(5)
@@ -224,7 +339,7 @@ def test_a_recorded_run_shows_at_once_and_is_marked(page: AppTest, monkeypatch: 
     assert "2026-01-02, cpu: test, 2 threads, commit abc1234" in said
     assert "press Compare to measure your own" in said
     ask(page, "hello")
-    assert "Measured on this machine" in texts(page)
+    assert "Measured here" in texts(page)
     assert page.selectbox(key=state.SHOWN).options[-1].endswith("(recorded)")
 
 
