@@ -179,9 +179,9 @@ def _results(records: Sequence[ExperimentRecord], label: str) -> None:
     else:
         page.empty("No cell with this figure yet: it comes with the cells without a sampling seed, which go first.")
     _gaps(found, label)
-    if words := measure.seed_words(found):
+    if moved := measure.seed_words(found):
         st.markdown("**Which seed moves answers more?**", help=definitions.SEED_STRIP)
-        for one in words:
+        for one in moved:
             st.markdown(f"- {escape(one)}")
     parts = [(one, words) for one, words in ((found.greedy, "greedy"), (found.sampled, "sampled")) if one]
     for column, (histograms, words) in zip(st.columns(max(len(parts), 1)), parts, strict=False):

@@ -93,11 +93,6 @@ def _check_contexts(contexts: Sequence[int], tokens: int, batch: int, config: Ap
     return found
 
 
-def _passes(settings: Mapping[str, Any], methods: int) -> float:
-    """Tokens read and written by one cell: a run with instruments and the rounds, its share of the full cache's too."""
-    return settings["batch"] * settings["context"] * (1 + settings["repeats"]) * (1 + 1 / methods)
-
-
 def estimate_s(cells: Sequence[Cell], known: Iterable[ExperimentRecord]) -> float | None:
     """Seconds that cells take, by the time to first token and the speed of others of their model; None without any."""
     if not cells:
@@ -136,19 +131,19 @@ class Row:
     ratio: float
     first_ms: Spread
     full_first_ms: Spread
-    encode_prompt_ms: float | None
-    encode_step_ms: float | None
-    attention_prompt_ms: float | None
-    full_attention_prompt_ms: float | None
-    attention_step_ms: float | None
-    full_attention_step_ms: float | None
     bytes: int
-    full_bytes: int | None
-    peak_bytes: int | None
-    full_peak_bytes: int | None
     floor: float | None
     environment: Environment
     model: str
+    encode_prompt_ms: float | None = None
+    encode_step_ms: float | None = None
+    attention_prompt_ms: float | None = None
+    attention_step_ms: float | None = None
+    full_attention_prompt_ms: float | None = None
+    full_attention_step_ms: float | None = None
+    full_bytes: int | None = None
+    peak_bytes: int | None = None
+    full_peak_bytes: int | None = None
 
     @property
     def step_ms(self) -> float:
@@ -190,8 +185,8 @@ def row(record: ExperimentRecord) -> Row:
     def whole(name: str) -> int | None:
         return None if (value := m.get(name)) is None else int(value)
 
-    times = ("encode_prompt_ms", "encode_step_ms")
-    times += tuple(f"{side}attention_{part}_ms" for side in ("", "full_") for part in ("prompt", "step"))
+    kinds = ("encode", "attention", "full_attention")
+    times = {f"{kind}_{part}_ms": m.get(f"{kind}_{part}_ms") for kind in kinds for part in ("prompt", "step")}
     return Row(
         method=str(record.cell.method),
         context=s["context"],
@@ -209,7 +204,7 @@ def row(record: ExperimentRecord) -> Row:
         floor=byte_floor(record.cache),
         environment=record.environment,
         model=str(record.cell.model),
-        **{name: m.get(name) for name in times},
+        **times,
     )
 
 
@@ -229,12 +224,6 @@ def decode_row(bench: DecodeBench) -> Row:
         floor=byte_floor(bench.report),
         environment=bench.environment,
         model=bench.model.name,
-        **dict.fromkeys(
-            (
-                *("encode_prompt_ms", "encode_step_ms", "attention_prompt_ms", "full_attention_prompt_ms"),
-                *("attention_step_ms", "full_attention_step_ms", "full_bytes", "peak_bytes", "full_peak_bytes"),
-            )
-        ),  # type: ignore[arg-type]
     )
 
 
@@ -286,6 +275,11 @@ def sources(named: Iterable[tuple[str, Environment]]) -> list[dict[str, Any]]:
     return [dict(zip(names, key, strict=True)) | {"results": count} for key, count in found.items()]
 
 
+def encode_share(one: Row) -> float | None:
+    """Time spent packing as a share of a step, in percent; None where packing was not timed."""
+    return None if one.encode_step_ms is None else 100 * one.encode_step_ms / one.step_ms
+
+
 def table_rows(found: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows with plain values, for tables and files."""
     lines = []
@@ -309,10 +303,10 @@ def words(one: Row) -> str:
     own, full = one.tokens_per_second, one.full_tokens_per_second
     apart = own.p80 < full.p20 or own.p20 > full.p80
     verdict = ("slower" if one.ratio < 1 else "faster") if apart else "no clear difference, the rounds overlap"
-    text = (
-        f"{one.method} at {one.context:,} tokens{f', {one.batch} rows' if one.batch > 1 else ''}: {one.ratio:.2f} x the "
-        f"full cache on {one.where} ({own.median:.1f} against {full.median:.1f} tokens/s): {verdict}."
-    )
+    rows = f", {one.batch} rows" if one.batch > 1 else ""
+    speeds = f"{own.median:.1f} against {full.median:.1f} tokens/s"
+    text = f"{one.method} at {one.context:,} tokens{rows}: {one.ratio:.2f} x the full cache on {one.where} ({speeds})"
+    text += f": {verdict}."
     parts = []
     if one.encode_step_ms is not None:
         parts.append(f"packing takes {one.encode_step_ms:.2f} ms")
