@@ -1,0 +1,147 @@
+"""Sets of prompts: reading them from typed text or a file, and the request that runs them."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+
+from app.config import AppConfig
+from app.examples import EXAMPLES
+from app.jobs import PromptsRequest
+from app.requests import Choices, RequestError, check_loading, method_text, sampling_settings
+
+MAX_BYTES = 1_000_000
+SEPARATOR = "---"
+SUFFIXES = ("txt", "csv", "jsonl")
+_Numbered = list[tuple[int, str]]
+
+
+def example_set() -> tuple[str, ...]:
+    """The prompts of the examples."""
+    return tuple(example.prompt for example in EXAMPLES)
+
+
+def read_typed(text: str, config: AppConfig) -> tuple[str, ...]:
+    """Prompts from text: blocks between lines of ---; without those, between blank lines; without those, lines.
+
+    Raises:
+        RequestError: There is none, there are too many, or one is too long.
+    """
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise RequestError(f"The text is larger than {MAX_BYTES:,} bytes, which is the limit.")
+    return _checked(_blocks(text), config)
+
+
+def read_file(data: bytes, name: str, config: AppConfig) -> tuple[str, ...]:
+    """Prompts from the content of a .txt, .csv or .jsonl file.
+
+    Raises:
+        RequestError: It is too large, of another kind, no UTF-8 text, or breaks a rule of its kind; the message names
+            the line and the rule.
+    """
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"The file has {len(data):,} bytes; the limit is {MAX_BYTES:,}.")
+    readers: dict[str, Callable[[str], _Numbered]] = {"txt": _blocks, "csv": _csv_rows, "jsonl": _json_lines}
+    suffix = name.rpartition(".")[2].lower()
+    if suffix not in readers:
+        raise RequestError(f"The file must end in .{', .'.join(SUFFIXES)}; {name[-40:]!r} does not.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RequestError(f"Line {line}: the file must be UTF-8 text, and this line is not.") from None
+    return _checked(readers[suffix](text), config)
+
+
+def _blocks(text: str) -> _Numbered:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n").split("\n")
+    skipped = len(text) - len(text.lstrip("\r\n"))
+    if any(line.strip() == SEPARATOR for line in lines):
+        return _between(lines, lambda line: line.strip() == SEPARATOR, skipped)
+    if any(not line.strip() for line in lines):
+        return _between(lines, lambda line: not line.strip(), skipped)
+    return [(skipped + number, line.strip()) for number, line in enumerate(lines, start=1)]
+
+
+def _between(lines: Sequence[str], ends: Callable[[str], bool], skipped: int) -> _Numbered:
+    found: _Numbered = []
+    block: list[str] = []
+    start = 1
+    for number, line in enumerate([*lines, None], start=1):
+        if line is None or ends(line):
+            if "\n".join(block).strip():
+                found.append((skipped + start, "\n".join(block).strip()))
+            block, start = [], number + 1
+        else:
+            block.append(line)
+    return found
+
+
+def _csv_rows(text: str) -> _Numbered:
+    """The column named prompt; where the first row names none, the first column of every row."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    found: _Numbered = []
+    column: int | None = None
+    begin = 1
+    try:
+        for row in reader:
+            line, begin = begin, reader.line_num + 1
+            if not any(cell.strip() for cell in row):
+                continue
+            if column is None:
+                names = [cell.strip().lower() for cell in row]
+                column = names.index("prompt") if "prompt" in names else 0
+                if "prompt" in names:
+                    continue
+            if column >= len(row) or not row[column].strip():
+                raise RequestError(f"Line {line}: the prompt of a row must not be empty.")
+            found.append((line, row[column].strip()))
+    except csv.Error as error:
+        raise RequestError(f"Line {max(reader.line_num, 1)}: this is no CSV ({str(error)[:80]}).") from None
+    return found
+
+
+def _json_lines(text: str) -> _Numbered:
+    found: _Numbered = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            raise RequestError(f"Line {number}: each line must be JSON by itself, and this one is not.") from None
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError(
+                f'Line {number}: each line must be a text in quotes or {{"prompt": "a text"}}, and not empty.'
+            )
+        found.append((number, prompt.strip()))
+    return found
+
+
+def _checked(found: _Numbered, config: AppConfig) -> tuple[str, ...]:
+    if not found or not any(prompt for _, prompt in found):
+        raise RequestError("There is no prompt in it; write one a line.")
+    if len(found) > config.max_prompts:
+        raise RequestError(f"There are {len(found):,} prompts; the limit here is {config.max_prompts} in one set.")
+    for line, prompt in found:
+        if len(prompt) > config.max_prompt_chars:
+            raise RequestError(
+                f"Line {line}: the prompt has {len(prompt):,} characters; the limit is {config.max_prompt_chars:,}."
+            )
+        if "\x00" in prompt or any("\ud800" <= ch <= "\udfff" for ch in prompt):
+            raise RequestError(f"Line {line}: the prompt must be text, without null characters or half characters.")
+    return tuple(prompt for _, prompt in found)
+
+
+def prompts_request(choices: Choices, prompts: Sequence[str], config: AppConfig) -> PromptsRequest:
+    """Check every choice and every prompt once more and make the request that the engine runs.
+
+    Raises:
+        RequestError: One of them cannot be run.
+    """
+    checked = _checked([(number, prompt) for number, prompt in enumerate(prompts, start=1)], config)
+    model, weights = check_loading(choices, config)
+    return PromptsRequest(
+        model, weights, checked, method_text(choices), sampling_settings(choices, config), bool(choices.chat)
+    )
