@@ -223,9 +223,9 @@ def defined() -> pd.DataFrame:
     for line in inspect.getsource(definitions).splitlines():
         if heading := re.match(r"# --- (.+)", line):
             where = heading[1].strip()
-        elif (name := re.match(r"([A-Z][A-Z0-9_]*) = ", line)) and isinstance(getattr(definitions, name[1]), str):
+        elif (name := re.match(r"([A-Z][A-Z0-9_]*) = ", line)) and isinstance(getattr(definitions, name[1], None), str):
             label = _NAMES.get(name[1], name[1].replace("_", " ").capitalize())
-            rows.append({"figure": label, "meaning": getattr(definitions, name[1]), "shown on": where})
+            rows.append({"figure": label, "meaning": getattr(definitions, name[1], None), "shown on": where})
     return pd.DataFrame(rows)
 
 

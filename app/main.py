@@ -18,7 +18,7 @@ st.set_page_config(page_title="TurboQuant Lab", page_icon=str(ROOT / "assets" / 
 st.logo(str(ROOT / "assets" / "logo.svg"), size="large", icon_image=str(ROOT / "assets" / "favicon.svg"))
 
 
-def link(entry: Entry, *, default: bool = False, hidden: bool = False) -> Page:
+def page_of(entry: Entry, *, default: bool = False, hidden: bool = False) -> Page:
     """A page of the navigation."""
     return st.Page(
         entry.path,
@@ -31,14 +31,10 @@ def link(entry: Entry, *, default: bool = False, hidden: bool = False) -> Page:
     )
 
 
-sections: dict[str, list[Page]] = {}
-for entry in ENTRIES:
-    if entry.path.exists():
-        sections.setdefault(entry.section, []).append(link(entry, default=entry is DEFAULT))
-# Streamlit gives the default page the bare address only; this one makes /compare work too.
-sections[DEFAULT.section].append(link(DEFAULT, hidden=True))
-page = st.navigation(sections, expanded=True)
+pages = {entry: page_of(entry, default=entry is DEFAULT) for entry in ENTRIES if entry.path.exists()}
+# Streamlit gives the default page the bare address only; the hidden one makes /compare work too.
+page = st.navigation([*pages.values(), page_of(DEFAULT, hidden=True)], position="hidden")
 state.attend()
 state.collect()
-sidebar.render(settings=any(entry.title == page.title and entry.uses_settings for entry in ENTRIES))
+sidebar.render(pages, settings=any(entry.title == page.title and entry.uses_settings for entry in ENTRIES))
 page.run()

@@ -15,7 +15,6 @@ from app.verdict import human_bytes
 
 KEY, UNSENT = "conversation", "chat_unsent"
 _LONG, _HEIGHT = 900, 220
-_NAMES = {"original": "**:blue[Original]** · full KV cache", "compressed": "**:violet[Compressed]**"}
 _FORKS = {"original": "Go on with the original's answer", "compressed": "Go on with the compressed answer"}
 _AVATARS = {"original": ":material/database:", "compressed": ":material/compress:"}
 
@@ -32,6 +31,12 @@ def turn_job() -> Job | None:
     if job is None or not isinstance(job.request, TurnRequest):
         return None
     return job if job.request.conversation is state.conversation() else None
+
+
+def _heading(side: SideName, method: str) -> str:
+    if side == "original":
+        return "**:blue[Original]** · full KV cache"
+    return f"**:violet[Compressed]** · `{method}`"
 
 
 def _busy() -> bool:
@@ -147,7 +152,6 @@ def openings() -> None:
     st.text(OPENINGS[name].then)
     st.button(
         "Send this opening",
-        type="primary",
         icon=":material/send:",
         key="chat_send_opening",
         on_click=send,
@@ -173,7 +177,7 @@ def history(talk: Conversation) -> None:
         _message(turn.comparison.prompt)
         for column, side in zip(st.columns(2), SIDES, strict=True):
             with column, st.chat_message(side, avatar=_AVATARS[side]):
-                st.markdown(_NAMES[side])
+                st.markdown(_heading(side, talk.method))
                 st.text(getattr(turn.comparison, side).text or "(no text)")
                 st.caption(escape(transcript.answer_words(turn, side)))
                 st.caption(escape(f"Before it: {transcript.context_words(getattr(turn, side))}."))
@@ -269,7 +273,7 @@ def figures_of(talk: Conversation) -> None:
     turns = talk.turns
     left, right = st.columns(2, gap="medium")
     with left:
-        figures.show("KV cache at the end of each turn", charts.growth(turns), "chat_growth", help=definitions.KV_BYTES)
+        figures.show("KV cache at the end of each turn", charts.growth(turns), "chat_growth", help=definitions.TURN_BYTES)
         figures.show("Heads at risk and changed tokens", charts.shares(turns), "chat_shares", help=definitions.AT_RISK)
     with right:
         figures.show("Drift: mean KL", charts.kl(turns), "chat_kl", help=definitions.TURN_KL)
@@ -299,13 +303,15 @@ def stream(job: Job) -> None:
     texts, captions = [], []
     for column, side in zip(st.columns(2), SIDES, strict=True):
         with column, st.chat_message(side, avatar=_AVATARS[side]):
-            st.markdown(_NAMES[side])
+            st.markdown(_heading(side, current().method))
             texts.append(st.empty())
             captions.append(st.empty())
     drawn: dict[object, object] = {}
     for _ in job.stream():
         view = job.view
         words = work.words(job)
+        if view.state == "running" and view.fraction is None and any(part.tokens for part in view.sides):
+            words = "Stopping; what is there is kept" if job.cancelled else "Both sides answer, token by token in turn"
         if words != drawn.get("line"):
             drawn["line"] = words
             line.caption(escape(words))

@@ -32,8 +32,7 @@ def render() -> None:
         )
         with st.container(horizontal=True, vertical_alignment="center"):
             st.form_submit_button(
-                "Compare",
-                type="primary",
+                ":violet[**Compare**]",
                 icon=":material/compare:",
                 shortcut="Mod+Enter",
                 on_click=state.submit_compare,

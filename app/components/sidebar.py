@@ -1,15 +1,18 @@
 """The sidebar: what to compare, all of it in the address, and what the engine is doing."""
 
+from collections.abc import Mapping
+from itertools import groupby
 from typing import Final
 
 import streamlit as st
+from streamlit.navigation.page import Page
 
 from app import state
 from app.components.panes import escape
 from app.components.work import words
 from app.config import WEIGHTS
 from app.engine import EngineStatus
-from app.navigation import FOLDER
+from app.navigation import FOLDER, Entry
 from app.requests import (
     BIT_CHOICES,
     EACH_BITS,
@@ -27,12 +30,23 @@ from turboquant.registry import MODELS
 _URL: Final = "query-params"
 
 
-def render(*, settings: bool) -> None:
+def render(pages: Mapping[Entry, Page], *, settings: bool) -> None:
     """Draw the sidebar; the settings of runs stand on the pages that use them."""
     with st.sidebar:
+        _navigation(pages)
         if settings:
             _settings()
         _status()
+
+
+def _navigation(pages: Mapping[Entry, Page]) -> None:
+    """The links to the pages. Streamlit's own list of sections is no valid list to a screen reader."""
+    with st.container(gap=None):
+        for section, entries in groupby(pages, key=lambda entry: entry.section):
+            if section:
+                st.caption(section)
+            for entry in entries:
+                st.page_link(pages[entry], label=entry.title, icon=f":material/{entry.icon}:", help=entry.help)
 
 
 def _settings() -> None:

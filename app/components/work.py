@@ -22,8 +22,7 @@ def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disable
     live = state.busy()
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button(
-            label,
-            type="primary",
+            f":violet[**{label}**]",  # the theme's filled button has too little contrast for its shortcut
             icon=":material/play_arrow:",
             key=key,
             on_click=state.submit,
