@@ -54,7 +54,8 @@ def speed(rows: Sequence[Row]) -> Chart:
         own = [row for row in rows if row.method == method]
         color, pattern = _COLORS[i % len(_COLORS)], _PATTERNS[i % len(_PATTERNS)]
         figure.add_trace(_bar(method, [*map(_name, own)], [row.tokens_per_second for row in own], color, pattern))
-    layout(figure, barmode="group", yaxis_title="tokens/s", height=330)
+    bargap = 0.6 if len(first) == 1 else 0.25
+    layout(figure, barmode="group", bargap=bargap, yaxis_title="tokens/s", height=330)
     figure.update_xaxes(type="category")
     table = pd.DataFrame(
         [

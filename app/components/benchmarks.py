@@ -118,6 +118,7 @@ def recorded() -> None:
     st.dataframe(measure.sources(named), hide_index=True, alt="Where and when the recorded results were measured.")
     st.subheader("Generation: speed, packing, memory", anchor=False)
     _tagged("recorded", made_with(records))
+    caution(records)
     for batch in sorted({record.cell.settings["batch"] for record in records}):
         part = [record for record in records if record.cell.settings["batch"] == batch]
         st.markdown(f"**{batch} {'row' if batch == 1 else 'rows'}**")
@@ -139,12 +140,17 @@ def measured(plan: Plan | None) -> None:
     records = present(plan.cells, state.records()) if plan else []
     good = [record for record in records if record.error is None]
     if plan is None or not records:
-        page.empty("Nothing is measured yet for these settings. Press Measure; results appear cell by cell.")
+        page.empty(
+            "The first cell is on its way; results appear cell by cell."
+            if state.busy()
+            else "Nothing is measured yet for these settings. Press Measure; results appear cell by cell."
+        )
         return
     _tagged("measured", f"{len(good)} of {len(plan.cells)} cells. {made_with(good)}")
     for record in records:
         if record.error:
             st.warning(escape(f"{record.cell}: {record.error}"), icon=":material/error:")
+    caution(good)
     if good:
         results(good, "here")
 
@@ -160,16 +166,16 @@ def results(records: Sequence[ExperimentRecord], key: str) -> None:
     rows = measure.rows(records)
     for row in rows:
         st.markdown(f"- {escape(measure.words(row))}")
-    devices = {row.environment.device.split(":")[0] for row in rows}
-    if devices == {"cpu"}:
-        st.info(
-            "These are speeds of a CPU without fused kernels. They say nothing about the speed of GPU kernels.",
-            icon=":material/info:",
-        )
     figures.show("Speed", charts.speed(rows), f"bench_speed_{key}", help=definitions.BENCH_SPEED)
     if len({row.context for row in rows}) > 1:
         _against_context(rows, key)
     table(rows, key, records)
+
+
+def caution(records: Sequence[ExperimentRecord]) -> None:
+    """Say what speeds of a CPU are not."""
+    if records and all(record.environment.device.startswith("cpu") for record in records):
+        st.info("These are speeds of a CPU. They say nothing about the speed of GPU kernels.", icon=":material/info:")
 
 
 def _against_context(rows: Sequence[Row], key: str) -> None:

@@ -148,7 +148,11 @@ def measured(plan: Plan | None, metric: str) -> None:
     records = present(plan.cells, state.records()) if plan else []
     good = [record for record in records if record.error is None]
     if plan is None or not records:
-        page.empty("Nothing is measured yet for these settings. Press Measure; dots appear cell by cell.")
+        page.empty(
+            "The first cell is on its way; dots appear cell by cell."
+            if state.busy()
+            else "Nothing is measured yet for these settings. Press Measure; dots appear cell by cell."
+        )
         return
     with st.container(horizontal=True, vertical_alignment="center"):
         page.tag("measured")
