@@ -88,7 +88,7 @@ def run_bar() -> Plan | None:
     if plan is not None:
         left = missing(plan.cells, state.records())
         there = len(plan.cells) - len(left)
-        words = f"{len(plan.cells)} cells, {there} of them measured. {_time(plan)}" if left else ""
+        words = f"{there} of {len(plan.cells)} cells are measured. {_time(plan)}" if left else ""
         if not left:
             refusal = f"All {there} cells are measured. Choose other contexts or settings to go on."
     work.bar("Measure", request, plan=words, key="bench_run", disabled=None if state.busy() else refusal)

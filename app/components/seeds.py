@@ -108,7 +108,7 @@ def run_bar() -> Plan | None:
     if plan is not None:
         left = missing(plan.cells, state.records())
         there = len(plan.cells) - len(left)
-        words = f"{len(plan.cells)} cells, {there} of them measured. {_time(plan)}" if left else ""
+        words = f"{there} of {len(plan.cells)} cells are measured. {_time(plan)}" if left else ""
         if not left:
             refusal = f"All {there} cells are measured. Ask for more seeds or other settings to go on."
     work.bar("Measure", request, plan=words, key="seeds_run", disabled=None if state.busy() else refusal)
@@ -158,9 +158,8 @@ def measured(plan: Plan | None, metric: str) -> None:
         page.tag("measured")
         st.caption(escape(f"{len(good)} of {len(plan.cells)} cells. {made_with(good)}"), width="stretch")
     if failed := [record for record in records if record.error]:
-        st.warning(
-            escape(f"{len(failed)} cells failed. The first one said: {failed[0].error}."), icon=":material/error:"
-        )
+        words = f"Failed cells: {len(failed)}. The first one said: {failed[0].error}"
+        st.warning(escape(words), icon=":material/error:")
     if good:
         _results(good, metric)
 

@@ -50,7 +50,7 @@ class Plan:
         """
         left = missing(self.cells, records)
         if not left:
-            raise RequestError(f"All {len(self.cells)} cells are measured; choose other contexts or settings.")
+            raise RequestError("Everything is measured; choose other contexts or settings.")
         return CellsRequest(self.model, self.weights, left, title, page)
 
 
@@ -64,8 +64,9 @@ def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
     tokens = check_bound("New tokens", own.tokens, 2, min(MOST_NEW_TOKENS, config.max_new_tokens))
     batch, repeats = check_bound("Rows", own.batch, *BATCHES), check_bound("Rounds", own.repeats, *REPEATS)
     contexts = _check_contexts(own.contexts, tokens, batch, config)
-    methods = list(dict.fromkeys([method_text(choices), *([second_method(choices)] if choices.second else [])]))
-    for method in map(parse_method, methods):
+    methods = dict.fromkeys([method_text(choices), *([second_method(choices)] if choices.second else [])])
+    parsed = [parse_method(method) for method in methods]
+    for method in parsed:
         if not method.foreign and not method.packed_length(contexts[0] - 1):
             raise RequestError(
                 f"{method} packs none of {contexts[0]} tokens: choose longer contexts or a smaller exact window."
@@ -76,7 +77,7 @@ def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
 
     shared = {"new_tokens": tokens, "batch": batch, "repeats": repeats}
     every = [EXPERIMENT.settings(context=context, **shared) for context in contexts]
-    cells = tuple(cells_for(EXPERIMENT, model, map(parse_method, methods), every, weights))
+    cells = tuple(cells_for(EXPERIMENT, model, parsed, every, weights))
     check_count(cells, config)
     return Plan(model, weights, cells)
 

@@ -94,7 +94,7 @@ def test_results_come_cell_by_cell_stop_keeps_them_and_another_click_measures_th
     page: AppTest, cells: Cells
 ) -> None:
     opened(page, **SMALL)
-    assert "4 cells, 0 of them measured" in said(page)
+    assert "0 of 4 cells are measured" in said(page)
     page.button(key="seeds_run").click().run()
     assert page.button(key="seeds_run").disabled
     assert not page.get("plotly_chart")
@@ -110,7 +110,7 @@ def test_results_come_cell_by_cell_stop_keeps_them_and_another_click_measures_th
     page.run()
     assert "Stopped" in said(page)
     assert "1 of 4 results are kept" in said(page)
-    assert "4 cells, 1 of them measured" in said(page)
+    assert "1 of 4 cells are measured" in said(page)
     cells.let(3)
     page.button(key="seeds_run").click().run()
     until(lambda: not newest(page).live)
@@ -134,9 +134,9 @@ def test_a_cell_that_failed_is_said_and_asked_for_again(page: AppTest, cells: Ce
     until(lambda: not newest(page).live)
     page.run()
     assert not page.exception
-    assert "4 cells failed. The first one said: the text is *too* short" in said(page)
+    assert "Failed cells: 4. The first one said: the text is *too* short" in said(page)
     assert "*too*" not in page.warning[0].value  # escaped
-    assert "4 cells, 0 of them measured" in said(page)
+    assert "0 of 4 cells are measured" in said(page)
 
 
 @pytest.mark.parametrize(
