@@ -117,6 +117,10 @@ RECALL = (
 )
 
 # --- Session
+TURN_BYTES = (
+    "Bytes both caches really hold at the end of each turn. The compressed one keeps its first and its most recent "
+    "tokens exact, in the model's dtype, and needs its tables once: in a short conversation these outweigh the codes."
+)
 TURN_KL = (
     "How far the compressed cache's next-token distribution is from the full one's, averaged over the original answer "
     "of each turn (teacher forced). Where it rises from turn to turn, the compressed cache drifts."

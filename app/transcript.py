@@ -18,6 +18,8 @@ def context_words(context: "Context") -> str:
     parts = []
     if context.rebuilt:
         parts.append(f"cache rebuilt: all {_tokens(context.fed_tokens)} were read again in one call")
+    elif not context.reused_tokens:
+        parts.append(f"{_tokens(context.fed_tokens)} read")
     else:
         parts.append(f"{_tokens(context.reused_tokens)} reused from the cache, {context.fed_tokens:,} read")
     if context.cropped_tokens and not context.rebuilt:

@@ -13,16 +13,23 @@ page.header(
 )
 talk, job = chat.current(), chat.turn_job()
 live = job if job is not None and job.live else None
-if talk.turns:
-    chat.settings(talk)
-elif live is None:
-    chat.openings()
+# Parts that a live turn does not show are replaced by nothing, so that none of them stays behind, greyed out.
+top = st.container() if talk.turns or live is None else st.empty()
+with top:
+    if talk.turns:
+        chat.settings(talk)
+    elif live is None:
+        chat.openings()
 chat.history(talk)
-chat.ending(talk)
+ending = st.container() if live is None else st.empty()
 slot = st.container()
+if live is None:
+    with ending:
+        chat.ending(talk)
 if talk.turns:
     if live is None:
-        chat.forks(talk)
+        with slot:
+            chat.forks(talk)
     chat.figures_of(talk)
 st.chat_input(
     "An answer is being written" if live else "Your message to both sides",

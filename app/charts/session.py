@@ -84,8 +84,9 @@ def agreement(turns: "tuple[Turn, ...]") -> Chart:
     figure = go.Figure()
     for name, color, shape in (("then they part", RISK, "/"), ("to the end", COMPRESSED, "")):
         values = [count if word == name else None for count, word in found]
-        marker = {"color": color, "pattern": {"shape": shape, "fgcolor": "#ffffff", "size": 7, "solidity": 0.2}}
-        figure.add_trace(go.Bar(x=x, y=values, name=f"identical, {name}", marker=marker, hovertemplate="%{y} tokens"))
+        pattern = {"shape": shape, "size": 7, "fillmode": "overlay", "fgcolor": "#ffffff", "solidity": 0.2}
+        bar = go.Bar(x=x, y=values, name=f"identical, {name}", marker={"color": color, "pattern": pattern})
+        figure.add_trace(bar.update(text=values, textposition="outside", hovertemplate="%{y} tokens"))
     _turns(layout(figure, xaxis_title="turn", yaxis_title="tokens", barmode="stack", yaxis_rangemode="tozero"))
     same = [i for i in range(len(x)) if shared[i] is not None]
     if not same:

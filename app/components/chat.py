@@ -83,6 +83,11 @@ def fork(side: SideName) -> None:
         talk.fork(side)
 
 
+def open_run(talk: Conversation, index: int, run_id: str) -> None:
+    """Keep a turn's comparison as a run of this tab."""
+    state.add_run(Run(id=run_id, group=f"chat-{talk.id}", comparison=talk.turns[index].comparison), show=False)
+
+
 # --- the conversation
 
 
@@ -187,17 +192,28 @@ def history(talk: Conversation) -> None:
 def _about(talk: Conversation, index: int) -> None:
     turn = talk.turns[index]
     words = transcript.turn_words(turn, talk.forks.get(index))
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.caption(escape(words), width="stretch")
-        if st.button(
+    st.caption(escape(words))
+    run_id = f"{talk.id}-turn-{index + 1}"
+    if state.runs().get(run_id) is None:
+        st.button(
             f"Open turn {index + 1} as a run",
             icon=":material/open_in_new:",
             key=f"chat_open_{index}",
             type="tertiary",
-            help="Shows this turn's comparison on the Compare page, with its heads, tokens and bytes.",
-        ):
-            state.add_run(Run(id=f"{talk.id}-turn-{index + 1}", group=f"chat-{talk.id}", comparison=turn.comparison))
-            st.switch_page(PAGES / "compare.py")
+            on_click=open_run,
+            args=(talk, index, run_id),
+            help="Keeps this turn's comparison as a run, to be opened on other pages with its heads, tokens and bytes.",
+        )
+        return
+    with st.container(horizontal=True):
+        for name, icon, key in (("compare", "compare", state.SHOWN), ("heads", "grid_on", "heads_run")):
+            if name == "compare" or turn.comparison.heads:
+                st.page_link(
+                    PAGES / f"{name}.py",
+                    label=f"Turn {index + 1} in {name.capitalize()}",
+                    icon=f":material/{icon}:",
+                    query_params={key: run_id},
+                )
 
 
 def ending(talk: Conversation) -> None:
@@ -273,7 +289,9 @@ def figures_of(talk: Conversation) -> None:
     turns = talk.turns
     left, right = st.columns(2, gap="medium")
     with left:
-        figures.show("KV cache at the end of each turn", charts.growth(turns), "chat_growth", help=definitions.TURN_BYTES)
+        figures.show(
+            "KV cache at the end of each turn", charts.growth(turns), "chat_growth", help=definitions.TURN_BYTES
+        )
         figures.show("Heads at risk and changed tokens", charts.shares(turns), "chat_shares", help=definitions.AT_RISK)
     with right:
         figures.show("Drift: mean KL", charts.kl(turns), "chat_kl", help=definitions.TURN_KL)

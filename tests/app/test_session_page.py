@@ -220,7 +220,10 @@ def test_a_turn_opens_as_a_run(chat: AppTest) -> None:
     say(chat, OPENING)
     kept = talk(chat).turns[0].comparison
     button(chat, "chat_open_0").click().run()
+    assert not chat.exception
     assert [run.comparison for run in chat.session_state["runs"].all()] == [kept]
+    labels = [link.proto.label for link in chat.get("page_link")]
+    assert {"Turn 1 in Compare", "Turn 1 in Heads"} <= set(labels)
 
 
 def test_what_models_and_people_write_is_never_markup(chat: AppTest) -> None:
