@@ -1,6 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 
+from app import config as config_module
 from app.config import AppConfig, ConfigError, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_defaults() -> None:
@@ -40,6 +46,20 @@ def test_a_bad_value_gives_one_sentence(name: str, value: str, rule: str) -> Non
         load_config({name: value})
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_locked_model_is_the_only_one_on_offer() -> None:
+    config = load_config({"TURBOQUANT_LOCK_MODEL": "1", "TURBOQUANT_MODELS": "a,b", "TURBOQUANT_DEFAULT_MODEL": "b"})
+    assert config.models == ("b",)
+    assert not config.allow_any_model
+
+
+def test_every_setting_stands_in_the_table_and_in_the_readme() -> None:
+    read = set(re.findall(r'"(TURBOQUANT_\w+)"', Path(config_module.__file__).read_text()))
+    table = set(re.findall(r"^\| (TURBOQUANT_\w+) \|", str(config_module.__doc__), flags=re.MULTILINE))
+    readme = set(re.findall(r"`(TURBOQUANT_\w+)`", (ROOT / "README.md").read_text()))
+    assert read == table
+    assert read <= readme
 
 
 def test_the_default_model_must_be_on_offer() -> None:

@@ -14,8 +14,9 @@ from app.examples import EXAMPLES
 from app.requests import (
     Choices,
     RequestError,
-    build_request,
+    check_bound,
     check_model,
+    compare_request,
     defaults,
     method_text,
     query,
@@ -28,8 +29,8 @@ CONFIG = AppConfig(max_new_tokens=256, max_prompt_chars=100)
 
 
 def test_the_start_settings_run() -> None:
-    request = build_request(defaults(CONFIG), "hello", CONFIG)
-    assert request.method == "turboquant:bits=4"
+    request = compare_request(defaults(CONFIG), "hello", CONFIG)
+    assert request.methods == ("turboquant:bits=4",)
     assert request.settings.max_new_tokens == 128
     assert request.settings.temperature == 0
 
@@ -66,11 +67,17 @@ def test_every_recipe_gives_a_method_that_reads_back(recipe: str) -> None:
         ({"model": "\0"}, "no known model"),
         ({"model": "a/b/c"}, "no known model"),
         ({"model": ""}, "no known model"),
+        ({"model": "../name"}, "no known model"),
+        ({"model": "org/.."}, "no known model"),
+        ({"model": "/etc"}, "no known model"),
+        ({"model": "org/a..b"}, "no known model"),
+        ({"second": "magic"}, "second setting cannot be used: unknown method 'magic'"),
+        ({"second": "turboquant:bits=4"}, "both compressed settings are the same|Both compressed"),
     ],
 )
 def test_a_choice_out_of_range_gives_one_sentence(change: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words) as caught:
-        build_request(replace(Choices(), **change), "hello", CONFIG)
+        compare_request(replace(Choices(), **change), "hello", CONFIG)
     assert "\n" not in str(caught.value)
 
 
@@ -79,17 +86,33 @@ def test_a_choice_out_of_range_gives_one_sentence(change: dict[str, Any], words:
 )
 def test_a_prompt_is_needed_and_not_too_long(prompt: object, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        build_request(Choices(), prompt, CONFIG)
+        compare_request(Choices(), prompt, CONFIG)
 
 
-def test_typed_models_only_where_they_are_allowed(tmp_path: Path) -> None:
+def test_a_second_setting_is_another_method() -> None:
+    request = compare_request(replace(Choices(), second="kivi:bits=2"), "hello", CONFIG)
+    assert request.methods == ("turboquant:bits=4", "kivi:bits=2")
+    assert request.sides == 3
+
+
+def test_hub_ids_are_typed_only_where_they_are_allowed_and_folders_never(tmp_path: Path) -> None:
     assert check_model("org/name", CONFIG) == "org/name"
-    assert check_model(str(tmp_path), CONFIG) == str(tmp_path)
+    with pytest.raises(RequestError, match="no known model"):
+        check_model(str(tmp_path), CONFIG)
+    mine = AppConfig(models=("smollm2-135m", str(tmp_path)), allow_any_model=False)
+    assert check_model(str(tmp_path), mine) == str(tmp_path)  # the operator may offer a folder
     closed = AppConfig(models=("smollm2-135m",), allow_any_model=False)
     assert check_model("smollm2-135m", closed) == "smollm2-135m"
     for name in ("org/name", str(tmp_path), "phi-2"):
         with pytest.raises(RequestError, match="not offered here; choose from smollm2-135m"):
             check_model(name, closed)
+
+
+@pytest.mark.parametrize("value", [0, 6, True, None, "3", 2.0, 10**40])
+def test_a_bound_is_a_bound(value: object) -> None:
+    assert check_bound("Seeds", 3, 1, 5) == 3
+    with pytest.raises(RequestError, match="Seeds must be a whole number from 1 to 5"):
+        check_bound("Seeds", value, 1, 5)
 
 
 def test_a_link_opens_the_same_choices() -> None:
@@ -117,8 +140,9 @@ loose = (
 @given(st.dictionaries(st.sampled_from(list(Choices.__dataclass_fields__)), loose, max_size=6), st.text(max_size=20))
 def test_whatever_a_browser_sends_is_run_or_refused(values: dict[str, Any], prompt: str) -> None:
     try:
-        request = build_request(read_choices(values, CONFIG), prompt, CONFIG)
+        request = compare_request(read_choices(values, CONFIG), prompt, CONFIG)
     except RequestError:
         return
     assert 1 <= request.settings.max_new_tokens <= 256
-    parse_method(request.method)
+    for method in request.methods:
+        parse_method(method)
