@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,33 +127,51 @@ def conversation() -> Conversation | None:
     return st.session_state.get("conversation")
 
 
+@dataclass
+class _Taken:
+    """What of a job is in this tab already; `show` is the run that pages have yet to be told of."""
+
+    job: int
+    items: set[int] = field(default_factory=set)
+    show: str | None = None
+
+
 def collect() -> None:
-    """Take what the newest job has computed since the last look."""
+    """Take what the newest job has computed since the last look.
+
+    Streamlit may end a page's run at any use of the session's state, so between taking a result and marking it as
+    taken there is none.
+    """
     newest = job()
     if newest is None:
         return
-    if st.session_state.get("collecting") != newest.id:
-        st.session_state["collecting"], st.session_state["collected"] = newest.id, set()
-    seen: set[int] = st.session_state["collected"]
+    taken: _Taken | None = st.session_state.get("taken")
+    if taken is None or taken.job != newest.id:
+        taken = st.session_state["taken"] = _Taken(newest.id)
+    store, kept = runs(), records()
     for item, result in sorted(newest.results.items()):
-        if item not in seen:
-            seen.add(item)
-            _take(newest, item, result)
+        if item not in taken.items:
+            taken.items.add(item)
+            taken.show = _take(newest, item, result, store, kept) or taken.show
+    if taken.show is not None:
+        st.session_state[SHOWN] = taken.show
+        taken.show = None
 
 
-def _take(newest: Job, item: int, result: Any) -> None:
+def _take(newest: Job, item: int, result: Any, store: RunStore, kept: dict[str, ExperimentRecord]) -> str | None:
+    """Keep one result; returns the id of the run to show, if there is one. Does not touch the session's state."""
     request, cached = newest.request, item in newest.cached
     if isinstance(request, CompareRequest):
         group = uuid.uuid4().hex[:8] if len(result) > 1 else None
-        for comparison in reversed(result):
-            add_run(Run(comparison=comparison, group=group, cached=cached))
-    elif isinstance(request, PromptsRequest):
-        add_run(Run(comparison=result, group=f"set-{newest.id}", cached=cached), show=False)
+        made = [store.add(Run(comparison=c, group=group, cached=cached)) for c in reversed(result)]
+        return made[-1].id
+    if isinstance(request, PromptsRequest):
+        store.add(Run(comparison=result, group=f"set-{newest.id}", cached=cached))
     elif isinstance(request, CellsRequest):
-        kept = records()
         kept[result.cell.key] = result
         while len(kept) > MAX_RECORDS:
             del kept[next(iter(kept))]
+    return None
 
 
 # --- callbacks

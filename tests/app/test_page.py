@@ -1,5 +1,6 @@
 """The Compare page in each of its states, without a browser."""
 
+import contextlib
 import html
 import time
 
@@ -189,9 +190,49 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown(
 
     monkeypatch.setattr(state, "collect", collect_then_end)
     page.run()
-    assert page.session_state["collecting"] == job.id
-    assert page.session_state["collected"] == {0}
+    assert [run.comparison.prompt for run in page.session_state["runs"].all()] == ["hello"]
     assert page.metric
+
+
+def test_a_page_run_that_is_ended_while_it_collects_loses_nothing(
+    page: AppTest, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamlit can end a page's run at any use of the session's state; the next run must still find the result."""
+    page.run()
+    job = engine.submit(page.session_state["session_id"], request())
+    assert job.wait(5)
+    reached = []
+
+    class Ending(dict[str, object]):
+        """A session state whose n-th use ends the page's run."""
+
+        last = 0
+
+        def _use(self) -> None:
+            reached.append(1)
+            if len(reached) == self.last:
+                raise InterruptedError
+
+        def __getitem__(self, key: str) -> object:
+            self._use()
+            return super().__getitem__(key)
+
+        def __setitem__(self, key: str, value: object) -> None:
+            self._use()
+            super().__setitem__(key, value)
+
+    monkeypatch.setattr(state, "session_id", lambda: job.session)
+    for last in range(1, 12):
+        session = Ending()
+        session.last = last
+        monkeypatch.setattr(state.st, "session_state", session)
+        reached.clear()
+        with contextlib.suppress(InterruptedError):
+            state.collect()
+        session.last = 0
+        state.collect()
+        assert len(state.runs().all()) == 1, f"ended at use {last}"
+        assert session[state.SHOWN] == state.runs().all()[0].id
 
 
 @pytest.fixture
