@@ -70,7 +70,7 @@ def actions(run: Run) -> None:
             if state.runs().get(run.id):
                 with st.popover("Delete", icon=":material/delete:", key="runs_delete"):
                     st.markdown("Delete this run? It cannot be brought back.")
-                    st.button("Delete it", key="runs_delete_one", type="primary", on_click=_delete, args=([run.id],))
+                    st.button("Delete it", key="runs_delete_one", on_click=_delete, args=([run.id],))
 
 
 def open_in(name: str, label: str, icon: str, key: str, run: Run) -> None:
@@ -119,7 +119,7 @@ def keep_or_clear() -> None:
         with st.popover("Delete all own runs", icon=":material/delete_sweep:", key="runs_clear", disabled=not own):
             st.markdown("Delete all runs of this tab? They cannot be brought back. Recorded runs stay.")
             st.button(
-                "Delete them all", key="runs_delete_all", type="primary", on_click=_delete, args=([r.id for r in own],)
+                "Delete them all", key="runs_delete_all", on_click=_delete, args=([r.id for r in own],)
             )
 
 

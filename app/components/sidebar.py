@@ -41,7 +41,7 @@ def render(pages: Mapping[Entry, Page], *, settings: bool) -> None:
 
 def _navigation(pages: Mapping[Entry, Page]) -> None:
     """The links to the pages. Streamlit's own list of sections is no valid list to a screen reader."""
-    with st.container(gap=None):
+    with st.container(gap="xxsmall"):
         for section, entries in groupby(pages, key=lambda entry: entry.section):
             if section:
                 st.caption(section)
@@ -70,7 +70,8 @@ def _settings() -> None:
         index=None,
         accept_new_options=True,
         placeholder="none",
-        help="Another method beside the first, such as turboquant:bits=3; pick one or type one.",
+        help="Another method beside the first, such as turboquant:bits=3; pick one or type one. Compare, Needle and "
+        "Benchmarks use it.",
     )
     _sampling(start, config.max_new_tokens)
     with st.expander("Advanced", icon=":material/tune:"):

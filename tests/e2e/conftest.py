@@ -12,7 +12,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "tests" / "artifacts"
@@ -76,10 +76,15 @@ def visit(browser: Browser, url: str, width: int = 1440, heading: str = "", **op
     return page
 
 
+def main(page: Page) -> Locator:
+    """The part beside the sidebar; Streamlit names it otherwise where a chat box stands at its foot."""
+    return page.locator('[data-testid="stMain"], [data-testid="stAppScrollToBottomContainer"]')
+
+
 def wait_until(page: Page, condition: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, page.get_by_test_id("stMain").inner_text()[-1500:]
+        assert time.monotonic() < end, main(page).inner_text()[-1500:]
         page.wait_for_timeout(50)
 
 
@@ -89,7 +94,7 @@ def shot(page: Page, name: str, *, whole: bool = True) -> None:
     size = page.viewport_size
     assert size is not None
     if whole:
-        height = page.get_by_test_id("stMain").evaluate("e => e.scrollHeight")
+        height = main(page).evaluate("e => e.scrollHeight")
         page.set_viewport_size({"width": size["width"], "height": min(int(height) + 40, 7000)})
         page.wait_for_timeout(1500)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
@@ -98,5 +103,5 @@ def shot(page: Page, name: str, *, whole: bool = True) -> None:
 
 def no_sideways_scroll(page: Page) -> bool:
     wide = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-    main = page.get_by_test_id("stMain").evaluate("e => [e.scrollWidth, e.clientWidth]")
-    return bool(wide[0] <= wide[1] and main[0] <= main[1])
+    inner = main(page).evaluate("e => [e.scrollWidth, e.clientWidth]")
+    return bool(wide[0] <= wide[1] and inner[0] <= inner[1])
