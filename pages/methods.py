@@ -26,7 +26,8 @@ else:
 if records or job is not None:
     methods.bits_switch()
 if job is not None and shown == methods.HERE:
-    work.watch(job, lambda: methods.plot(methods.here(plan, job)))
+    methods.watch(job)
+    methods.plot(records)
 elif records:
     methods.source(records, shown)
     methods.plot(records)

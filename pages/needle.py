@@ -26,7 +26,8 @@ if shown == needle.RECORDED:
     else:
         page.empty("No recorded method is chosen, or none is shipped with this app.")
 elif job is not None:
-    work.watch(job, lambda: needle.maps(needle.here(cells), cells))
+    needle.watch(job)
+    needle.maps(needle.here(cells), cells)
 else:
     records = needle.here(cells)
     needle.source(records, shown)

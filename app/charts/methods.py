@@ -79,12 +79,12 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
         figure.add_trace(_points(name, own, marker, bits))
     layout(
         figure,
-        height=480,
+        height=560,
         hovermode="closest",
         xaxis_title=f"{'bits held' if bits == 'held' else 'packed bits'} a value (fewer is better)",
         yaxis_title="mean KL, nats (less is better)",
     )
-    figure.update_layout(legend={"orientation": "h", "yanchor": "top", "y": -0.2, "itemsizing": "constant"})
+    figure.update_layout(legend={"yref": "container", "yanchor": "bottom", "y": 0, "itemsizing": "constant"})
     figure.update_yaxes(type="log", dtick=1, tickformat="~g")
     return Chart(figure, _sentence(rows, drawn, bits), methods_table(rows, bits))
 

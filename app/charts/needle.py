@@ -1,15 +1,17 @@
 """Maps of lengths and depths: how often a needle is found, and what compression changes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
-from app.charts.style import BASELINE, ORIGINAL, RISK, RISK_SCALE, Chart, layout
+from app.charts.style import BASELINE, ORIGINAL, RISK, Chart, layout
 from app.measure.needle import Place, Share, Total
 
 WAITING, FAILED = "not yet", "failed"
-_MISSES = [[1 - float(str(place)), color] for place, color in reversed(RISK_SCALE)]
+_FOUND = [[0.0, "#33164f"], [0.25, "#8e2f5c"], [0.5, RISK], [0.75, "#f0c27b"], [1.0, "#eef1f6"]]
 _CHANGE = [[0.0, "#8e2f5c"], [0.25, RISK], [0.5, "#eef1f6"], [0.75, "#9cc3ea"], [1.0, ORIGINAL]]
 Spot = tuple[int, float]
 
@@ -19,12 +21,28 @@ def _axes(places: Sequence[Place], planned: Sequence[Spot]) -> tuple[list[int], 
     return sorted({context for context, _ in spots}), sorted({depth for _, depth in spots})
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """The colours of a map: from the least to the greatest value."""
+
+    low: float
+    high: float
+    colors: list[list[object]]
+
+    def ink(self, value: float) -> str:
+        """Black or white, whichever stands out more from the value's colour (WCAG)."""
+        (color,) = sample_colorscale(self.colors, [(value - self.low) / (self.high - self.low)], colortype="tuple")
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        return "#000000" if (light + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+
+
 def _map(
     values: Mapping[Spot, float],
     texts: Mapping[Spot, str],
     words: Mapping[Spot, str],
     axes: tuple[list[int], list[float]],
-    style: dict[str, object],
+    scale: _Scale,
 ) -> go.Figure:
     """A cell a length and depth; a place without a value says in words why."""
     contexts, depths = axes
@@ -35,26 +53,29 @@ def _map(
             x=x,
             y=y,
             z=[[values.get(spot) for spot in row] for row in grid],
-            text=[[texts.get(spot, "") for spot in row] for row in grid],
             customdata=[[words.get(spot, "") for spot in row] for row in grid],
-            texttemplate="%{text}",
-            textfont={"size": 13},
             hovertemplate="%{x} tokens, depth %{y}: %{customdata}<extra></extra>",
             hoverongaps=False,
             xgap=2,
             ygap=2,
             showscale=False,
-            **style,
+            zmin=scale.low,
+            zmax=scale.high,
+            colorscale=scale.colors,
         )
     )
-    empty = [spot for row in grid for spot in row if spot not in values]
+    spots = [spot for row in grid for spot in row]
     figure.add_trace(
         go.Scatter(
-            x=[f"{context:,}" for context, _ in empty],
-            y=[f"{depth:g}" for _, depth in empty],
-            text=[texts.get(spot, WAITING) for spot in empty],
+            x=[f"{context:,}" for context, _ in spots],
+            y=[f"{depth:g}" for _, depth in spots],
+            text=[texts.get(spot, WAITING) for spot in spots],
             mode="text",
-            textfont={"color": BASELINE, "size": 12},
+            textfont={
+                "color": [scale.ink(values[spot]) if spot in values else BASELINE for spot in spots],
+                "size": 13,
+            },
+            cliponaxis=False,
             showlegend=False,
             hoverinfo="skip",
         )
@@ -67,8 +88,9 @@ def _map(
         yaxis_title="depth (0: start)",
     )
     figure.update_layout(margin={"t": 8})
-    figure.update_xaxes(type="category", categoryarray=x, showgrid=False)
-    figure.update_yaxes(type="category", categoryarray=y, autorange="reversed", showgrid=False)
+    ends = {"showgrid": False, "zeroline": False}
+    figure.update_xaxes(type="category", categoryarray=x, range=[-0.5, len(x) - 0.5], **ends)
+    figure.update_yaxes(type="category", categoryarray=y, range=[len(y) - 0.5, -0.5], **ends)
     return figure
 
 
@@ -91,8 +113,7 @@ def found_map(
         spot: f"found {found.pct:.0f} % of {place.repetitions}, interval {_range(found)} %"
         for spot, (place, found) in known.items()
     }
-    style = {"zmin": 0, "zmax": 100, "colorscale": _MISSES}
-    figure = _map(values, texts, words, _axes(places, planned), style)
+    figure = _map(values, texts, words, _axes(places, planned), _Scale(0, 100, _FOUND))
     table = pd.DataFrame(
         [
             (place.context, place.depth, place.repetitions, found.pct, found.low, found.high)
@@ -126,8 +147,7 @@ def change_map(places: Sequence[Place], method: str, planned: Sequence[Spot] = (
     texts = {(place.context, place.depth): FAILED for place in places if place.error}
     texts |= {spot: f"<b>{value:+.0f}</b>" if value else "0" for spot, value in values.items()}
     words = {spot: f"{own.pct:.0f} % compressed, {full.pct:.0f} % full cache" for spot, (_, own, full) in known.items()}
-    style = {"zmin": -100, "zmax": 100, "colorscale": _CHANGE}
-    figure = _map(values, texts, words, _axes(places, planned), style)
+    figure = _map(values, texts, words, _axes(places, planned), _Scale(-100, 100, _CHANGE))
     table = pd.DataFrame(
         [(p.context, p.depth, full.pct, own.pct, own.pct - full.pct) for p, own, full in known.values()],
         columns=["tokens", "depth", "full cache, percent", "compressed, percent", "difference, points"],
@@ -150,8 +170,8 @@ def _change_sentence(values: Mapping[Spot, float], method: str) -> str:
 def totals_table(totals: Sequence[Total]) -> pd.DataFrame:
     """One row a cache over all places."""
     return pd.DataFrame(
-        [(t.method, f"{t.found} of {t.asked}", t.share.pct, t.share.low, t.share.high, t.bits) for t in totals],
-        columns=["cache", "found", "found, percent", "interval from", "interval to", "bits held"],
+        [(t.method, f"{t.found} of {t.asked}", t.share.pct, _range(t.share), t.bits) for t in totals],
+        columns=["cache", "found", "percent", "interval", "bits held"],
     )
 
 

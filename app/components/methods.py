@@ -42,7 +42,7 @@ def controls(shown: str) -> MethodsChoices:
             accept_new_options=True,
             key="methods_chosen",
             bind=_URL,
-            help="Pick some, or type one, such as turboquant:key_bits=4,value_bits=2. The full cache is measured as well.",
+            help="Pick some, or type one, such as turboquant:key_bits=4,value_bits=2. The full cache is measured too.",
         )
         left, middle, right = st.columns([2, 1, 1], gap="medium")
         left.pills(
@@ -133,6 +133,17 @@ def _plan_line(made: Plan, left: Sequence[Cell]) -> str:
 def working(job: Job | None) -> Job | None:
     """The live job of this page, if there is one."""
     return job if job is not None and job.live and job.request.page == "methods" else None
+
+
+def watch(job: Job) -> None:
+    """Show how far the job is; the page, and with it the plot, is drawn again whenever there is another result."""
+    known = len(job.results)
+
+    def look() -> None:
+        if len(job.results) > known:
+            st.rerun(scope="app")
+
+    work.watch(job, look)
 
 
 def here(made: Plan, job: Job | None) -> list[ExperimentRecord]:

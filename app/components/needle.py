@@ -175,6 +175,17 @@ def working(job: Job | None) -> Job | None:
     return job if job is not None and job.live and job.request.page == "needle" else None
 
 
+def watch(job: Job) -> None:
+    """Show how far the job is; the page, and with it the maps, is drawn again whenever there is another result."""
+    known = len(job.results)
+
+    def look() -> None:
+        if len(job.results) > known:
+            st.rerun(scope="app")
+
+    work.watch(job, look)
+
+
 def planned(made: Plan, job: Job | None) -> tuple[Cell, ...]:
     """The cells that this tab's maps show: the plan's, or the job's where the plan has moved on."""
     if job is None or not isinstance(job.request, CellsRequest):
@@ -254,15 +265,12 @@ def _totals(found: Sequence[Place]) -> None:
     if not totals:
         st.caption("Nothing is measured yet.")
         return
-    whole = st.column_config.NumberColumn(format="%.0f")
     st.dataframe(
         charts.totals_table(totals),
         hide_index=True,
         alt="How often each cache found the needle over all lengths and depths, with Wilson intervals.",
         column_config={
-            "found, percent": whole,
-            "interval from": whole,
-            "interval to": whole,
+            "percent": st.column_config.NumberColumn(format="%.0f"),
             "bits held": st.column_config.NumberColumn(format="%.2f", help=definitions.METHOD_HELD),
         },
     )

@@ -249,4 +249,4 @@ def replies(record: ExperimentRecord) -> list[Reply]:
 def place_name(record: ExperimentRecord) -> str:
     """A record's place and method in words."""
     settings = record.cell.settings
-    return f"{settings['context']} tokens, depth {settings['depth']:g}, {record.cell.method}"
+    return f"{settings['context']:,} tokens, depth {settings['depth']:g}, {record.cell.method}"

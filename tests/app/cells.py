@@ -1,47 +1,40 @@
-"""A worker that measures no model: each cell gets the figures of a record of its kind, when the test lets it."""
+"""A stand-in runner for cells: it makes records by hand, as many as it is let. No number in them was measured."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from app.engine import Engine
-from app.jobs import Job
-from turboquant.results import Cell, ExperimentRecord
+from app.jobs import CellsRequest, Job
+from turboquant.results import Cell, Environment, ExperimentRecord
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+HERE = Environment(
+    created="2026-01-02T03:04:05+00:00",
+    commit="abc1234",
+    device="cpu: test",
+    cpu_threads=2,
+    python="3",
+    torch="2",
+    transformers="5",
+)
 
 
+@dataclass
 class Cells:
-    """A runner of CellsRequests. `let` allows so many more cells; `measured` are the keys of those that ran."""
+    """Serves one cell for each permit; `make` makes its record."""
 
-    def __init__(self, make: Callable[[Cell], ExperimentRecord]) -> None:
-        self.make = make
-        self.measured: list[str] = []
-        self._allowed = threading.Semaphore(0)
+    make: Callable[[Cell], ExperimentRecord]
+    allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1000))
+    served: list[Cell] = field(default_factory=list)
 
-    def let(self, count: int) -> None:
-        self._allowed.release(count)
-
-    def load(self, name: str, **options: Any) -> Any:
-        return SimpleNamespace(name=name, weights="fp32", device="cpu")
+    def load(self, name: str, *, weights: str, progress: Any) -> Any:
+        return object()
 
     def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
-        request: Any = job.request
+        assert isinstance(job.request, CellsRequest)
         for item in job.pending:
-            while not self._allowed.acquire(timeout=0.02):
+            while not self.allowed.acquire(timeout=0.02):
                 if cancelled():
                     return
-            self.measured.append(request.cells[item].key)
-            job.add(item, self.make(request.cells[item]))
-            if cancelled() or yielding():
-                return
-
-
-@contextmanager
-def engine_of(cells: Cells) -> Iterator[Engine]:
-    engine = Engine(cells.load, cells.run, max_queue=3, grace_s=0.1, max_cached=0)
-    yield engine
-    engine.close()
+            self.served.append(job.request.cells[item])
+            job.add(item, self.make(job.request.cells[item]))

@@ -124,7 +124,7 @@ class RTN(BitsMethod):
     title: ClassVar[str] = "Round to nearest"
     summary: ClassVar[str] = (
         "Every 32 channels of a vector share one scale and are rounded to evenly spaced levels, as in llama.cpp's "
-        "q4_0 cache; optionally after a random Hadamard rotation, which spreads outliers over all channels."
+        "q4_0 cache. A random Hadamard rotation may come first, which spreads outliers over all channels."
     )
     reference: ClassVar[str] = "llama.cpp q4_0 and q8_0; with rotation QuaRot, arXiv:2404.00456"
     group_size: int = 32
