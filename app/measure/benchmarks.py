@@ -136,6 +136,7 @@ class Row:
     floor: float | None
     environment: Environment
     model: str
+    rounds: int
     encode_prompt_ms: float | None = None
     encode_step_ms: float | None = None
     attention_prompt_ms: float | None = None
@@ -159,7 +160,8 @@ class Row:
     @property
     def where(self) -> str:
         """The machine."""
-        return f"{self.environment.device}, {self.environment.cpu_threads} threads"
+        threads = self.environment.cpu_threads
+        return f"{self.environment.device}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def byte_floor(report: CacheReport | None) -> float | None:
@@ -205,6 +207,7 @@ def row(record: ExperimentRecord) -> Row:
         floor=byte_floor(record.cache),
         environment=record.environment,
         model=str(record.cell.model),
+        rounds=s["repeats"],
         **times,
     )
 
@@ -225,6 +228,7 @@ def decode_row(bench: DecodeBench) -> Row:
         floor=byte_floor(bench.report),
         environment=bench.environment,
         model=bench.model.name,
+        rounds=bench.repeats,
     )
 
 
@@ -303,20 +307,24 @@ def words(one: Row) -> str:
     """How fast a method was next to the full cache, and what was measured of why."""
     own, full = one.tokens_per_second, one.full_tokens_per_second
     apart = own.p80 < full.p20 or own.p20 > full.p80
-    verdict = ("slower" if one.ratio < 1 else "faster") if apart else "no clear difference, the rounds overlap"
+    among = f"in {one.rounds} rounds" if one.rounds > 1 else "in a single round"
+    verdict = (
+        f"{'slower' if one.ratio < 1 else 'faster'} {among}" if apart else "no clear difference, the rounds overlap"
+    )
     rows = f", {one.batch} rows" if one.batch > 1 else ""
     speeds = f"{own.median:.1f} against {full.median:.1f} tokens/s"
     text = f"{one.method} at {one.context:,} tokens{rows}: {one.ratio:.2f} x the full cache on {one.where} ({speeds})"
     text += f": {verdict}."
     parts = []
     if one.encode_step_ms is not None:
-        parts.append(f"packing takes {one.encode_step_ms:.2f} ms")
+        parts.append(f"packing took {one.encode_step_ms:.2f} ms")
     if one.attention_step_ms is not None and one.full_attention_step_ms is not None:
         parts.append(
             f"attention over codes {one.attention_step_ms:.1f} ms instead of {one.full_attention_step_ms:.1f} ms"
         )
     step = f" A step takes {one.step_ms:.1f} ms instead of {one.full_step_ms:.1f} ms"
-    text += f"{step}; of it {' and '.join(parts)}." if parts else f"{step}; its parts were not measured."
+    apiece = f". In one run with instruments, {' and '.join(parts)} of a step." if parts else ""
+    text += step + (apiece or "; its parts were not measured.")
     held = f" It holds {human_bytes(one.bytes)}"
     held += f" instead of {human_bytes(one.full_bytes)}" if one.full_bytes is not None else ""
     return text + held + (f", {one.floor:.2f} x the byte floor." if one.floor is not None else "; no floor is known.")

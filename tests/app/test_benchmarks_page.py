@@ -17,7 +17,7 @@ from app.config import AppConfig
 from app.measure import benchmarks as measure
 from app.measure.benchmarks import CONTEXTS, BenchChoices, make_plan
 from app.requests import Choices, RequestError
-from tests.app.cells import RESULTS, Cells, engine_of
+from tests.app.paced_cells import RESULTS, Cells, engine_of
 from tests.app.conftest import MAIN, until
 from turboquant.results import Cell, ExperimentRecord, read_records
 
@@ -73,7 +73,7 @@ def test_a_cold_link_shows_recorded_figures_with_their_source(page: AppTest, cel
     text = said(opened(page))
     for record in SINGLE:
         assert f"{record.cell.method} at 544 tokens: {record.metrics['speed_ratio']:.2f} x the full cache" in text
-        assert f"packing takes {record.metrics['encode_step_ms']:.2f} ms" in text
+        assert f"packing took {record.metrics['encode_step_ms']:.2f} ms" in text
     assert "say nothing about the speed of GPU kernels" in text
     sources = page.dataframe[0].value
     assert {"hardware", "date", "commit"} <= set(sources.columns)
@@ -184,7 +184,7 @@ def test_the_floor_is_the_codes_alone() -> None:
 
 def test_words_say_measured_facts_only() -> None:
     row = measure.row(SINGLE[0])
-    assert "slower. A step takes" in measure.words(row)
+    assert "slower in 2 rounds. A step takes" in measure.words(row)
     assert "attention" not in measure.words(row)
     close = replace(row, tokens_per_second=row.full_tokens_per_second, ratio=1.0)
     assert "no clear difference, the rounds overlap" in measure.words(close)
@@ -207,7 +207,7 @@ def test_bars_and_whiskers_are_the_records() -> None:
 
 def test_a_share_of_a_step() -> None:
     row = measure.row(SINGLE[0])
-    m = SINGLE[0].metrics
+    m: dict[str, Any] = SINGLE[0].metrics
     assert measure.encode_share(row) == pytest.approx(0.1 * m["encode_step_ms"] * m["tokens_per_second"])
 
 

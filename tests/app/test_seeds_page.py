@@ -17,7 +17,7 @@ from app.config import AppConfig
 from app.measure import seeds as measure
 from app.measure.seeds import METRICS, SeedsChoices, findings, make_plan
 from app.requests import Choices, RequestError
-from tests.app.cells import RESULTS, Cells, engine_of
+from tests.app.paced_cells import RESULTS, Cells, engine_of
 from tests.app.conftest import MAIN, until
 from turboquant.methods import parse_method
 from turboquant.results import Cell, ExperimentRecord, read_records
@@ -76,7 +76,7 @@ def test_a_cold_link_shows_the_recorded_spreads_of_the_library(page: AppTest, ce
         assert f"{method}, text: mean {spread.mean:.2f} % over {spread.count} rotation seeds" in text
         assert f"{spread.low:.2f} % to {spread.high:.2f} %" in text
     assert "That is too few pairs to tell" in text
-    assert RECORDS[0].environment.commit in text
+    assert str(RECORDS[0].environment.commit) in text
     assert "cpu: AMD EPYC" in text
     assert not cells.measured
 
@@ -244,7 +244,9 @@ def test_every_answer_is_counted_once() -> None:
 def test_dots_are_the_cells_and_intervals_the_librarys() -> None:
     found = findings(RECORDS)
     chart = charts.strips(METRICS["KL"], found.strips["KL"])
-    assert sorted(chart.table["KL"]) == sorted(r.metrics["kl_mean"] for r in RECORDS if "kl_mean" in r.metrics)
+    assert sorted(chart.table["KL"]) == sorted(
+        value for r in RECORDS if (value := r.metrics.get("kl_mean")) is not None
+    )
     spread = found.spreads["turboquant:bits=3"]["kl_mean"]
     mean = next(trace for trace in chart.figure.data if "interval" in trace.name)
     assert mean.x[0] == spread.mean
