@@ -17,11 +17,11 @@ def context_words(context: "Context") -> str:
     """What one side's cache held already and what it had to read for this turn."""
     parts = []
     if context.rebuilt:
-        parts.append(f"cache rebuilt: all {_tokens(context.fed_tokens)} were read again in one call")
+        parts.append(f"cache rebuilt: all {tokens(context.fed_tokens)} were read again in one call")
     elif not context.reused_tokens:
-        parts.append(f"{_tokens(context.fed_tokens)} read")
+        parts.append(f"{tokens(context.fed_tokens)} read")
     else:
-        parts.append(f"{_tokens(context.reused_tokens)} reused from the cache, {context.fed_tokens:,} read")
+        parts.append(f"{tokens(context.reused_tokens)} reused from the cache, {context.fed_tokens:,} read")
     if context.cropped_tokens and not context.rebuilt:
         parts.append(f"{context.cropped_tokens:,} taken out first, because the conversation is written differently now")
     return "; ".join(parts)
@@ -57,9 +57,9 @@ def answer_words(turn: "Turn", side: SideName) -> str:
     result = getattr(turn.comparison, side)
     report = result.report
     held = f"{human_bytes(report.bytes)} held"
-    packed = f"{report.compressed_tokens:,} of {_tokens(report.tokens)} packed"
-    ended = f"{_tokens(len(result.token_ids))}, {FINISH.get(result.finish, result.finish)}"
-    return " · ".join([ended, held, *([packed] if side == "compressed" else [f"{_tokens(report.tokens)} in it"])])
+    packed = f"{report.compressed_tokens:,} of {tokens(report.tokens)} packed"
+    ended = f"{tokens(len(result.token_ids))}, {FINISH.get(result.finish, result.finish)}"
+    return " · ".join([ended, held, *([packed] if side == "compressed" else [f"{tokens(report.tokens)} in it"])])
 
 
 def memory_words(talk: Conversation) -> str:
@@ -72,7 +72,8 @@ def memory_words(talk: Conversation) -> str:
     )
 
 
-def _tokens(count: int) -> str:
+def tokens(count: int) -> str:
+    """A number of tokens, in words."""
     return f"{count:,} token{'' if count == 1 else 's'}"
 
 

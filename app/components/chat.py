@@ -337,5 +337,5 @@ def stream(job: Job) -> None:
             if part != drawn.get(index):
                 drawn[index] = part
                 texts[index].text(part.text or "…")
-                held = f"{part.tokens:,} tokens · {human_bytes(part.cache_bytes)} held"
+                held = f"{transcript.tokens(part.tokens)} · {human_bytes(part.cache_bytes)} held"
                 captions[index].caption(held if part.tokens else "reading")
