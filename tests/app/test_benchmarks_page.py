@@ -17,8 +17,8 @@ from app.config import AppConfig
 from app.measure import benchmarks as measure
 from app.measure.benchmarks import CONTEXTS, BenchChoices, make_plan
 from app.requests import Choices, RequestError
-from tests.app.paced_cells import RESULTS, Cells, engine_of
 from tests.app.conftest import MAIN, until
+from tests.app.paced_cells import RESULTS, Cells, engine_of
 from turboquant.results import Cell, ExperimentRecord, read_records
 
 PAGE = "../pages/benchmarks.py"

@@ -17,8 +17,8 @@ from app.config import AppConfig
 from app.measure import seeds as measure
 from app.measure.seeds import METRICS, SeedsChoices, findings, make_plan
 from app.requests import Choices, RequestError
-from tests.app.paced_cells import RESULTS, Cells, engine_of
 from tests.app.conftest import MAIN, until
+from tests.app.paced_cells import RESULTS, Cells, engine_of
 from turboquant.methods import parse_method
 from turboquant.results import Cell, ExperimentRecord, read_records
 from turboquant.tasks import variance
