@@ -306,11 +306,12 @@ def table_rows(found: Sequence[Row]) -> list[dict[str, Any]]:
 def words(one: Row) -> str:
     """How fast a method was next to the full cache, and what was measured of why."""
     own, full = one.tokens_per_second, one.full_tokens_per_second
-    apart = own.p80 < full.p20 or own.p20 > full.p80
-    among = f"in {one.rounds} rounds" if one.rounds > 1 else "in a single round"
-    verdict = (
-        f"{'slower' if one.ratio < 1 else 'faster'} {among}" if apart else "no clear difference, the rounds overlap"
-    )
+    if one.rounds < 2:
+        verdict = "a single round does not tell what is chance"
+    elif own.p80 < full.p20 or own.p20 > full.p80:
+        verdict = f"{'slower' if one.ratio < 1 else 'faster'} in {one.rounds} rounds"
+    else:
+        verdict = "no clear difference, the rounds overlap"
     rows = f", {one.batch} rows" if one.batch > 1 else ""
     speeds = f"{own.median:.1f} against {full.median:.1f} tokens/s"
     text = f"{one.method} at {one.context:,} tokens{rows}: {one.ratio:.2f} x the full cache on {one.where} ({speeds})"

@@ -188,6 +188,7 @@ def test_words_say_measured_facts_only() -> None:
     assert "attention" not in measure.words(row)
     close = replace(row, tokens_per_second=row.full_tokens_per_second, ratio=1.0)
     assert "no clear difference, the rounds overlap" in measure.words(close)
+    assert "a single round does not tell" in measure.words(replace(row, rounds=1))
     decode = measure.decode_row(measure.recorded_decode(RESULTS)[0])
     assert "its parts were not measured" in measure.words(decode)
 
