@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -28,16 +28,14 @@ IN_A_BROWSER = [
 ]
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server started as a visitor's would be, on a free port."""
+def serve(log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """A server started as a visitor's would be, on a free port, until the caller is done; it must log no error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "streamlit", "run", "--server.port", str(port), "--server.headless", "true"]
     with log.open("w") as out:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | ENVIRONMENT)
+        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={**environment, **ENVIRONMENT})
     try:
         wait_for_health(f"http://127.0.0.1:{port}", server, log)
         yield f"http://127.0.0.1:{port}"
@@ -45,6 +43,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.terminate()
         server.wait(timeout=20)
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with the settings that nobody has changed."""
+    yield from serve(tmp_path_factory.mktemp("server") / "log.txt", os.environ)
 
 
 def wait_for_health(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
