@@ -83,16 +83,16 @@ def _line(row: PromptRow) -> dict[str, object]:
     return {
         "nr": row.number,
         "prompt": row.start,
+        "note": row.reason or ("cached" if row.run and row.run.cached else ""),
+        "mean KL": row.mean_kl,
         "same answer": {True: "identical", False: "differs", None: ""}[row.identical],
         "first difference": packed.divergence.index if packed and packed.divergence else None,
-        "mean KL": row.mean_kl,
         "same top": packed.tokens.same_top_pct if packed and packed.tokens else None,
         "heads at risk": packed.heads.packed.heads_at_risk_pct if packed and packed.heads else None,
         "bytes held": packed.compressed.report.bytes if packed else None,
         "times smaller": packed.compressed.report.compression_ratio if packed else None,
         "prompt tokens": c.prompt_tokens if c else None,
         "answer tokens": len(c.original.token_ids) if c else None,
-        "note": row.reason or ("cached" if row.run and row.run.cached else ""),
     }
 
 

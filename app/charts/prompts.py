@@ -21,7 +21,16 @@ def kl_per_prompt(found: Sequence[PromptRow]) -> Chart:
                 x=[label for label, _ in chosen],
                 y=[row.mean_kl for _, row in chosen],
                 name=name,
-                marker={"color": COMPRESSED, "pattern": {"shape": shape, "size": 7, "fgcolor": "#ffffff"}},
+                marker={
+                    "color": COMPRESSED,
+                    "pattern": {
+                        "shape": shape,
+                        "size": 7,
+                        "fillmode": "overlay",
+                        "fgcolor": "#ffffff",
+                        "solidity": 0.2,
+                    },
+                },
                 hovertemplate="%{y:.4f} nats",
             )
         )

@@ -152,7 +152,8 @@ def results(job: Job) -> None:
     measured = [row for row in found if row.mean_kl is not None]
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader("Prompts by damage", anchor=False, width="content")
-        page.tag("cached" if job.cached and len(job.cached) == len(job.results) else "measured")
+        if job.results:
+            page.tag("cached" if len(job.cached) == len(job.results) else "measured")
         st.caption(f"{escape(job.request.model)}, {code(job.request.method)}", width="content")  # type: ignore[attr-defined]
         files = [
             page.File("Table as CSV", ".csv", "text/csv", lambda: to_csv(found)),
@@ -177,9 +178,10 @@ def _table(job: Job, found: list[PromptRow]) -> None:
         key=f"prompts_table_{job.id}_{len(job.results)}",
         on_select="rerun",
         selection_mode="single-row",
+        placeholder="-",
         column_config={
             "nr": number("nr", width="small", help="Place in the set"),
-            "prompt": st.column_config.TextColumn(width="large"),
+            "prompt": st.column_config.TextColumn(width="medium"),
             "first difference": number(format="%d", help="Token of the answer where the two first differ, from 0"),
             "mean KL": number(format="%.4f", help=definitions.KL),
             "same top": number(format="%.1f %%", help=definitions.SAME_TOP),

@@ -26,6 +26,7 @@ def history(runs: Mapping[str, Run]) -> Run | None:
         key=f"runs_table_{len(listed)}_{st.session_state.get(_VERSION, 0)}",
         on_select="rerun",
         selection_mode="single-row",
+        placeholder="-",
         column_config={
             "when": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm", help="UTC"),
             "prompt": st.column_config.TextColumn(width="medium"),
@@ -118,9 +119,7 @@ def keep_or_clear() -> None:
         )
         with st.popover("Delete all own runs", icon=":material/delete_sweep:", key="runs_clear", disabled=not own):
             st.markdown("Delete all runs of this tab? They cannot be brought back. Recorded runs stay.")
-            st.button(
-                "Delete them all", key="runs_delete_all", on_click=_delete, args=([r.id for r in own],)
-            )
+            st.button("Delete them all", key="runs_delete_all", on_click=_delete, args=([r.id for r in own],))
 
 
 def pins(runs: Mapping[str, Run]) -> tuple[Run, Run] | None:
@@ -149,12 +148,13 @@ def side_by_side(first: Run, second: Run) -> None:
     if first.id == second.id:
         st.info("A and B are the same run; pick another one for either.", icon=":material/info:")
         return
+    other = "" if first.comparison.prompt == second.comparison.prompt else " Their prompts differ."
     apart = charts.settings_apart(first, second)
     if apart:
         words = "; ".join(f"{name}: {code(a)} in A, {code(b)} in B" for name, a, b in apart)
-        st.markdown(f"**Asked differently:** {words}.")
+        st.markdown(f"**Asked differently:** {words}.{other}")
     else:
-        st.markdown("Both runs were asked with the same settings.")
+        st.markdown(f"Both runs were asked with the same settings.{other}")
     for column, (name, run) in zip(st.columns(2), (("A", first), ("B", second)), strict=True):
         with column:
             _texts(name, run)
