@@ -142,7 +142,7 @@ def _seconds(cell: Cell, timed: Sequence[ExperimentRecord], part: str) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """How often something was found, in percent, with its 95 % interval."""
+    """How often something was found, in percent, with its Wilson interval at a confidence of 0.95."""
 
     pct: float
     low: float

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import state
+from app import backend, state
 from app.charts import methods as charts
 from app.config import AppConfig
 from app.engine import Engine
@@ -21,6 +21,7 @@ from app.requests import Choices, RequestError, method_text, read_choices, recip
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, until
 from tests.app.factory import report as cache_report
+from tests.helpers import tiny_loaded
 from turboquant.methods import METHODS, parse_method
 from turboquant.results import Cell, ExperimentRecord
 
@@ -32,8 +33,8 @@ SMALL = {"methods_chosen": ["turboquant:bits=2", "rtn:bits=4"], "methods_measure
 def record(cell: Cell) -> ExperimentRecord:
     """A record made by hand; nothing was measured."""
     method = parse_method(str(cell.method))
-    bits = 32.0 if method.name == "full" else method.payload_bits + 1
-    kl = 0.0 if method.name == "full" else 2.0**-method.payload_bits
+    bits = 32.0 if method.payload_bits is None or method.name == "full" else method.payload_bits + 1
+    kl = 0.0 if method.name == "full" else 2.0**-bits
     names = ("kl_low", "kl_high", "same_top_pct", "ppl", "delta_ppl_pct")
     return ExperimentRecord(
         cell=cell,
@@ -175,6 +176,25 @@ def test_no_address_crashes_the_page(page: AppTest, link: dict[str, list[str]]) 
     fresh = AppTest.from_file(MAIN, default_timeout=60)
     opened(fresh, **link)
     assert fresh.title[0].value == "What quality costs in bits"
+
+
+def test_a_small_real_model_is_measured_from_the_page(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded("llama", num_hidden_layers=2)
+    real = Engine(lambda name, *, weights, progress: loaded, backend.run, is_expected=backend.is_expected)
+    monkeypatch.setattr(state, "engine", lambda: real)
+    try:
+        opened(page, methods_chosen=["turboquant:bits=2", "turboquant:bits=4", "rtn:residual_length=600"])
+        page.button(key="methods_run").click().run()
+        until(lambda: not real.job(page.session_state["session_id"]).live, 60)
+        page.run()
+        table = page.dataframe[0].value.set_index("method")
+        assert list(table.index) == ["turboquant:bits=2", "turboquant:bits=4", "full"]
+        assert 0 < table["KL"]["turboquant:bits=4"] < table["KL"]["turboquant:bits=2"]
+        assert table["bits held"]["full"] == 32
+        assert "packs none of 512 tokens" in said(page)
+        assert "512 tokens each, the first 384 read in one call, the last 128 measured" in said(page)
+    finally:
+        real.close()
 
 
 # --- the server's own checks

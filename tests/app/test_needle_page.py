@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import state
+from app import backend, state
 from app.charts import needle as charts
 from app.config import AppConfig
 from app.engine import Engine
@@ -21,6 +21,7 @@ from app.measure.needle import NeedleChoices
 from app.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, until
+from tests.helpers import tiny_loaded
 from turboquant.results import Cell, ExperimentRecord
 from turboquant.texts import TEXTS
 
@@ -203,6 +204,29 @@ def test_what_the_model_wrote_is_shown_as_it_is(page: AppTest, bench: Cells, eng
     done(page, engine)
     assert "<b>**bold**</b> :smile:" in [text.value for text in page.text]
     assert not any("**bold**" in str(part.value) for part in [*page.markdown, *page.caption])
+
+
+def test_a_small_real_model_is_asked_from_the_page(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny_loaded("llama", num_hidden_layers=2, max_position_embeddings=1024)
+    real = Engine(lambda name, *, weights, progress: loaded, backend.run, is_expected=backend.is_expected)
+    monkeypatch.setattr(state, "engine", lambda: real)
+    try:
+        opened(page, needle_lengths=["256", "512"], needle_depths=["0.5"], needle_repetitions="1")
+        button(page, "Measure").click().run()
+        until(lambda: not real.job(page.session_state["session_id"]).live, 60)
+        page.run()
+        (good,) = [one for one in state_records(page) if one.error is None]
+        assert good.cell.settings["context"] == 512
+        (reply,) = needle.replies(good)
+        assert reply.method in [text.value for text in page.text]
+        assert reply.hidden in said(page)
+        assert "a prompt with a needle has at least" in said(page)  # 256 letters are too few
+    finally:
+        real.close()
+
+
+def state_records(page: AppTest) -> list[ExperimentRecord]:
+    return list(page.session_state["records"].values())
 
 
 WORDS = st.one_of(
