@@ -5,17 +5,14 @@ import html
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from app import state
-from app.components import diff
 from app.components.sidebar import engine_words
 from app.config import AppConfig
 from app.engine import Engine, EngineStatus
 from app.examples import BY_NAME
-from app.jobs import CompareRequest, PromptsRequest
+from app.jobs import CompareRequest
 from app.requests import Choices
 from app.runs import Run
 from tests.app.conftest import MAIN, Bench, until
@@ -233,117 +230,6 @@ def test_a_page_run_that_is_ended_while_it_collects_loses_nothing(
         state.collect()
         assert len(state.runs().all()) == 1, f"ended at use {last}"
         assert session[state.SHOWN] == state.runs().all()[0].id
-
-
-@pytest.fixture
-def two(page: AppTest, bench: Bench) -> AppTest:
-    """The page after a comparison of two compressed settings."""
-    other = (" the", " stream", " runs", " low")
-    bench.result = lambda prompt, method: comparison(
-        other=(" the", " brook") if "bits=2" in method else other, prompt=prompt, method=method
-    )
-    page.query_params["second"] = "turboquant:bits=2"
-    page.run()
-    return ask(page, "Where does the water go?")
-
-
-def test_two_settings_stand_side_by_side_with_their_own_figures(two: AppTest) -> None:
-    assert not two.exception
-    verdicts = [html.unescape(heading.value).replace("\u200b", "") for heading in two.subheader]
-    assert verdicts == [
-        "A: Identical for 1 token, then 'river' → 'stream'.",
-        "B: Identical for 1 token, then 'river' → 'brook'.",
-    ]
-    assert [text.value for text in two.text][1:] == ["the river runs low", "the stream runs low", "the brook"]
-    said = texts(two)
-    assert "**:violet[A]** · `turboquant:bits=4`" in said
-    assert "**:green[B]** · `turboquant:bits=2`" in said
-    assert sum(metric.label == "Mean KL" for metric in two.metric) == 2
-    assert len(two.get("plotly_chart")) == 6
-    assert len(two.get("download_button")) == 8
-    two.segmented_control(key="compare_setting").set_value("B").run()
-    assert not two.exception
-    assert len(two.get("plotly_chart")) == 6
-
-
-def test_the_same_setting_twice_is_refused(page: AppTest, bench: Bench) -> None:
-    page.query_params["second"] = "turboquant:bits=4"
-    page.run()
-    ask(page, "hello")
-    assert "Both compressed settings are the same" in texts(page)
-    assert not bench.served
-
-
-def test_the_diff_marks_words_by_signs_and_lets_no_markup_through(two: AppTest, bench: Bench) -> None:
-    two.segmented_control(key="view").set_value("diff").run()
-    said = texts(two)
-    assert ":orange-background[[-river-]]" in said
-    assert ":blue-background[{+stream+}]" in said
-    assert ":blue-background[{+brook+}]" in said
-    assert "only in A" in said
-    nasty = "<b>x</b> :red[y] [a](http://b) **z**"
-    bench.result = lambda prompt, method: comparison((nasty,), (f"{nasty} $q$",), prompt=prompt, method=method)
-    ask(two, "again")
-    for element in two.markdown:
-        assert "<b>" not in str(element.value)
-        assert ":red[" not in str(element.value)
-        assert "](http" not in str(element.value)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.text(max_size=60), st.text(max_size=60))
-def test_a_diff_holds_both_texts(first: str, second: str) -> None:
-    steps = diff.changes(first, second)
-    assert "".join(text for kind, text in steps if kind != "added") == first
-    assert "".join(text for kind, text in steps if kind != "removed") == second
-    assert not {"<", "`", "*"} & set(diff.marked(steps))
-
-
-def test_the_focus_view_shows_one_answer_at_a_time(two: AppTest) -> None:
-    two.query_params["view"] = "focus"
-    two.segmented_control(key="view").set_value("focus").run()
-    assert [text.value for text in two.text][1:] == ["the river runs low"]
-    two.segmented_control(key="compare_pane").set_value("B").run()
-    assert [text.value for text in two.text][1:] == ["the brook"]
-
-
-def test_a_result_that_was_there_before_says_so(page: AppTest, bench: Bench) -> None:
-    page.run()
-    ask(page, "hello")
-    assert "Cached" not in texts(page)
-    ask(page, "hello")
-    said = texts(page)
-    assert bench.served == ["hello"]
-    assert "Cached" in said
-    assert "nothing was computed this time" in said
-
-
-def test_a_link_names_the_run_to_show(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = [Run(id=f"0{n}", origin="recorded", comparison=comparison(prompt=f"prompt {n}")) for n in (1, 2)]
-    monkeypatch.setattr(state, "recordings", lambda: shipped)
-    page.query_params["run"] = "02"
-    page.run()
-    assert page.selectbox(key=state.SHOWN).value == "02"
-    ask(page, "hello")
-    assert page.text[0].value == "hello"
-    assert "run" not in page.query_params
-    page.query_params["run"] = "deadbeef"
-    page.run()
-    assert "not kept here" in texts(page)
-
-
-def test_work_of_another_page_leaves_the_result_alone(page: AppTest, engine: Engine, bench: Bench) -> None:
-    page.run()
-    ask(page, "hello")
-    bench.hold_run.clear()
-    asked = PromptsRequest("smollm2-135m", "auto", ("one", "two"), "turboquant:bits=4", request().settings)
-    job = engine.submit(page.session_state["session_id"], asked)
-    until(lambda: job.view.state == "running")
-    page.run()
-    assert not page.exception
-    assert "Prompts is at work in this tab" in texts(page)
-    assert page.button(key="compare").disabled
-    assert page.metric
 
 
 def test_stopped_in_the_queue_says_that_nothing_was_computed(page: AppTest, engine: Engine, bench: Bench) -> None:
