@@ -173,8 +173,8 @@ BYTE_FLOOR = (
 
 # --- Needle
 NEEDLE_FOUND = (
-    "In how many of the prompts the answer held the hidden fact. Below it stands the Wilson interval at a confidence of "
-    "0.95: few prompts give a wide one. Depth 0 is the start of the text, 1 its end, next to the question."
+    "In how many of the prompts the answer held the hidden fact. Below it stands the Wilson interval at a confidence "
+    "of 0.95: few prompts give a wide one. Depth 0 is the start of the text, 1 its end, next to the question."
 )
 NEEDLE_CHANGE = "The compressed cache's share less the full cache's, in percentage points. Below 0, facts were lost."
 NEEDLE_TOTAL = "All lengths and depths together. Bits held is the mean over them of everything the cache holds."
@@ -185,8 +185,8 @@ PARETO = (
     "both fewer bits and less KL."
 )
 METHOD_KL = (
-    "How far the next-token distribution moves under the compressed cache when a text is read through it, in nats; mean "
-    "over the measured tokens. 0 is no change."
+    "How far the next-token distribution moves under the compressed cache when a text is read through it, in nats; "
+    "mean over the measured tokens. 0 is no change."
 )
 METHOD_SAME_TOP = "At how many of the measured tokens the most likely next token stays the same."
 METHOD_PPL = "By how much perplexity on the text rises against the full cache; below 0 it falls."
@@ -195,8 +195,8 @@ METHOD_HELD = (
     "model's own number format, spare room, tables. A full cache in float32 holds 32."
 )
 METHOD_PACKED = (
-    "Codes and scales of the packed tokens alone, in bits a value: what one more token costs in a long text. Empty where "
-    "nothing is packed or some layers are not compressed."
+    "Codes and scales of the packed tokens alone, in bits a value: what one more token costs in a long text. Empty "
+    "where nothing is packed or some layers are not compressed."
 )
 METHOD_SMALLER = "The 16-bit baseline (2 bytes a value) divided by the bytes really held; below 1 it is larger."
 METHOD_FRONT = "Whether no other method has both fewer of the bits shown in the plot and less KL."

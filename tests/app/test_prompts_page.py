@@ -74,7 +74,12 @@ def test_rows_come_while_the_set_runs_and_stop_keeps_them(prompts: AppTest, engi
     prompts.query_params["prompts_source"] = "Typed"
     prompts.run()
     prompts.text_area(key="prompts_text").set_value("one\ntwo\nthree").run()
-    bench.result = lambda prompt, method: (bench.hold_run.clear(), comparison(prompt=prompt, method=method))[1]
+
+    def hold_the_next(prompt: str, method: str) -> Comparison:
+        bench.hold_run.clear()
+        return comparison(prompt=prompt, method=method)
+
+    bench.result = hold_the_next
     prompts.button(key="prompts_run").click().run()
     job = engine.job(prompts.session_state["session_id"])
     assert job is not None

@@ -242,7 +242,8 @@ def test_a_message_sent_while_other_work_of_the_tab_runs_is_kept(chat: AppTest, 
     engine, mine = state.engine(), talk(chat)
     other = Conversation("tiny", "auto", mine.method, chat=False)
     session = chat.session_state["session_id"]
-    job = engine.submit(session, replace(engine.job(session).request, conversation=other))
+    asked: Any = engine.job(session)
+    job = engine.submit(session, replace(asked.request, conversation=other))
     until(tiny.started.is_set)
     say(chat, "And then?")
     assert "already at work in this tab" in chat.warning[0].value

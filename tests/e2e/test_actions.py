@@ -44,7 +44,7 @@ def charts(page: Page) -> Any:
 
 def test_compare_two_settings_as_panes_diff_and_focus(address: str, browser: Browser) -> None:
     page = visit(browser, f"{address}/compare?bits=4&second=turboquant%3Abits%3D2&tokens=16")
-    page.get_by_text("Needle", exact=True).click()
+    main(page).get_by_text("Needle", exact=True).click()
     press(page, "Compare")
     expect(main(page).get_by_text("Measured here").first).to_be_visible(timeout=150 * SECONDS)
     for method in ("turboquant:bits=4", "turboquant:bits=2"):
@@ -102,15 +102,16 @@ def test_prompts_one_row_each(address: str, browser: Browser) -> None:
 
 
 def test_session_two_turns_and_a_fork(address: str, browser: Browser) -> None:
-    page = visit(browser, f"{address}/session?tokens=8")
+    page = visit(browser, f"{address}/session?tokens=8&key_bits=1&value_bits=1")
     for turn in (1, 2):
         box = page.get_by_placeholder("Your message to both sides")
         box.fill(f"Turn {turn}. {LONG}")
         box.press("Enter")
-        expect(page.get_by_role("button", name="Go on with the compressed answer")).to_be_visible(timeout=120 * SECONDS)
         expect(page.get_by_text(f"Turn {turn}.").first).to_be_visible()
+        expect(box).to_be_enabled(timeout=120 * SECONDS)
     expect(charts(page).first).to_be_visible()
-    page.get_by_role("button", name="Go on with the compressed answer").click()
+    page.get_by_role("button", name="Go on with the compressed answer").locator("visible=true").click()
+    expect(page.get_by_text("The next message continues the compressed answer").first).to_be_visible()
     expect(page.get_by_test_id("stException")).to_have_count(0)
     shot(page, "action-session")
     page.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.conftest import IN_A_BROWSER, SECONDS, no_sideways_scroll, shot, visit, wait_until
+from tests.e2e.conftest import IN_A_BROWSER, SECONDS, main, no_sideways_scroll, shot, visit, wait_until
 
 pytestmark = IN_A_BROWSER
 
@@ -43,7 +43,7 @@ def test_first_visit_by_a_deep_link_shows_sidebar_and_recorded_run(address: str,
 
 def test_example_to_verdict_charts_and_export(address: str, browser: Browser, tmp_path: Path) -> None:
     page = visit(browser, f"{address}/?bits=2&tokens=40&residual=16", accept_downloads=True)
-    page.get_by_text("Needle", exact=True).click()
+    main(page).get_by_text("Needle", exact=True).click()
     expect(page.get_by_label("Prompt")).to_have_value(re.compile("special magic number"))
     compare_button(page).click()
     begun = time.monotonic()
