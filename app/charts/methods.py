@@ -85,7 +85,7 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
         yaxis_title="mean KL, nats (less is better)",
     )
     figure.update_layout(legend={"yref": "container", "yanchor": "bottom", "y": 0, "itemsizing": "constant"})
-    figure.update_yaxes(type="log", dtick=1, tickformat="~g")
+    figure.update_yaxes(type="log", tickformat="~g")
     return Chart(figure, _sentence(rows, drawn, bits), methods_table(rows, bits))
 
 

@@ -170,7 +170,16 @@ def _change_sentence(values: Mapping[Spot, float], method: str) -> str:
 def totals_table(totals: Sequence[Total]) -> pd.DataFrame:
     """One row a cache over all places."""
     return pd.DataFrame(
-        [(t.method, f"{t.found} of {t.asked}", t.share.pct, _range(t.share), t.bits) for t in totals],
+        [
+            (
+                t.method,
+                f"{t.found} of {t.asked}",
+                t.share.pct,
+                _range(t.share),
+                "" if t.bits is None else f"{t.bits:.2f}",
+            )
+            for t in totals
+        ],
         columns=["cache", "found", "percent", "interval", "bits held"],
     )
 

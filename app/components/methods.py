@@ -44,8 +44,7 @@ def controls(shown: str) -> MethodsChoices:
             bind=_URL,
             help="Pick some, or type one, such as turboquant:key_bits=4,value_bits=2. The full cache is measured too.",
         )
-        left, middle, right = st.columns([2, 1, 1], gap="medium")
-        left.pills(
+        st.pills(
             "Texts",
             measure.TEXT_NAMES,
             selection_mode="multi",
@@ -54,7 +53,8 @@ def controls(shown: str) -> MethodsChoices:
             bind=_URL,
             help="Each is read from its beginning; more texts take longer and say more.",
         )
-        middle.selectbox(
+        left, right = st.columns(2, gap="medium")
+        left.selectbox(
             "Context (tokens)",
             measure.contexts(config),
             key="methods_context",

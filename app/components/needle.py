@@ -271,7 +271,7 @@ def _totals(found: Sequence[Place]) -> None:
         alt="How often each cache found the needle over all lengths and depths, with Wilson intervals.",
         column_config={
             "percent": st.column_config.NumberColumn(format="%.0f"),
-            "bits held": st.column_config.NumberColumn(format="%.2f", help=definitions.METHOD_HELD),
+            "bits held": st.column_config.TextColumn(help=definitions.METHOD_HELD),
         },
     )
 

@@ -65,7 +65,8 @@ def made_with(records: Sequence[ExperimentRecord]) -> str:
 
     models = {record.model.name: record.model for record in records if record.model}
     said = [f"{one.name} (weights {one.weights}, {one.dtype})" for one in models.values()]
-    return f"{', '.join(said)}. {measured_on(record.environment for record in records)}" if records else ""
+    parts = [f"{', '.join(said)}."] if said else []
+    return " ".join([*parts, measured_on(record.environment for record in records)]) if records else ""
 
 
 def json_lines(records: Iterable[ExperimentRecord]) -> str:
