@@ -85,7 +85,9 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
         yaxis_title="mean KL, nats (less is better)",
     )
     figure.update_layout(legend={"yref": "container", "yanchor": "bottom", "y": 0, "itemsizing": "constant"})
-    figure.update_yaxes(type="log", tickformat="~g")
+    kls = [row.kl for row, _ in drawn if row.kl]
+    ticks = {"dtick": 1} if kls and max(kls) > 100 * min(kls) else {}
+    figure.update_yaxes(type="log", tickformat="~g", **ticks)
     return Chart(figure, _sentence(rows, drawn, bits), methods_table(rows, bits))
 
 

@@ -220,13 +220,15 @@ def details(method: str | None) -> None:
             return
         st.markdown(about.summary)
         st.caption(f"{about.reference}" + (f" · [paper]({about.paper})" if about.paper else ""))
-        if method != FULL:
-            st.page_link(
-                page.PAGES / "compare.py",
-                label="Use it in Compare",
-                icon=":material/compare:",
-                query_params=measure.compare_link(method, state.choices(), state.config()),
-            )
+        # A link's parameters would not reach the sidebar's widgets, which are on this page already.
+        if method != FULL and st.button(
+            "Use it in Compare",
+            icon=":material/compare:",
+            key="methods_use",
+            on_click=state.use,
+            kwargs=measure.compare_settings(method, state.choices()),
+        ):
+            st.switch_page(page.PAGES / "compare.py", query_params={})  # bound parameters cannot be cleared otherwise
 
 
 def source(records: Sequence[ExperimentRecord], shown: str) -> None:

@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from pydantic import ValidationError
 
 from app.config import AppConfig
 from app.jobs import CellsRequest
 from app.measure import check_count, check_each, missing
-from app.requests import SAME, Choices, RequestError, check_loading, defaults, has_window, method_text, recipes
+from app.requests import SAME, Choices, RequestError, check_loading, has_window, method_text, recipes
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method
 from turboquant.pareto import pareto_front
 from turboquant.results import Cell, ExperimentRecord, first_error
@@ -249,15 +250,12 @@ def about(method: str) -> About | None:
     return About(cls.title, cls.summary, cls.reference, f"https://arxiv.org/abs/{paper[1]}" if paper else None)
 
 
-def compare_link(method: str, choices: Choices, config: AppConfig) -> dict[str, str]:
-    """Query parameters that open Compare with a method: as its recipe where the sidebar can say it, else as the second.
-
-    The other settings of the sidebar go along.
-    """
-    start = asdict(defaults(config))
-    wanted = _as_recipe(method, choices) or replace(choices, second=method if method != FULL else "")
-    said = {key: value for key, value in asdict(wanted).items() if value != start[key]}
-    return {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in said.items()}
+def compare_settings(method: str, choices: Choices) -> dict[str, Any]:
+    """The sidebar's settings that compare a method: as its recipe where the sidebar can say it, else as the second."""
+    wanted = _as_recipe(method, choices) or replace(choices, second=method)
+    names = ("recipe", "bits", "key_bits", "value_bits", "rotation", "residual", "sinks")
+    found = {name: getattr(wanted, name) for name in names}
+    return found | {"second": wanted.second or None}
 
 
 def _as_recipe(method: str, choices: Choices) -> Choices | None:

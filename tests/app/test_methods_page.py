@@ -13,11 +13,12 @@ from streamlit.testing.v1 import AppTest
 
 from app import backend, state
 from app.charts import methods as charts
+from app.components import methods as components
 from app.config import AppConfig
 from app.engine import Engine
 from app.measure import as_json, json_lines, made_with, methods, report
 from app.measure.methods import START, MethodsChoices
-from app.requests import Choices, RequestError, method_text, read_choices, recipes
+from app.requests import Choices, RequestError, compare_request
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, until
 from tests.app.factory import report as cache_report
@@ -27,6 +28,7 @@ from turboquant.results import Cell, ExperimentRecord
 
 PAGE = "../pages/methods.py"
 CONFIG = AppConfig()
+RECORDED = [str(record.cell.method) for record in state.recorded("methods")]
 SMALL = {"methods_chosen": ["turboquant:bits=2", "rtn:bits=4"], "methods_measured": "64"}
 
 
@@ -249,19 +251,22 @@ def test_every_recorded_method_is_explained_in_two_sentences() -> None:
     assert methods.about("gone:bits=2") is None
 
 
-@pytest.mark.parametrize("method", [str(record.cell.method) for record in state.recorded("methods")])
-def test_compare_opens_with_the_method(method: str) -> None:
-    link = methods.compare_link(method, Choices(residual=96, second="rtn:bits=4"), CONFIG)
-    if method == "full":
-        assert "second" not in link
-        return
-    values = {name: int(v) if name in ("bits", "residual", "sinks", "rotation") else v for name, v in link.items()}
-    choices = read_choices(values, CONFIG)
-    if "second" in link:
-        assert str(parse_method(link["second"])) == method
-        assert choices.recipe in recipes()
-    else:
-        assert method_text(choices) == method
+@pytest.mark.parametrize("method", [m for m in RECORDED if m != "full"])
+def test_compare_is_given_the_method(method: str) -> None:
+    found = methods.compare_settings(method, Choices(residual=96, second="rtn:bits=4"))
+    choices = Choices(**{**found, "second": found["second"] or ""})
+    assert compare_request(choices, "Hello", CONFIG).methods[-1] == method
+    assert bool(choices.second) == (method.startswith("hf-") or "qjl=" in method or "rotation=" in method)
+
+
+def test_the_button_opens_compare_with_the_selected_method(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "table", lambda records: "kivi:bits=2")
+    opened(page, bits="3")
+    assert METHODS["kivi"].summary in said(page)
+    page.button(key="methods_use").click().run()
+    assert not page.exception
+    assert page.title[0].value != "What quality costs in bits"
+    assert [page.session_state[name] for name in ("recipe", "bits", "residual", "sinks")] == ["kivi", 2, 128, 0]
 
 
 # --- charts and exports
