@@ -52,11 +52,15 @@ class Run(Record):
         return "cancelled" not in (self.comparison.original.finish, self.comparison.compressed.finish)
 
     @property
+    def where(self) -> str:
+        """When, on what and with which code it was measured."""
+        env = self.comparison.environment
+        return f"{env.created[:10]} · {env.device} · commit {env.commit or 'unknown'}"
+
+    @property
     def tag(self) -> str:
         """Where the numbers come from, for people."""
-        env = self.comparison.environment
-        where = f"{env.created[:10]} · {env.device} · commit {env.commit or 'unknown'}"
-        return {"measured": "Measured", "recorded": "Recorded", "imported": "Imported"}[self.origin] + f" {where}"
+        return f"{self.origin.capitalize()} {self.where}"
 
     @property
     def label(self) -> str:

@@ -19,7 +19,7 @@ if run is None:
     st.stop()
 c = run.comparison
 with st.container(horizontal=True, vertical_alignment="center"):
-    page.tag(run.origin, run.tag)
+    page.tag(run.origin, escape(run.where))
     page.copy_link()
     page.downloads(
         f"heads-{run.id}",

@@ -51,7 +51,7 @@ def render() -> None:
 
 
 def _other(title: str) -> str:
-    return f":orange[{title} is at work in this tab; stop it in the sidebar or wait for it to end.]"
+    return f":material/info: {title} is at work in this tab; stop it in the sidebar or wait for it to end."
 
 
 def _plan() -> str:
@@ -61,6 +61,6 @@ def _plan() -> str:
     try:
         methods = [method_text(choices), *([second_method(choices)] if choices.second else [])]
     except RequestError as error:
-        return f":orange[{escape(str(error))}]"
+        return f":material/info: {escape(str(error))}"
     named = " and ".join(f"`{method}`" for method in methods)
     return f"{named} against the full cache · up to {choices.tokens} new tokens each · {sampling}"

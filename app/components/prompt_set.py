@@ -107,7 +107,7 @@ def plan(prompts: tuple[str, ...]) -> str:
     try:
         method = method_text(choices)
     except RequestError as error:
-        return f":orange[{escape(str(error))}]"
+        return f":material/info: {escape(str(error))}"
     count = f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
     return (
         f"{count} · {code(method)} against the full cache · up to {choices.tokens} new tokens each · {_time(prompts)}"

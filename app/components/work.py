@@ -38,7 +38,10 @@ def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disable
             disabled=not live,
             shortcut="Esc",
         )
-        st.caption(plan if disabled is None else f":orange[{disabled}]", width="stretch")
+        if disabled is None:
+            st.caption(plan, width="stretch")
+        else:
+            st.markdown(f":small[:orange[{disabled}]]", width="stretch")
 
 
 def words(job: Job) -> str:
