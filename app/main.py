@@ -14,7 +14,7 @@ from app import state  # noqa: E402
 from app.components import sidebar  # noqa: E402
 from app.navigation import DEFAULT, ENTRIES, Entry  # noqa: E402
 
-st.set_page_config(page_title="TurboQuant Lab", page_icon=str(ROOT / "assets" / "favicon.svg"), layout="wide")
+st.set_page_config(page_icon=str(ROOT / "assets" / "favicon.svg"), layout="wide")
 st.logo(str(ROOT / "assets" / "logo.svg"), size="large", icon_image=str(ROOT / "assets" / "favicon.svg"))
 
 
@@ -34,6 +34,7 @@ def page_of(entry: Entry, *, default: bool = False, hidden: bool = False) -> Pag
 pages = {entry: page_of(entry, default=entry is DEFAULT) for entry in ENTRIES if entry.path.exists()}
 # Streamlit gives the default page the bare address only; the hidden one makes /compare work too.
 page = st.navigation([*pages.values(), page_of(DEFAULT, hidden=True)], position="hidden")
+st.set_page_config(page_title=f"{page.title} · TurboQuant Lab")
 state.attend()
 state.collect()
 sidebar.render(pages, settings=any(entry.title == page.title and entry.uses_settings for entry in ENTRIES))

@@ -14,7 +14,7 @@ from app.runs import Run
 from app.verdict import human_bytes
 
 KEY, UNSENT = "conversation", "chat_unsent"
-_LONG, _HEIGHT = 900, 220
+_LONG = 900
 _FORKS = {"original": "Go on with the original's answer", "compressed": "Go on with the compressed answer"}
 _AVATARS = {"original": ":material/database:", "compressed": ":material/compress:"}
 
@@ -151,7 +151,7 @@ def openings() -> None:
     name = st.pills("Openings", list(OPENINGS), key="chat_opening", bind="query-params")
     if name not in OPENINGS:
         return
-    with st.container(border=True, height="content" if len(OPENINGS[name].prompt) < _LONG else _HEIGHT):
+    with st.container(border=True):
         st.text(OPENINGS[name].prompt)
     st.caption("A second message that goes on well from it:")
     st.text(OPENINGS[name].then)
@@ -168,7 +168,7 @@ def openings() -> None:
 def _message(text: str) -> None:
     with st.chat_message("user", avatar=":material/person:"):
         if len(text) > _LONG:
-            with st.container(height=_HEIGHT, border=False):
+            with st.expander(f"A message of {len(text):,} characters"):
                 st.text(text)
         else:
             st.text(text)

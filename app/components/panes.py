@@ -13,7 +13,6 @@ Side = Literal["original", "compressed", "second"]
 SIDES: tuple[Side, Side, Side] = ("original", "compressed", "second")
 LETTERS = ("A", "B")
 _HEIGHT = 300
-_SHORT = 900
 
 
 def heading(side: Side, method: str, *, lettered: bool = False) -> str:
@@ -33,10 +32,12 @@ def code(text: str) -> str:
 def frame(
     side: Side, method: str, *, text: str | None = None, lettered: bool = False
 ) -> "st.delta_generator.DeltaGenerator":
-    """Draw a pane's title and return the box for its text; without a `text` yet, the box follows its end."""
+    """Draw a pane's title and return the box for its text; without a `text` yet, the box follows its end.
+
+    A finished text stands at full length: a box that scrolls could not be reached by the keyboard.
+    """
     st.markdown(heading(side, method, lettered=lettered))
-    short = text is not None and len(text) < _SHORT
-    return st.container(border=True, height="content" if short else _HEIGHT, autoscroll=text is None)
+    return st.container(border=True, height=_HEIGHT if text is None else "content", autoscroll=text is None)
 
 
 def answers(runs: Sequence[Run]) -> None:

@@ -178,5 +178,5 @@ def _texts(name: str, run: Run) -> None:
         ("Compressed answer", c.compressed.text),
     ):
         st.caption(title)
-        st.container(border=True, height=180).text(text or "(no text)")
+        st.container(border=True).text(text or "(no text)")
     st.caption(escape(provenance(c, "compressed")))

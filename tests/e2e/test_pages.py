@@ -18,9 +18,11 @@ SCHEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 28)"}
 
 
 def settled(page: Page) -> None:
-    """Wait until the server has drawn the page."""
-    expect(page.get_by_test_id("stStatusWidget")).to_have_count(0, timeout=60 * SECONDS)
-    page.wait_for_timeout(400)
+    """Wait until the server has drawn the page and the browser every part of it."""
+    page.wait_for_timeout(500)
+    for unfinished in ("stStatusWidget", "stSkeleton"):
+        expect(page.get_by_test_id(unfinished)).to_have_count(0, timeout=60 * SECONDS)
+    page.wait_for_timeout(500)
 
 
 def background(page: Page) -> str:
@@ -52,7 +54,7 @@ def test_a_page_opens_from_a_link_and_is_usable_by_everybody(address: str, brows
         wait_until(page, lambda color=color: background(page) == color)
         for width in (1600, 390):
             page.set_viewport_size({"width": width, "height": 900})
-            page.wait_for_timeout(600)
+            settled(page)
             expect(page.get_by_test_id("stException")).to_have_count(0)
             assert no_sideways_scroll(page), f"{name} is wider than {width} px"
             shot(page, f"{name}-{scheme}-{width}")
