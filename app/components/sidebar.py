@@ -46,7 +46,7 @@ def _navigation(pages: Mapping[Entry, Page]) -> None:
             if section:
                 st.caption(section)
             for entry in entries:
-                st.page_link(pages[entry], label=entry.title, icon=f":material/{entry.icon}:", help=entry.help)
+                st.page_link(pages[entry], label=entry.title, icon=f":material/{entry.icon}:")
 
 
 def _settings() -> None:
