@@ -24,7 +24,6 @@ def page_of(entry: Entry, *, default: bool = False, hidden: bool = False) -> Pag
         entry.path,
         title=entry.title,
         icon=f":material/{entry.icon}:",
-        help=entry.help,
         url_path="start" if default else entry.name,
         default=default,
         visibility="hidden" if hidden else "visible",
