@@ -22,9 +22,7 @@ class Entry(NamedTuple):
 
 
 ENTRIES = (
-    Entry(
-        "", "compare", "Compare", "compare", True, "One prompt, answered with the full KV cache and a compressed one."
-    ),
+    Entry("", "compare", "Compare", "compare", True),
     Entry("", "prompts", "Prompts", "list_alt", True),
     Entry("", "session", "Session", "forum", True),
     Entry("Look inside", "heads", "Heads", "grid_on", False),
