@@ -96,7 +96,7 @@ def test_colours_can_be_read_in_both_modes(mode: str) -> None:
     for name in ("blue", "violet", "orange"):
         assert contrast(theme[f"{name}TextColor"], theme[f"{name}BackgroundColor"]) >= 4.5, name
         assert contrast(theme["textColor"], theme[f"{name}BackgroundColor"]) >= 4.5, name
-    assert contrast("#ffffff", theme["primaryColor"]) >= 4.5
+    assert contrast(theme["primaryColor"], background) >= 4.5  # the words of what is selected
     assert contrast(faded(theme["textColor"], background), background) >= 4.5
     for color in (style.ORIGINAL, style.COMPRESSED, style.BASELINE, style.RISK):
         assert contrast(color, background) >= 3.0, color

@@ -102,7 +102,7 @@ def shot(page: Page, name: str, *, whole: bool = True) -> None:
     if whole:
         height = main(page).evaluate("e => e.scrollHeight")
         page.set_viewport_size({"width": size["width"], "height": min(int(height) + 40, 7000)})
-        page.wait_for_timeout(1500)
+        page.wait_for_timeout(800)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
     page.set_viewport_size(size)
 

@@ -22,7 +22,7 @@ def settled(page: Page) -> None:
     page.wait_for_timeout(500)
     for unfinished in ("stStatusWidget", "stSkeleton"):
         expect(page.get_by_test_id(unfinished)).to_have_count(0, timeout=60 * SECONDS)
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(200)
 
 
 def background(page: Page) -> str:
