@@ -38,9 +38,10 @@ def controls() -> None:
     """Draw what can be measured here."""
     config = state.config()
     with st.container(border=True):
-        st.multiselect(
+        st.pills(
             "Contexts (tokens a row)",
             CONTEXTS,
+            selection_mode="multi",
             default=list(_START.contexts),
             key="bench_contexts",
             bind="query-params",

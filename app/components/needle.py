@@ -202,15 +202,16 @@ def recorded() -> list[ExperimentRecord]:
     methods = list(dict.fromkeys(str(record.cell.method) for record in records))
     families = {method.partition(":")[0]: method for method in reversed(methods)}
     first = [method for method in methods if method in families.values()][:_MOST_METHODS]
-    chosen = st.multiselect(
+    chosen = st.pills(
         "Recorded methods",
         methods,
+        selection_mode="multi",
         default=first,
-        max_selections=_MOST_METHODS,
+        help=f"Maps of the first {_MOST_METHODS} that are chosen stand below.",
         key="needle_methods",
         bind=_URL,
     )
-    return [record for record in records if record.cell.method in chosen]
+    return [record for record in records if record.cell.method in chosen[:_MOST_METHODS]]
 
 
 def here(cells: Sequence[Cell]) -> list[ExperimentRecord]:

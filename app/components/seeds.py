@@ -66,11 +66,11 @@ def controls() -> None:
             help="Tokens of each text whose perplexity and KL are measured; half of them are read in one call.",
             width=220,
         )
-        st.multiselect(
+        st.pills(
             "Texts",
             list(TEXTS),
+            selection_mode="multi",
             default=list(_START.texts),
-            max_selections=measure.MAX_TEXTS,
             key="seeds_texts",
             bind="query-params",
             help="Public-domain texts that come with the app. Prompts are cut from behind the measured window.",
