@@ -156,23 +156,22 @@ def compare_request(choices: Choices, prompt: object, config: AppConfig) -> Comp
         RequestError: One of them cannot be run.
     """
     model, weights = check_loading(choices, config)
-    methods = [method_text(choices)]
-    if choices.second:
-        methods.append(second_method(choices))
+    methods = method_texts(choices)
     if len(set(methods)) < len(methods):
         raise RequestError("Both compressed settings are the same; change one of them.")
     checked, sampling = check_prompt(prompt, config), sampling_settings(choices, config)
     return CompareRequest(model, weights, checked, tuple(methods), sampling, bool(choices.chat))
 
 
-def second_method(choices: Choices) -> str:
-    """The second compressed setting as `parse_method` reads it.
+def method_texts(choices: Choices) -> list[str]:
+    """The sidebar's method and, where there is one, its second setting, as `parse_method` reads them.
 
     Raises:
-        RequestError: It is no method.
+        RequestError: One of them is no method.
     """
+    first = method_text(choices)
     try:
-        return str(parse_method(choices.second))
+        return [first, str(parse_method(choices.second))] if choices.second else [first]
     except ValueError as error:
         raise RequestError(f"The second setting cannot be used: {error}.") from None
 

@@ -158,6 +158,12 @@ def collect() -> None:
         taken.show = None
 
 
+def taken() -> int:
+    """How many results of the newest job are in this tab already."""
+    known: _Taken | None = st.session_state.get("taken")
+    return len(known.items) if known is not None else 0
+
+
 def _take(newest: Job, item: int, result: Any, store: RunStore, kept: dict[str, ExperimentRecord]) -> str | None:
     """Keep one result; returns the id of the run to show, if there is one. Does not touch the session's state."""
     request, cached = newest.request, item in newest.cached

@@ -2,6 +2,8 @@
 
 from app import state
 from app.components import methods, page, work
+from app.components.measuring import HERE, RECORDED
+from app.measure.methods import alike, what_was_read
 
 page.header(
     "What quality costs in bits",
@@ -9,27 +11,29 @@ page.header(
     "are held against those of the full cache: the less they move (KL) and the fewer bits a value takes, the better. "
     "The recorded comparison has every method; you can measure others here, on the model chosen in the sidebar.",
 )
-shown = methods.view()
-chosen = methods.controls(shown)
-plan = methods.plan(chosen)
-methods.run_bar(chosen, plan)
+measurement = methods.MEASUREMENT
+shown = measurement.view()
+methods.controls(shown)
+plan = measurement.plan()
+measurement.run_bar(plan)
 work.ending("methods")
-job = methods.working(state.job())
+job = measurement.working()
 
-if shown == methods.RECORDED:
+if shown == RECORDED:
     records = state.recorded("methods")
     words = "No recorded comparison is shipped with this app. Press Measure to make one."
 else:
-    records = methods.here(plan, job)
+    records = alike(measurement.asked(plan), state.records())
     words = "Nothing is measured in this tab with these settings yet. Press Measure, or look at the recorded results."
 
 if records or job is not None:
     methods.bits_switch()
-if job is not None and shown == methods.HERE:
-    methods.watch(job)
+if job is not None and shown == HERE:
+    work.watch(job)
     methods.plot(records)
 elif records:
-    methods.source(records, shown)
+    good = [record for record in records if record.error is None]
+    measurement.source(records, shown, methods.files(records), f"{what_was_read(good)}." if good else "")
     methods.plot(records)
     methods.details(methods.table(records))
 else:

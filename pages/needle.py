@@ -2,6 +2,8 @@
 
 from app import state
 from app.components import needle, page, work
+from app.components.measuring import RECORDED
+from app.measure import present
 
 page.header(
     "Is a fact in a long text still found?",
@@ -9,30 +11,30 @@ page.header(
     "from its full KV cache and from compressed ones, at every length of the text and depth of the hidden sentence "
     "that you choose. The sidebar sets model and method; a second setting there adds a second method.",
 )
-chosen = needle.controls()
-plan = needle.plan(chosen)
-needle.run_bar(chosen, plan)
+measurement = needle.MEASUREMENT
+needle.controls()
+plan = measurement.plan()
+measurement.run_bar(plan)
 work.ending("needle")
-shown = needle.view()
-job = needle.working(state.job())
-cells = needle.planned(plan, job)
+shown = measurement.view()
 
-if shown == needle.RECORDED:
+if shown == RECORDED:
     records = needle.recorded()
-    needle.source(records, shown)
+    measurement.source(records, shown, needle.files(records))
     if records:
         needle.maps(records)
         needle.replies(records)
     else:
         page.empty("No recorded method is chosen, or none is shipped with this app.")
-elif job is not None:
-    needle.watch(job)
-    needle.maps(needle.here(cells), cells)
+elif job := measurement.working():
+    cells = measurement.asked(plan)
+    work.watch(job)
+    needle.maps(present(cells, state.records()), cells)
 else:
-    records = needle.here(cells)
-    needle.source(records, shown)
+    records = present(plan.cells, state.records())
+    measurement.source(records, shown, needle.files(records))
     if records:
-        needle.maps(records, cells)
+        needle.maps(records, plan.cells)
         needle.replies(records)
     else:
         page.empty(

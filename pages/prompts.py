@@ -1,7 +1,5 @@
 """Prompts: a whole set of them through both caches, the most damaged first."""
 
-from functools import partial
-
 import streamlit as st
 
 from app.components import page, prompt_set, work
@@ -27,8 +25,8 @@ work.ending("prompts")
 job = prompt_set.last()
 if job is None:
     page.empty("No set has run in this tab yet. Run the examples, or type prompts of your own.")
-elif job.live:
-    work.watch(job, partial(prompt_set.results, job))
 else:
+    if job.live:
+        work.watch(job)
     prompt_set.results(job)
 page.copy_link()

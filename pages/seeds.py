@@ -1,7 +1,7 @@
 """Seeds: how far results move with the random rotation and the random draws, and which differences are real."""
 
-from app import state
 from app.components import page, seeds, work
+from app.components.measuring import RECORDED
 
 page.header(
     "How much is luck",
@@ -9,16 +9,15 @@ page.header(
     "seeds, every figure comes out a little different. This page shows how far figures move, and whether two numbers "
     "of bits differ by more than that.",
 )
-show, metric = seeds.chooser()
-if show == seeds.RECORDED:
+shown, metric = seeds.chooser()
+if shown == RECORDED:
     work.ending("seeds")
     seeds.recorded(metric)
 else:
     seeds.controls()
-    plan = seeds.run_bar()
+    plan = seeds.MEASUREMENT.plan()
+    seeds.MEASUREMENT.run_bar(plan)
     work.ending("seeds")
-    job = state.job()
-    if job is not None and job.live and job.request.page == "seeds":
-        work.watch(job, lambda: seeds.measured(plan, metric))
-    else:
-        seeds.measured(plan, metric)
+    if job := seeds.MEASUREMENT.working():
+        work.watch(job)
+    seeds.measured(plan, metric)

@@ -1,37 +1,32 @@
 """The Benchmarks page's blocks: where numbers come from, what can be measured here, speed and memory in charts."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import streamlit as st
 
 from app import definitions, state
 from app.charts import benchmarks as charts
-from app.components import figures, page, work
-from app.components.page import Tag
+from app.components import figures, page
+from app.components.measuring import HERE, RECORDED, Measurement
 from app.components.panes import escape
-from app.jobs import CellsRequest
-from app.measure import as_json, duration, made_with, missing, present
+from app.measure import Plan, as_json, present
 from app.measure import benchmarks as measure
-from app.measure.benchmarks import BATCHES, CONTEXTS, REPEATS, BenchChoices, Plan, Row
-from app.requests import RequestError
+from app.measure.benchmarks import BATCHES, CONTEXTS, REPEATS, BenchChoices, Row
 from app.runs import csv_text
 from app.verdict import human_bytes
-from turboquant.results import ExperimentRecord
+from turboquant.results import DecodeBench, ExperimentRecord
 
-RECORDED, HERE = "Recorded", "Run here"
 _START = BenchChoices()
 
-
-def chooser() -> str:
-    """Draw what is shown: recorded results or those of this tab."""
-    row = st.container(horizontal=True, vertical_alignment="bottom")
-    show = row.segmented_control(
-        "Results", (RECORDED, HERE), default=RECORDED, required=True, key="bench_show", bind="query-params"
-    )
-    with row:
-        page.copy_link()
-    return HERE if show == HERE else RECORDED
+MEASUREMENT = Measurement(
+    name="benchmarks",
+    prefix="bench",
+    start=_START,
+    experiment="generation",
+    recorded="generation",
+    cells=measure.cells,
+    seconds=measure.seconds,
+)
 
 
 def controls() -> None:
@@ -59,66 +54,19 @@ def controls() -> None:
         st.caption("Model, method and second method are those of the sidebar; the full cache is always measured too.")
 
 
-def said() -> BenchChoices:
-    """What the widgets say, unchecked; one that is not there keeps its default."""
-    found = {
-        field.name: st.session_state[f"bench_{field.name}"]
-        for field in fields(BenchChoices)
-        if st.session_state.get(f"bench_{field.name}") is not None
-    }
-    return BenchChoices(**{**found, "contexts": tuple(found.get("contexts", _START.contexts))})
-
-
-def plan_now() -> Plan:
-    """The cells of what the widgets say now, checked."""
-    return measure.make_plan(said(), state.choices(), state.config())
-
-
-def request() -> CellsRequest:
-    """The cells that are missing for what the widgets say now."""
-    return plan_now().request(state.records(), "Benchmarks", "benchmarks")
-
-
-def run_bar() -> Plan | None:
-    """Draw the buttons with what would be done; return the plan, or None where it cannot be done."""
-    try:
-        plan, refusal = plan_now(), None
-    except RequestError as error:
-        plan, refusal = None, escape(str(error))
-    words = ""
-    if plan is not None:
-        left = missing(plan.cells, state.records())
-        there = len(plan.cells) - len(left)
-        words = f"{there} of {len(plan.cells)} cells are measured. {_time(plan)}" if left else ""
-        if not left:
-            refusal = f"All {there} cells are measured. Choose other contexts or settings to go on."
-    work.bar("Measure", request, plan=words, key="bench_run", disabled=None if state.busy() else refusal)
-    return plan
-
-
-def _time(plan: Plan) -> str:
-    own = [record for record in state.records().values() if record.cell.experiment == "generation"]
-    for known, source in ((own, "cells measured in this tab"), (state.recorded("generation"), "a recorded run")):
-        seconds = measure.estimate_s(missing(plan.cells, state.records()), known)
-        if seconds is not None:
-            return f":orange-badge[:material/calculate: Estimated] about {duration(seconds)}, from {source}."
-    return "How long it takes is not known before the first cell of this model."
-
-
 def recorded() -> None:
     """Show the measurements that ship with the app, one row a source, then what was chosen of them."""
     records = state.recorded("generation")
     decode = measure.recorded_decode(state.RESULTS)
     metrics = measure.recorded_metrics(state.RESULTS)
     if not records and not decode:
-        page.empty("No recorded benchmark comes with this copy of the app. Choose Run here to make one.")
+        page.empty("No recorded benchmark comes with this copy of the app. Choose This tab to make one.")
         return
     named = [("generation, with its parts", record.environment) for record in records]
     named += [("decoding only", bench.environment) for bench in decode]
-    page.tag("recorded")
+    MEASUREMENT.source(records, RECORDED, _files(records, decode))
     st.dataframe(measure.sources(named), hide_index=True, alt="Where and when the recorded results were measured.")
     st.subheader("Generation: speed, packing, memory", anchor=False)
-    _tagged("recorded", made_with(records))
     caution(records)
     for batch in sorted({record.cell.settings["batch"] for record in records}):
         part = [record for record in records if record.cell.settings["batch"] == batch]
@@ -126,7 +74,7 @@ def recorded() -> None:
         results(part, f"recorded_{batch}")
     if decode:
         st.subheader("Decoding alone: other methods and a longer prompt", anchor=False)
-        table([measure.decode_row(bench) for bench in decode], "decode")
+        table([measure.decode_row(bench) for bench in decode])
     if metrics:
         st.subheader("How fast heads are compared", anchor=False)
         st.markdown(
@@ -136,18 +84,19 @@ def recorded() -> None:
         st.dataframe(metrics, hide_index=True, alt="Time to compare the heads of one layer, on a GPU and on a CPU.")
 
 
-def measured(plan: Plan | None) -> None:
+def measured(plan: Plan) -> None:
     """Show what this tab has measured of the plan."""
-    records = present(plan.cells, state.records()) if plan else []
+    cells = MEASUREMENT.asked(plan)
+    records = present(cells, state.records())
     good = [record for record in records if record.error is None]
-    if plan is None or not records:
+    MEASUREMENT.source(records, HERE, _files(good), f"{len(good)} of {len(cells)} cells.")
+    if not records:
         page.empty(
             "The first cell is on its way; results appear cell by cell."
             if state.busy()
             else "Nothing is measured yet for these settings. Press Measure; results appear cell by cell."
         )
         return
-    _tagged("measured", f"{len(good)} of {len(plan.cells)} cells. {made_with(good)}")
     for record in records:
         if record.error:
             st.warning(escape(f"{record.cell}: {record.error}"), icon=":material/error:")
@@ -156,21 +105,15 @@ def measured(plan: Plan | None) -> None:
         results(good, "here")
 
 
-def _tagged(kind: Tag, words: str) -> None:
-    with st.container(horizontal=True, vertical_alignment="center"):
-        page.tag(kind)
-        st.caption(escape(words), width="stretch")
-
-
 def results(records: Sequence[ExperimentRecord], key: str) -> None:
-    """Draw the rows of some records of one batch: sentences, charts, table and files."""
+    """Draw the rows of some records of one batch: sentences, charts and table."""
     rows = measure.rows(records)
     for row in rows:
         st.markdown(f"- {escape(measure.words(row))}")
     figures.show("Speed", charts.speed(rows), f"bench_speed_{key}", help=definitions.BENCH_SPEED)
     if len({row.context for row in rows}) > 1:
         _against_context(rows, key)
-    table(rows, key, records)
+    table(rows)
 
 
 def caution(records: Sequence[ExperimentRecord]) -> None:
@@ -226,8 +169,8 @@ def _against_context(rows: Sequence[Row], key: str) -> None:
                 figures.show(title, chart, f"bench_{number}_{key}", help=help)
 
 
-def table(rows: Sequence[Row], key: str, records: Sequence[ExperimentRecord] = ()) -> None:
-    """Every row with its hardware, date and commit; what was not measured says so. And the files."""
+def table(rows: Sequence[Row]) -> None:
+    """Every row with its hardware, date and commit; what was not measured says so."""
     shown = [_cells(row) for row in rows]
     st.markdown("**All figures**", help=f"{definitions.BENCH_MEMORY} {definitions.BYTE_FLOOR}")
     st.dataframe(
@@ -236,15 +179,18 @@ def table(rows: Sequence[Row], key: str, records: Sequence[ExperimentRecord] = (
         column_config={"x byte floor": st.column_config.TextColumn(help=definitions.BYTE_FLOOR)},
         alt="Speed, memory and time of every method and context, with hardware, date and commit.",
     )
-    lines = measure.table_rows(rows)
-    files = [
-        page.File(
-            "Figures as CSV", ".csv", "text/csv", lambda: csv_text(list(lines[0]), [[*one.values()] for one in lines])
-        )
+
+
+def _files(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench] = ()) -> list[page.File]:
+    return [
+        page.File("Figures as CSV", ".csv", "text/csv", lambda: _csv(records, decode)),
+        page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)),
     ]
-    if records:
-        files.append(page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)))
-    page.downloads(f"benchmarks-{key}", files)
+
+
+def _csv(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench]) -> str:
+    lines = measure.table_rows([*measure.rows(records), *map(measure.decode_row, decode)])
+    return csv_text(list(lines[0]), [[*one.values()] for one in lines])
 
 
 def _cells(row: Row) -> dict[str, str | int]:

@@ -1,48 +1,55 @@
 """The Methods page's widgets and blocks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Final
 
 import streamlit as st
 
 from app import definitions, state
 from app.charts import methods as charts
-from app.components import figures, page, work
+from app.components import figures, page
+from app.components.measuring import HERE, Measurement
 from app.components.panes import escape
-from app.jobs import CellsRequest, Job
-from app.measure import as_json, duration, json_lines, made_with, missing, report
+from app.measure import as_json, json_lines, report
 from app.measure import methods as measure
-from app.measure.methods import DEFAULT, FULL, MethodsChoices
-from app.requests import RequestError
-from turboquant.results import Cell, ExperimentRecord
+from app.measure.methods import DEFAULT, FULL
+from turboquant.results import ExperimentRecord
 
 _URL: Final = "query-params"
-RECORDED, HERE = "Recorded", "This tab"
 HELD, PACKED = "bits held", "packed bits"
 
+MEASUREMENT = Measurement(
+    name="methods",
+    prefix="methods",
+    start=DEFAULT,
+    experiment="perplexity",
+    recorded="methods",
+    cells=measure.cells,
+    seconds=measure.seconds,
+    describe=lambda cells: f"{len(cells) - 1} methods and the full cache",
+)
 
-def view() -> str:
-    """Recorded results, or this tab's."""
-    shown = st.segmented_control(
-        "Results", (RECORDED, HERE), default=RECORDED, required=True, key="methods_view", bind=_URL
-    )
-    return str(shown)
 
-
-def controls(shown: str) -> MethodsChoices:
-    """Draw the settings of a run and return what they say, unchecked."""
+def controls(shown: str) -> None:
+    """Draw the settings of a run."""
     config = state.config()
     with st.expander("What to measure here", icon=":material/tune:", expanded=shown == HERE):
-        st.multiselect(
+        st.pills(
             "Methods",
             measure.offered(state.recorded("methods")),
-            default=list(DEFAULT.methods),
-            max_selections=max(1, config.max_cells - 1),
-            accept_new_options=True,
+            selection_mode="multi",
+            default=list(DEFAULT.chosen),
             key="methods_chosen",
             bind=_URL,
-            help="Pick some, or type one, such as turboquant:key_bits=4,value_bits=2. The full cache is measured too.",
+            help="The full cache is always measured too.",
+        )
+        st.text_input(
+            "Other methods",
+            key="methods_more",
+            bind=_URL,
+            max_chars=measure.MAX_MORE_CHARS,
+            placeholder="turboquant:key_bits=4,value_bits=2",
+            help="Typed, with spaces between them; options follow a colon, with commas between them.",
         )
         st.pills(
             "Texts",
@@ -69,87 +76,6 @@ def controls(shown: str) -> MethodsChoices:
             bind=_URL,
             help="The last ones of them, read through the cache. Those before are read in one call, as a prompt is.",
         )
-    return _said()
-
-
-def _said() -> MethodsChoices:
-    keys = {field.name: f"methods_{field.name}" for field in fields(MethodsChoices)} | {"methods": "methods_chosen"}
-    found: dict[str, Any] = {
-        name: st.session_state[key] for name, key in keys.items() if st.session_state.get(key) is not None
-    }
-    found |= {name: tuple(map(str, found[name])) for name in ("methods", "texts") if name in found}
-    return MethodsChoices(**found)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the widgets ask for; without cells where they cannot be measured, and then why."""
-
-    cells: tuple[Cell, ...] = ()
-    refusal: str | None = None
-
-
-def plan(chosen: MethodsChoices) -> Plan:
-    """The plan of the widgets' values, with the sidebar's model."""
-    try:
-        return Plan(measure.cells(chosen, state.choices(), state.config()))
-    except RequestError as error:
-        return Plan(refusal=str(error))
-
-
-def run_bar(chosen: MethodsChoices, made: Plan) -> None:
-    """The button with what it would do."""
-    left = missing(made.cells, state.records())
-    if made.refusal:
-        disabled: str | None = escape(made.refusal)
-    else:
-        disabled = None if left else "All these methods are measured; they stand below, under This tab."
-
-    def request() -> CellsRequest:
-        asked = measure.request(measure.cells(chosen, state.choices(), state.config()), state.records())
-        st.session_state["methods_view"] = HERE
-        return asked
-
-    work.bar("Measure", request, plan=_plan_line(made, left), key="methods_run", disabled=disabled)
-
-
-def _plan_line(made: Plan, left: Sequence[Cell]) -> str:
-    if not made.cells:
-        return ""
-    line = f"{len(made.cells) - 1} methods and the full cache"
-    if len(left) < len(made.cells):
-        line += f", {len(left)} of {len(made.cells)} left"
-    own = [record for record in state.records().values() if record.cell.experiment == "perplexity"]
-    for known, source in ((own, "this tab's methods"), (state.recorded("methods"), "recorded methods")):
-        about = measure.seconds(left, known)
-        if about:
-            line += f" · about {duration(about)} (estimated from {source})"
-            if about > state.config().max_run_s:
-                line += f"; a run is stopped after {duration(state.config().max_run_s)} and can be continued"
-            return line
-    return f"{line} · time not known for this model before its first method"
-
-
-def working(job: Job | None) -> Job | None:
-    """The live job of this page, if there is one."""
-    return job if job is not None and job.live and job.request.page == "methods" else None
-
-
-def watch(job: Job) -> None:
-    """Show how far the job is; the page, and with it the plot, is drawn again whenever there is another result."""
-    known = len(job.results)
-
-    def look() -> None:
-        if len(job.results) > known:
-            st.rerun(scope="app")
-
-    work.watch(job, look)
-
-
-def here(made: Plan, job: Job | None) -> list[ExperimentRecord]:
-    """What this tab measured under the plan's settings, or under the live job's."""
-    cells = job.request.cells if job is not None and isinstance(job.request, CellsRequest) else made.cells
-    return measure.alike(cells, state.records())
 
 
 def _bits() -> charts.Bits:
@@ -231,28 +157,14 @@ def details(method: str | None) -> None:
             st.switch_page(page.PAGES / "compare.py", query_params={})  # bound parameters cannot be cleared otherwise
 
 
-def source(records: Sequence[ExperimentRecord], shown: str) -> None:
-    """Where the figures come from, the link, and the files."""
-    kept = list(records)
-    measured = [record for record in kept if record.error is None]
-    with st.container(horizontal=True, vertical_alignment="center"):
-        page.tag("recorded" if shown == RECORDED else "measured")
-        job = state.job()
-        if shown == HERE and job is not None and job.request.page == "methods" and job.cached:
-            page.tag("cached", f"{len(job.cached)} of {job.request.items} methods of the last run")
-        page.copy_link()
-        page.downloads(
-            "methods",
-            [
-                page.File("Table as CSV", ".csv", "text/csv", lambda: _csv(measured)),
-                page.File("Records as JSONL", ".jsonl", "application/jsonl", lambda: json_lines(kept)),
-                page.File("Records as JSON", ".json", "application/json", lambda: as_json(kept)),
-                page.File("Report as HTML", ".html", "text/html", lambda: report(kept)),
-            ],
-            disabled=not measured,
-        )
-    if measured:
-        st.caption(escape(f"{made_with(measured)} {measure.what_was_read(measured)}."))
+def files(records: Sequence[ExperimentRecord]) -> list[page.File]:
+    """The exports."""
+    return [
+        page.File("Table as CSV", ".csv", "text/csv", lambda: _csv(records)),
+        page.File("Records as JSONL", ".jsonl", "application/jsonl", lambda: json_lines(records)),
+        page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)),
+        page.File("Report as HTML", ".html", "text/html", lambda: report(records)),
+    ]
 
 
 def _csv(records: Sequence[ExperimentRecord]) -> str:

@@ -1,30 +1,45 @@
 """The Needle page's widgets and blocks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Final
 
 import streamlit as st
 
 from app import definitions, state
 from app.charts import needle as charts
-from app.components import figures, page, work
+from app.components import figures, page
+from app.components.measuring import Measurement
 from app.components.panes import escape
-from app.jobs import CellsRequest, Job
-from app.measure import MAX_SEED, as_json, duration, json_lines, made_with, missing, present, report
+from app.measure import MAX_SEED, as_json, json_lines, report
 from app.measure import needle as measure
-from app.measure.needle import DEFAULT, NeedleChoices, Place
-from app.requests import RequestError
+from app.measure.needle import DEFAULT, Place
 from turboquant.results import Cell, ExperimentRecord
 
 _URL: Final = "query-params"
-RECORDED, HERE = "Recorded", "This tab"
 _MOST_METHODS = 3
 _PROMPT_ROOM = {"needle": 400, "question": 300, "answer": 100}
 
 
-def controls() -> NeedleChoices:
-    """Draw the settings and return what they say, unchecked."""
+def _describe(cells: Sequence[Cell]) -> str:
+    places = {(cell.settings["context"], cell.settings["depth"]) for cell in cells}
+    methods = {cell.method for cell in cells}
+    return f"{len(cells)} cells: {len(places)} places, {len(methods)} method{'s' * (len(methods) > 1)}"
+
+
+MEASUREMENT = Measurement(
+    name="needle",
+    prefix="needle",
+    start=DEFAULT,
+    experiment="needle",
+    recorded="needle",
+    cells=measure.cells,
+    seconds=measure.seconds,
+    describe=_describe,
+)
+
+
+def controls() -> None:
+    """Draw the settings."""
     with st.container(border=True):
         left, right = st.columns(2, gap="medium")
         left.pills(
@@ -76,7 +91,6 @@ def controls() -> NeedleChoices:
         row.toggle("Own needle", key="needle_own", bind=_URL, help="Hide a sentence of yours and ask about it.")
         if st.session_state.get("needle_own"):
             _own_texts()
-    return _said()
 
 
 def _own_texts() -> None:
@@ -94,104 +108,6 @@ def _own_texts() -> None:
             persist_state="session",
         )
     st.caption("Found: the reply contains the answer, whatever the case. Your texts are no part of the copied link.")
-
-
-def _said() -> NeedleChoices:
-    found: dict[str, Any] = {
-        field.name: st.session_state[f"needle_{field.name}"]
-        for field in fields(NeedleChoices)
-        if st.session_state.get(f"needle_{field.name}") is not None
-    }
-    found |= {name: tuple(found[name]) for name in ("lengths", "depths") if name in found}
-    return NeedleChoices(**found)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the widgets ask for; without cells where they cannot be measured, and then why."""
-
-    cells: tuple[Cell, ...] = ()
-    refusal: str | None = None
-
-
-def plan(chosen: NeedleChoices) -> Plan:
-    """The plan of the widgets' values, with the sidebar's model and methods."""
-    try:
-        return Plan(measure.cells(chosen, state.choices(), state.config()))
-    except RequestError as error:
-        return Plan(refusal=str(error))
-
-
-def run_bar(chosen: NeedleChoices, made: Plan) -> None:
-    """The button with what it would do."""
-    left = missing(made.cells, state.records())
-    if made.refusal:
-        disabled: str | None = escape(made.refusal)
-    else:
-        disabled = None if left else "All these cells are measured; their maps stand below, under This tab."
-
-    def request() -> CellsRequest:
-        asked = measure.request(measure.cells(chosen, state.choices(), state.config()), state.records())
-        st.session_state["needle_view"] = HERE
-        return asked
-
-    work.bar("Measure", request, plan=_plan_line(made, left), key="needle_run", disabled=disabled)
-
-
-def _plan_line(made: Plan, left: Sequence[Cell]) -> str:
-    if not made.cells:
-        return ""
-    places = {(cell.settings["context"], cell.settings["depth"]) for cell in made.cells}
-    methods = {cell.method for cell in made.cells}
-    line = f"{len(made.cells)} cells: {len(places)} places, {len(methods)} method{'s' * (len(methods) > 1)}"
-    if len(left) < len(made.cells):
-        line += f", {len(left)} of them left"
-    own = [record for record in state.records().values() if record.cell.experiment == "needle"]
-    for known, source in ((own, "this tab's cells"), (state.recorded("needle"), "recorded cells")):
-        about = measure.seconds(left, known)
-        if about:
-            line += f" · about {duration(about)} (estimated from {source})"
-            if about > state.config().max_run_s:
-                line += f"; a run is stopped after {duration(state.config().max_run_s)} and can be continued"
-            return line
-    return f"{line} · time not known for this model before its first cell"
-
-
-def view() -> str:
-    """Recorded results, or this tab's."""
-    shown = st.segmented_control(
-        "Results",
-        (RECORDED, HERE),
-        default=RECORDED,
-        required=True,
-        key="needle_view",
-        bind=_URL,
-    )
-    return str(shown)
-
-
-def working(job: Job | None) -> Job | None:
-    """The live job of this page, if there is one."""
-    return job if job is not None and job.live and job.request.page == "needle" else None
-
-
-def watch(job: Job) -> None:
-    """Show how far the job is; the page, and with it the maps, is drawn again whenever there is another result."""
-    known = len(job.results)
-
-    def look() -> None:
-        if len(job.results) > known:
-            st.rerun(scope="app")
-
-    work.watch(job, look)
-
-
-def planned(made: Plan, job: Job | None) -> tuple[Cell, ...]:
-    """The cells that this tab's maps show: the plan's, or the job's where the plan has moved on."""
-    if job is None or not isinstance(job.request, CellsRequest):
-        return made.cells
-    keys = {cell.key for cell in made.cells}
-    return made.cells if all(cell.key in keys for cell in job.request.cells) else job.request.cells
 
 
 def recorded() -> list[ExperimentRecord]:
@@ -212,11 +128,6 @@ def recorded() -> list[ExperimentRecord]:
         bind=_URL,
     )
     return [record for record in records if record.cell.method in chosen[:_MOST_METHODS]]
-
-
-def here(cells: Sequence[Cell]) -> list[ExperimentRecord]:
-    """This tab's results of some cells."""
-    return present(cells, state.records())
 
 
 def maps(records: Sequence[ExperimentRecord], cells: Sequence[Cell] = ()) -> None:
@@ -283,35 +194,18 @@ def _failures(found: Sequence[Place]) -> None:
         st.warning(f"{escape(method)}: {escape(str(error))}", icon=":material/error:")
 
 
-def source(records: Sequence[ExperimentRecord], shown: str) -> None:
-    """Where the figures come from, the link, and the files."""
-    with st.container(horizontal=True, vertical_alignment="center"):
-        page.tag("recorded" if shown == RECORDED else "measured")
-        _cached(shown)
-        page.copy_link()
-        kept = list(records)
-        page.downloads(
-            "needle",
-            [
-                page.File("Cells as CSV", ".csv", "text/csv", lambda: _csv(kept)),
-                page.File("Records as JSONL", ".jsonl", "application/jsonl", lambda: json_lines(kept)),
-                page.File("Records as JSON", ".json", "application/json", lambda: as_json(kept)),
-                page.File("Report as HTML", ".html", "text/html", lambda: report(kept)),
-            ],
-            disabled=not kept,
-        )
-    if records:
-        st.caption(escape(made_with([record for record in records if record.error is None])))
+def files(records: Sequence[ExperimentRecord]) -> list[page.File]:
+    """The exports."""
+    return [
+        page.File("Cells as CSV", ".csv", "text/csv", lambda: _csv(records)),
+        page.File("Records as JSONL", ".jsonl", "application/jsonl", lambda: json_lines(records)),
+        page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)),
+        page.File("Report as HTML", ".html", "text/html", lambda: report(records)),
+    ]
 
 
 def _csv(records: Sequence[ExperimentRecord]) -> str:
     return charts.places_table(measure.places(records)).to_csv(index=False)
-
-
-def _cached(shown: str) -> None:
-    job = state.job()
-    if shown == HERE and job is not None and job.request.page == "needle" and job.cached:
-        page.tag("cached", f"{len(job.cached)} of {job.request.items} cells of the last run")
 
 
 def replies(records: Sequence[ExperimentRecord]) -> None:

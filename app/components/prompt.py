@@ -6,7 +6,7 @@ from app import state
 from app.components.panes import escape
 from app.examples import BY_NAME, EXAMPLES
 from app.jobs import CompareRequest
-from app.requests import RequestError, method_text, second_method
+from app.requests import RequestError, method_texts
 
 
 def render() -> None:
@@ -59,7 +59,7 @@ def _plan() -> str:
     choices = state.choices()
     sampling = "greedy" if choices.temperature == 0 else f"temperature {choices.temperature:g}, seed {choices.seed}"
     try:
-        methods = [method_text(choices), *([second_method(choices)] if choices.second else [])]
+        methods = method_texts(choices)
     except RequestError as error:
         return f":material/info: {escape(str(error))}"
     named = " and ".join(f"`{method}`" for method in methods)

@@ -4,7 +4,7 @@ import streamlit as st
 
 from app import definitions, state
 from app.charts import prompts as charts
-from app.components import figures, page
+from app.components import figures, page, work
 from app.components.panes import code, escape
 from app.config import AppConfig
 from app.jobs import Job, PromptsRequest
@@ -119,18 +119,15 @@ def _time(prompts: tuple[str, ...]) -> str:
     if job is not None and not job.live and job.request.model == choices.model and job.running_s > 0:
         measured = len(job.results) - len(job.cached)
         if measured > 0:
-            return f"about {_words(len(prompts) * job.running_s / measured)} (estimated from the last set)"
+            return f"about {work.duration(len(prompts) * job.running_s / measured)} (estimated from the last set)"
     for run in state.runs().all():
         c = run.comparison
         speeds = (c.original.tokens_per_second, c.compressed.tokens_per_second)
         if run.origin == "measured" and c.model.name == choices.model and all(speeds):
             seconds = len(prompts) * choices.tokens * sum(1 / speed for speed in speeds if speed)
-            return f"at most about {_words(seconds)} for the answers (estimated from a run of this tab), then measuring"
+            about = work.duration(seconds)
+            return f"at most about {about} for the answers (estimated from a run of this tab), then measuring"
     return "time unknown until a first run with this model"
-
-
-def _words(seconds: float) -> str:
-    return f"{max(seconds, 1):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def last() -> Job | None:

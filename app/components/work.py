@@ -61,7 +61,7 @@ def _queue_words(job: Job) -> str:
     if job.results and len(job.results) > len(job.cached):
         return f"Letting a shorter run go first · {len(job.results)} of {job.request.items} done"
     ahead, wait = state.engine().ahead(job), state.engine().estimate_s(job)
-    about = f", about {_duration(wait)}" if wait else ""
+    about = f", about {duration(wait)}" if wait else ""
     if not ahead:
         return "Starting"
     return f"Waiting: {ahead} {'run is' if ahead == 1 else 'runs are'} ahead of you{about}. Stop leaves the queue."
@@ -69,27 +69,27 @@ def _queue_words(job: Job) -> str:
 
 def _left(job: Job) -> str:
     seconds = job.remaining_s if job.request.items > 1 else None
-    return "" if seconds is None else f"about {_duration(seconds)} left (estimated)"
+    return "" if seconds is None else f"about {duration(seconds)} left (estimated)"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people say it."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def watch(job: Job, draw: Callable[[], None]) -> None:
-    """Show how far a live job is and what it has found; both refresh every second until it ends."""
+def watch(job: Job) -> None:
+    """Show how far a live job is, every second; draw the page again when it has another result, and when it ends."""
+    known = state.taken(), job.view.state
 
     def look() -> None:
-        state.collect()
-        if not job.live:
+        if not job.live or (len(job.results), job.view.state) != known:
             st.rerun(scope="app")
         fraction = job.fraction if job.request.items > 1 or job.view.fraction is None else job.view.fraction
         if job.view.state == "loading" and job.view.fraction is not None:
             fraction = job.view.fraction
         st.progress(min(max(fraction, 0.0), 1.0), text=escape(words(job)))
-        draw()
 
     st.fragment(look, run_every=1.0)()
 

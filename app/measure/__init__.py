@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.config import AppConfig
+from app.jobs import CellsRequest
 from app.requests import RequestError
 from turboquant.results import Cell, ExperimentRecord
 
@@ -25,17 +27,6 @@ def check_each(name: str, values: Iterable[object], allowed: Sequence[str]) -> t
     return tuple(value for value in allowed if value in chosen)
 
 
-def check_whole(name: str, value: object, low: int, high: int) -> int:
-    """A whole number in its range.
-
-    Raises:
-        RequestError: It is none, or out of range.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} must be a whole number from {low:,} to {high:,}, got {str(value)[:40]}.")
-    return value
-
-
 def check_count(cells: Sequence[Cell], config: AppConfig) -> None:
     """Raise RequestError where there are more cells than this deployment measures at once."""
     if len(cells) > config.max_cells:
@@ -52,11 +43,27 @@ def present(cells: Iterable[Cell], records: Mapping[str, ExperimentRecord]) -> l
     return [records[cell.key] for cell in cells if cell.key in records]
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+@dataclass(frozen=True)
+class Plan:
+    """What a page's widgets ask for; without cells where they cannot be measured, and then why."""
+
+    cells: tuple[Cell, ...] = ()
+    refusal: str | None = None
+
+    def request(
+        self, records: Mapping[str, ExperimentRecord], title: str, page: str, *, private: bool = False
+    ) -> CellsRequest:
+        """The cells that are not measured yet.
+
+        Raises:
+            RequestError: There are none, or the widgets' values are refused.
+        """
+        if self.refusal:
+            raise RequestError(self.refusal)
+        left = missing(self.cells, records)
+        if not left:
+            raise RequestError("All of this is measured already; change a setting to measure more.")
+        return CellsRequest(left[0].model or "", left[0].weights, left, title, page, private)
 
 
 def made_with(records: Sequence[ExperimentRecord]) -> str:

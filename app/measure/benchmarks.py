@@ -5,15 +5,14 @@ import; it is imported where it is first needed.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from app.config import AppConfig
-from app.jobs import CellsRequest
-from app.measure import check_count, missing
-from app.requests import Choices, RequestError, check_bound, check_loading, method_text, second_method
+from app.measure import check_count
+from app.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from app.verdict import human_bytes
 from turboquant.methods import parse_method
 from turboquant.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
@@ -34,27 +33,7 @@ class BenchChoices:
     repeats: int = 2
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The cells of one measurement."""
-
-    model: str
-    weights: str
-    cells: tuple[Cell, ...]
-
-    def request(self, records: Mapping[str, ExperimentRecord], title: str, page: str) -> CellsRequest:
-        """The work that is left.
-
-        Raises:
-            RequestError: Nothing is.
-        """
-        left = missing(self.cells, records)
-        if not left:
-            raise RequestError("Everything is measured; choose other contexts or settings.")
-        return CellsRequest(self.model, self.weights, left, title, page)
-
-
-def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
+def cells(own: BenchChoices, choices: Choices, config: AppConfig) -> tuple[Cell, ...]:
     """Check what was chosen and make its cells: each context with the sidebar's one or two methods.
 
     Raises:
@@ -64,8 +43,7 @@ def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
     tokens = check_bound("New tokens", own.tokens, 2, min(MOST_NEW_TOKENS, config.max_new_tokens))
     batch, repeats = check_bound("Rows", own.batch, *BATCHES), check_bound("Rounds", own.repeats, *REPEATS)
     contexts = _check_contexts(own.contexts, tokens, batch, config)
-    methods = dict.fromkeys([method_text(choices), *([second_method(choices)] if choices.second else [])])
-    parsed = [parse_method(method) for method in methods]
+    parsed = [parse_method(method) for method in dict.fromkeys(method_texts(choices))]
     for method in parsed:
         if not method.foreign and not method.packed_length(contexts[0] - 1):
             raise RequestError(
@@ -77,9 +55,9 @@ def make_plan(own: BenchChoices, choices: Choices, config: AppConfig) -> Plan:
 
     shared = {"new_tokens": tokens, "batch": batch, "repeats": repeats}
     every = [EXPERIMENT.settings(context=context, **shared) for context in contexts]
-    cells = tuple(cells_for(EXPERIMENT, model, parsed, every, weights))
-    check_count(cells, config)
-    return Plan(model, weights, cells)
+    found = tuple(cells_for(EXPERIMENT, model, parsed, every, weights))
+    check_count(found, config)
+    return found
 
 
 def _check_contexts(contexts: Sequence[int], tokens: int, batch: int, config: AppConfig) -> list[int]:
@@ -94,19 +72,19 @@ def _check_contexts(contexts: Sequence[int], tokens: int, batch: int, config: Ap
     return found
 
 
-def estimate_s(cells: Sequence[Cell], known: Iterable[ExperimentRecord]) -> float | None:
-    """Seconds that cells take, by the time to first token and the speed of others of their model; None without any."""
-    if not cells:
-        return 0.0
-    timed = [r for r in known if r.error is None and r.cell.model == cells[0].model and r.cell.settings["batch"] == 1]
+def seconds(planned: Sequence[Cell], known: Iterable[ExperimentRecord]) -> float | None:
+    """About how long cells take, by the first token and the speed of others of their model; None without any."""
+    if not planned:
+        return None
+    timed = [r for r in known if r.error is None and r.cell.model == planned[0].model and r.cell.settings["batch"] == 1]
     if not timed:
         return None
-    methods = max(1, len({cell.method for cell in cells}))
+    methods = max(1, len({cell.method for cell in planned}))
     read = sum(r.cell.settings["context"] - r.cell.settings["new_tokens"] for r in timed)
     reading_s = sum(r.metrics["time_to_first_token_ms"] or 0.0 for r in timed) / 1e3 / read
     writing_s = sum(1 / (r.metrics["tokens_per_second"] or 1.0) for r in timed) / len(timed)
     spent = 0.0
-    for cell in cells:
+    for cell in planned:
         s = cell.settings
         runs = (1 + s["repeats"]) * (1 + 1 / methods)
         spent += runs * s["batch"] * ((s["context"] - s["new_tokens"]) * reading_s + s["new_tokens"] * writing_s)

@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.config import AppConfig
-from app.jobs import CellsRequest
-from app.measure import check_count, check_each, missing
+from app.measure import check_count, check_each
 from app.requests import SAME, Choices, RequestError, check_loading, has_window, method_text, recipes
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method
 from turboquant.pareto import pareto_front
@@ -21,7 +20,7 @@ FULL = "full"
 CONTEXTS = ("512", "1024", "2048", "4096", "8192")
 MEASURED = ("64", "128", "256", "512")
 TEXT_NAMES = tuple(TEXTS)
-MAX_METHOD_CHARS = 200
+MAX_METHOD_CHARS, MAX_MORE_CHARS = 200, 2_000
 START = (
     "turboquant:bits=2",
     "turboquant:bits=3",
@@ -35,9 +34,13 @@ _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 @dataclass(frozen=True)
 class MethodsChoices:
-    """What the page's widgets say, unchecked. The last `measured` of the context's tokens are measured."""
+    """What the page's widgets say, unchecked; `more` are methods typed with spaces between them.
 
-    methods: tuple[str, ...] = START
+    The last `measured` of the context's tokens are measured.
+    """
+
+    chosen: tuple[str, ...] = START
+    more: str = ""
     texts: tuple[str, ...] = ("persuasion",)
     context: str = "512"
     measured: str = "128"
@@ -82,13 +85,12 @@ def cells(chosen: MethodsChoices, choices: Choices, config: AppConfig) -> tuple[
     from turboquant.tasks.perplexity import EXPERIMENT, PerplexitySettings
 
     model, weights = check_loading(choices, config)
-    if not chosen.methods:
+    wanted = [*chosen.chosen, *chosen.more.split()]
+    if not wanted:
         raise RequestError("Choose at least one method.")
-    if len(chosen.methods) >= config.max_cells:
-        raise RequestError(
-            f"At most {config.max_cells - 1} methods can be measured at once, got {len(chosen.methods)}."
-        )
-    methods = dict.fromkeys([METHODS[FULL](), *map(check_method, chosen.methods)])
+    if len(wanted) >= config.max_cells:
+        raise RequestError(f"At most {config.max_cells - 1} methods can be measured at once, got {len(wanted)}.")
+    methods = dict.fromkeys([METHODS[FULL](), *map(check_method, wanted)])
     texts = check_each("Texts", chosen.texts, TEXT_NAMES)
     context = int(check_each("Context", [chosen.context], contexts(config))[0])
     measured = int(check_each("Measured tokens", [chosen.measured], MEASURED)[0])
@@ -99,18 +101,6 @@ def cells(chosen: MethodsChoices, choices: Choices, config: AppConfig) -> tuple[
     found = tuple(cells_for(EXPERIMENT, model, methods, [settings], weights))
     check_count(found, config)
     return found
-
-
-def request(planned: Sequence[Cell], records: Mapping[str, ExperimentRecord]) -> CellsRequest:
-    """The request for the cells that are not there yet.
-
-    Raises:
-        RequestError: All are there.
-    """
-    left = missing(planned, records)
-    if not left:
-        raise RequestError("All these methods are measured already; add one, or change a setting.")
-    return CellsRequest(left[0].model or "", left[0].weights, left, title="Methods", page="methods")
 
 
 def alike(planned: Sequence[Cell], records: Mapping[str, ExperimentRecord]) -> list[ExperimentRecord]:

@@ -1,6 +1,6 @@
 """The needle test: lengths, depths and an own needle as cells, records as places on a map."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.config import AppConfig
-from app.jobs import CellsRequest
-from app.measure import MAX_SEED, check_count, check_each, check_whole, missing
-from app.requests import Choices, RequestError, check_loading, method_text, second_method
+from app.measure import MAX_SEED, check_count, check_each
+from app.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from turboquant.methods import parse_method
 from turboquant.results import Cell, ExperimentRecord, first_error
 from turboquant.texts import TEXTS
@@ -56,10 +55,10 @@ def cells(chosen: NeedleChoices, choices: Choices, config: AppConfig) -> tuple[C
     from turboquant.tasks.prompts import check_filler
 
     model, weights = check_loading(choices, config)
-    methods = dict.fromkeys([method_text(choices), *([second_method(choices)] if choices.second else [])])
+    methods = dict.fromkeys(method_texts(choices))
     shared: dict[str, Any] = {
-        "repetitions": check_whole("Repetitions", chosen.repetitions, 1, MAX_REPETITIONS),
-        "seed": check_whole("Seed of the needles", chosen.seed, 0, MAX_SEED),
+        "repetitions": check_bound("Repetitions", chosen.repetitions, 1, MAX_REPETITIONS),
+        "seed": check_bound("Seed of the needles", chosen.seed, 0, MAX_SEED),
         "filler": check_each("Filler", [chosen.filler], FILLERS)[0],
         "max_new_tokens": OWN_ANSWER_TOKENS if chosen.own else ANSWER_TOKENS,
     }
@@ -83,19 +82,6 @@ def cells(chosen: NeedleChoices, choices: Choices, config: AppConfig) -> tuple[C
     found = tuple(cells_for(EXPERIMENT, model, list(map(parse_method, methods)), grid, weights))
     check_count(found, config)
     return found
-
-
-def request(planned: Sequence[Cell], records: Mapping[str, ExperimentRecord]) -> CellsRequest:
-    """The request for the cells that are not there yet.
-
-    Raises:
-        RequestError: All are there.
-    """
-    left = missing(planned, records)
-    if not left:
-        raise RequestError("All these cells are measured already; change a setting to measure more.")
-    own = any("needle" in cell.settings for cell in left)
-    return CellsRequest(left[0].model or "", left[0].weights, left, title="Needle", page="needle", private=own)
 
 
 # --- how long it takes

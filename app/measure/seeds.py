@@ -9,8 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from app.config import AppConfig
-from app.jobs import CellsRequest
-from app.measure import check_count, check_each, missing
+from app.measure import check_count, check_each
 from app.requests import SAME, Choices, RequestError, check_bound, check_loading, method_text
 from turboquant.methods import Method, parse_method
 from turboquant.results import Cell, ExperimentRecord
@@ -80,26 +79,6 @@ class SeedsChoices:
     texts: tuple[str, ...] = ("persuasion", "factbook")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The cells of one measurement."""
-
-    model: str
-    weights: str
-    cells: tuple[Cell, ...]
-
-    def request(self, records: Mapping[str, ExperimentRecord], title: str, page: str) -> CellsRequest:
-        """The work that is left.
-
-        Raises:
-            RequestError: Nothing is.
-        """
-        left = missing(self.cells, records)
-        if not left:
-            raise RequestError(f"All {len(self.cells)} cells are measured; ask for more seeds or other settings.")
-        return CellsRequest(self.model, self.weights, left, title, page)
-
-
 def check_packs(method: Method, tokens: int, what: str) -> None:
     """Raise RequestError where a method would pack none of so many tokens."""
     if not method.packed_length(tokens - 1):
@@ -108,7 +87,7 @@ def check_packs(method: Method, tokens: int, what: str) -> None:
         )
 
 
-def make_plan(own: SeedsChoices, choices: Choices, config: AppConfig) -> Plan:
+def cells(own: SeedsChoices, choices: Choices, config: AppConfig) -> tuple[Cell, ...]:
     """Check what was chosen and make its cells: for each method and rotation seed one without and one a sampling seed.
 
     The sidebar says how vectors are stored, this page with how many bits and seeds.
@@ -133,9 +112,9 @@ def make_plan(own: SeedsChoices, choices: Choices, config: AppConfig) -> Plan:
         check_packs(method, settings.prompt_tokens + settings.new_tokens, "prompt and answer")
     turned = {str(one): one for seed in range(own.rotations) for m in methods for one in with_seeds(m, [seed])}
     every = [settings.model_copy(update={"seed": seed}) for seed in (None, *range(own.samplings))]
-    cells = tuple(cells_for(EXPERIMENT, model, turned.values(), every, weights))
-    check_count(cells, config)
-    return Plan(model, weights, cells)
+    found = tuple(cells_for(EXPERIMENT, model, turned.values(), every, weights))
+    check_count(found, config)
+    return found
 
 
 def _check_texts(texts: Sequence[str]) -> tuple[str, ...]:
@@ -162,11 +141,12 @@ def _tokens(settings: Mapping[str, Any]) -> int:
     return len(settings["texts"]) * (answers + window)
 
 
-def estimate_s(cells: Sequence[Cell], model: str, known: Iterable[ExperimentRecord]) -> float | None:
-    """Seconds that cells take, by the tokens they read and the time other cells of the model took; None without any."""
-    timed = [r for r in known if r.error is None and r.cell.model == model and "elapsed" in r.timing]
+def seconds(planned: Sequence[Cell], known: Iterable[ExperimentRecord]) -> float | None:
+    """About how long cells take, by the tokens they read and the time others of the model took; None without any."""
+    models = {cell.model for cell in planned}
+    timed = [r for r in known if r.error is None and r.cell.model in models and "elapsed" in r.timing]
     spent, read = sum(r.timing["elapsed"] for r in timed), sum(_tokens(r.cell.settings) for r in timed)
-    return spent * sum(_tokens(cell.settings) for cell in cells) / read if read else None
+    return spent * sum(_tokens(cell.settings) for cell in planned) / read if read else None
 
 
 # --- records to rows

@@ -1,4 +1,4 @@
-"""A stand-in runner for cells: it makes records by hand, as many as it is let. No number in them was measured."""
+"""A stand-in runner for cells: their records are made by hand, as many as the test lets it. Nothing is measured."""
 
 import threading
 from collections.abc import Callable
@@ -21,11 +21,15 @@ HERE = Environment(
 
 @dataclass
 class Cells:
-    """Serves one cell for each permit; `make` makes its record."""
+    """Serves one cell for each permit; `make` makes its record. `served` are the cells that ran."""
 
     make: Callable[[Cell], ExperimentRecord]
-    allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1000))
     served: list[Cell] = field(default_factory=list)
+    _allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def let(self, count: int = 1000) -> None:
+        """Allow so many more cells."""
+        self._allowed.release(count)
 
     def load(self, name: str, *, weights: str, progress: Any) -> Any:
         return object()
@@ -33,8 +37,10 @@ class Cells:
     def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
         assert isinstance(job.request, CellsRequest)
         for item in job.pending:
-            while not self.allowed.acquire(timeout=0.02):
+            while not self._allowed.acquire(timeout=0.02):
                 if cancelled():
                     return
-            self.served.append(job.request.cells[item])
             job.add(item, self.make(job.request.cells[item]))
+            self.served.append(job.request.cells[item])
+            if cancelled() or yielding():
+                return

@@ -1,5 +1,6 @@
 """An engine whose model is a stand-in, so that each state of queue and page can be held still and looked at."""
 
+import html
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 from app import state
 from app.engine import Engine, Progress
 from app.jobs import CompareRequest, Job
+from tests.app.cells import Cells
 from tests.app.factory import comparison
 from turboquant.comparison import Event
 from turboquant.results import Comparison
@@ -127,6 +129,47 @@ def page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
     monkeypatch.setattr(state, "recordings", lambda: [])
     yield AppTest.from_file(MAIN, default_timeout=30)
     st.cache_resource.clear()
+
+
+@pytest.fixture
+def measuring(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
+    """The app with the test's `cells` behind it; nothing is taken from a cache of results."""
+    engine = Engine(cells.load, cells.run, max_queue=3, grace_s=0.1, max_cached=0)
+    st.cache_resource.clear()
+    monkeypatch.setattr(state, "engine", lambda: engine)
+    monkeypatch.setattr(state, "recordings", lambda: [])
+    yield AppTest.from_file(MAIN, default_timeout=60)
+    cells.let()
+    engine.close()
+    st.cache_resource.clear()
+
+
+def opened(page: AppTest, name: str, **link: object) -> AppTest:
+    """A page from a cold link."""
+    for key, value in link.items():
+        page.query_params[key] = value if isinstance(value, list) else str(value)
+    page.switch_page(f"../pages/{name}.py").run()
+    assert not page.exception
+    return page
+
+
+def said(page: AppTest) -> str:
+    """The words on a page."""
+    parts = [*page.markdown, *page.caption, *page.info, *page.warning, *page.error, *page.subheader, *page.text]
+    return html.unescape("\n".join(str(part.value) for part in parts)).replace("\u200b", "")
+
+
+def newest(page: AppTest) -> Any:
+    """The newest job of the page's tab."""
+    return state.engine().job(page.session_state["session_id"])
+
+
+def ended(page: AppTest) -> AppTest:
+    """The page when its job has ended."""
+    until(lambda: not newest(page).live)
+    page.run()
+    assert not page.exception
+    return page
 
 
 def until(condition: Callable[[], object], seconds: float = 5.0) -> None:

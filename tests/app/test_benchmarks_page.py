@@ -1,12 +1,9 @@
 """The Benchmarks page: recorded figures with their source, the library's medians, and runs that can be stopped."""
 
-import html
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import streamlit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -15,14 +12,13 @@ from app import state
 from app.charts import benchmarks as charts
 from app.config import AppConfig
 from app.measure import benchmarks as measure
-from app.measure.benchmarks import CONTEXTS, BenchChoices, make_plan
+from app.measure.benchmarks import CONTEXTS, BenchChoices
 from app.requests import Choices, RequestError
-from tests.app.conftest import MAIN, until
-from tests.app.paced_cells import RESULTS, Cells, engine_of
+from tests.app.cells import Cells
+from tests.app.conftest import ended, opened, said, until
 from turboquant.results import Cell, ExperimentRecord, read_records
 
-PAGE = "../pages/benchmarks.py"
-RECORDS = read_records(RESULTS / "generation.jsonl")
+RECORDS = read_records(state.RESULTS / "generation.jsonl")
 SINGLE = [record for record in RECORDS if record.cell.settings["batch"] == 1]
 
 
@@ -39,70 +35,45 @@ def cells() -> Cells:
 
 
 @pytest.fixture
-def page(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
-    streamlit.cache_resource.clear()
-    with engine_of(cells) as engine:
-        monkeypatch.setattr(state, "engine", lambda: engine)
-        yield AppTest.from_file(MAIN, default_timeout=60)
-        cells.let(1000)
-    streamlit.cache_resource.clear()
-
-
-def opened(page: AppTest, **link: str | list[str]) -> AppTest:
-    for name, value in link.items():
-        page.query_params[name] = value
-    page.switch_page(PAGE)
-    page.run()
-    assert not page.exception
-    return page
-
-
-def said(page: AppTest) -> str:
-    parts = [*page.markdown, *page.caption, *page.info, *page.warning]
-    return html.unescape("\n".join(str(part.value) for part in parts)).replace("\u200b", "")
-
-
-def newest(page: AppTest) -> Any:
-    return state.engine().job(page.session_state["session_id"])
+def page(measuring: AppTest) -> AppTest:
+    return measuring
 
 
 # --- the page
 
 
 def test_a_cold_link_shows_recorded_figures_with_their_source(page: AppTest, cells: Cells) -> None:
-    text = said(opened(page))
+    text = said(opened(page, "benchmarks"))
     for record in SINGLE:
         assert f"{record.cell.method} at 544 tokens: {record.metrics['speed_ratio']:.2f} x the full cache" in text
         assert f"packing took {record.metrics['encode_step_ms']:.2f} ms" in text
     assert "say nothing about the speed of GPU kernels" in text
     sources = page.dataframe[0].value
     assert {"hardware", "date", "commit"} <= set(sources.columns)
-    assert sources["results"].sum() == len(RECORDS) + len(measure.recorded_decode(RESULTS))
+    assert sources["results"].sum() == len(RECORDS) + len(measure.recorded_decode(state.RESULTS))
     assert any("not measured" in frame.value.to_string() for frame in page.dataframe)
-    assert not cells.measured
+    assert not cells.served
 
 
 def test_results_come_cell_by_cell_and_stop_keeps_them(page: AppTest, cells: Cells) -> None:
-    opened(page, bench_show="Run here", bench_contexts=["256", "384", "640"], second="turboquant:bits=2")
-    assert "0 of 6 cells are measured" in said(page)
+    opened(page, "benchmarks", bench_view="This tab", bench_contexts=["256", "384", "640"], second="turboquant:bits=2")
+    assert "6 cells · about" in said(page)
+    assert "(estimated from the recorded run" in said(page)
     page.button(key="bench_run").click().run()
     cells.let(2)
-    until(lambda: len(cells.measured) == 2)
+    until(lambda: len(cells.served) == 2)
     page.run()
     assert not page.exception
     assert "2 of 6 cells." in said(page)
     assert "attention over codes 12.5 ms instead of 5.5 ms" in said(page)
     page.button(key="bench_run_stop").click().run()
-    until(lambda: not newest(page).live)
-    page.run()
+    ended(page)
     assert "2 of 6 results are kept" in said(page)
     cells.let(4)
     page.button(key="bench_run").click().run()
-    until(lambda: not newest(page).live)
-    page.run()
-    assert not page.exception
-    assert len(cells.measured) == len(set(cells.measured)) == 6
-    assert "All 6 cells are measured" in said(page)
+    ended(page)
+    assert len(cells.served) == len({cell.key for cell in cells.served}) == 6
+    assert "All of it is measured: 6 cells." in said(page)
     assert len(page.get("plotly_chart")) == 6  # of attention the step alone was timed
     assert "Attention of the prompt: not measured" in said(page)
 
@@ -110,25 +81,25 @@ def test_results_come_cell_by_cell_and_stop_keeps_them(page: AppTest, cells: Cel
 @pytest.mark.parametrize(
     "link",
     [
-        {"bench_show": "<b>"},
-        {"bench_show": "Run here", "bench_contexts": ["1", "x"], "bench_tokens": "-4", "bench_batch": "1e9"},
-        {"bench_show": "Run here", "bench_contexts": "", "bench_repeats": "NaN"},
-        {"bench_show": "Run here", "second": "full", "residual": "4000"},
+        {"bench_view": "<b>"},
+        {"bench_view": "This tab", "bench_contexts": ["1", "x"], "bench_tokens": "-4", "bench_batch": "1e9"},
+        {"bench_view": "This tab", "bench_contexts": "", "bench_repeats": "NaN"},
+        {"bench_view": "This tab", "second": "full", "residual": "4000"},
     ],
 )
 def test_a_link_with_nonsense_opens(page: AppTest, link: dict[str, Any]) -> None:
-    opened(page, **link)
+    opened(page, "benchmarks", **link)
 
 
 # --- cells
 
 
 def test_every_context_has_a_cell_of_every_method() -> None:
-    plan = make_plan(BenchChoices(), Choices(second="turboquant:bits=2"), AppConfig())
-    assert [(cell.settings["context"], cell.method) for cell in plan.cells] == [
+    cells = measure.cells(BenchChoices(), Choices(second="turboquant:bits=2"), AppConfig())
+    assert [(cell.settings["context"], cell.method) for cell in cells] == [
         (context, f"turboquant:bits={bits}") for context in (256, 640, 1024) for bits in (4, 2)
     ]
-    assert all(cell.settings["text"] == "persuasion" for cell in plan.cells)
+    assert all(cell.settings["text"] == "persuasion" for cell in cells)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +117,12 @@ def test_every_context_has_a_cell_of_every_method() -> None:
 )
 def test_what_a_browser_may_not_send_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        make_plan(BenchChoices(**changes), Choices(), AppConfig())
+        measure.cells(BenchChoices(**changes), Choices(), AppConfig())
 
 
 def test_a_method_that_would_pack_nothing_is_refused() -> None:
     with pytest.raises(RequestError, match="packs none of 256 tokens"):
-        make_plan(BenchChoices(), Choices(residual=300), AppConfig())
+        measure.cells(BenchChoices(), Choices(residual=300), AppConfig())
 
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -164,10 +135,10 @@ anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 )
 def test_any_choice_gives_cells_or_one_sentence(values: dict[str, Any], contexts: list[Any]) -> None:
     try:
-        plan = make_plan(replace(BenchChoices(), **values, contexts=tuple(contexts)), Choices(), AppConfig())
+        cells = measure.cells(replace(BenchChoices(), **values, contexts=tuple(contexts)), Choices(), AppConfig())
     except RequestError:
         return
-    assert 0 < len(plan.cells) <= len(CONTEXTS)
+    assert 0 < len(cells) <= len(CONTEXTS)
 
 
 # --- rows and charts
@@ -189,7 +160,7 @@ def test_words_say_measured_facts_only() -> None:
     close = replace(row, tokens_per_second=row.full_tokens_per_second, ratio=1.0)
     assert "no clear difference, the rounds overlap" in measure.words(close)
     assert "a single round does not tell" in measure.words(replace(row, rounds=1))
-    decode = measure.decode_row(measure.recorded_decode(RESULTS)[0])
+    decode = measure.decode_row(measure.recorded_decode(state.RESULTS)[0])
     assert "its parts were not measured" in measure.words(decode)
 
 
@@ -216,4 +187,4 @@ def test_failed_cells_have_no_row() -> None:
     failed = SINGLE[0].model_copy(update={"metrics": {}, "error": "too long"})
     assert measure.rows([failed]) == []
     assert len(measure.table_rows(measure.rows(RECORDS))) == len(RECORDS)
-    assert len(measure.recorded_metrics(RESULTS)) >= 2
+    assert len(measure.recorded_metrics(state.RESULTS)) >= 2

@@ -1,12 +1,8 @@
 """The Methods page: the recorded comparison from a cold link, a run of one's own, what each method is."""
 
-import html
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import streamlit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -20,13 +16,12 @@ from app.measure import as_json, json_lines, made_with, methods, report
 from app.measure.methods import START, MethodsChoices
 from app.requests import Choices, RequestError, compare_request
 from tests.app.cells import HERE, Cells
-from tests.app.conftest import MAIN, until
+from tests.app.conftest import MAIN, ended, opened, said, until
 from tests.app.factory import report as cache_report
 from tests.helpers import tiny_loaded
 from turboquant.methods import METHODS, parse_method
 from turboquant.results import Cell, ExperimentRecord
 
-PAGE = "../pages/methods.py"
 CONFIG = AppConfig()
 RECORDED = [str(record.cell.method) for record in state.recorded("methods")]
 SMALL = {"methods_chosen": ["turboquant:bits=2", "rtn:bits=4"], "methods_measured": "64"}
@@ -48,53 +43,20 @@ def record(cell: Cell) -> ExperimentRecord:
 
 
 @pytest.fixture
-def bench() -> Cells:
+def cells() -> Cells:
     return Cells(record)
 
 
 @pytest.fixture
-def engine(bench: Cells) -> Iterator[Engine]:
-    engine = Engine(bench.load, bench.run, is_expected=lambda error: False, max_queue=3, grace_s=0.1)
-    yield engine
-    bench.allowed.release(1000)
-    engine.close()
-
-
-@pytest.fixture
-def page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
-    streamlit.cache_resource.clear()
-    monkeypatch.setattr(state, "engine", lambda: engine)
-    monkeypatch.setattr(state, "recordings", lambda: [])
-    yield AppTest.from_file(MAIN, default_timeout=60)
-    streamlit.cache_resource.clear()
-
-
-def opened(page: AppTest, **link: Any) -> AppTest:
-    for name, value in link.items():
-        page.query_params[name] = value
-    page.switch_page(PAGE)
-    page.run()
-    assert not page.exception
-    return page
-
-
-def said(page: AppTest) -> str:
-    parts = [*page.markdown, *page.caption, *page.info, *page.warning]
-    return html.unescape("\n".join(str(part.value) for part in parts)).replace("\u200b", "")
-
-
-def done(page: AppTest, engine: Engine) -> AppTest:
-    until(lambda: not engine.job(page.session_state["session_id"]).live)
-    page.run()
-    assert not page.exception
-    return page
+def page(measuring: AppTest) -> AppTest:
+    return measuring
 
 
 # --- the page
 
 
-def test_a_cold_link_shows_the_recorded_comparison_with_its_source(page: AppTest, bench: Cells) -> None:
-    opened(page)
+def test_a_cold_link_shows_the_recorded_comparison_with_its_source(page: AppTest, cells: Cells) -> None:
+    opened(page, "methods")
     recorded = state.recorded("methods")
     table = page.dataframe[0].value
     assert set(table["method"]) == {record.cell.method for record in recorded}
@@ -105,70 +67,73 @@ def test_a_cold_link_shows_the_recorded_comparison_with_its_source(page: AppTest
     assert str(recorded[0].environment.commit) in said(page)
     assert "2,048 tokens each" in said(page)
     assert len(page.get("plotly_chart")) == 1
-    assert not bench.served
+    assert not cells.served
 
 
 def test_the_switch_changes_what_the_front_counts(page: AppTest) -> None:
-    opened(page)
+    opened(page, "methods")
     held = page.dataframe[0].value["front"].tolist()
     page.button_group(key="methods_bits").set_value("packed bits").run()
     assert not page.exception
     assert page.dataframe[0].value["front"].tolist() != held
 
 
-def test_a_run_shows_every_method_and_goes_on_where_it_stopped(page: AppTest, bench: Cells, engine: Engine) -> None:
-    bench.allowed = threading.Semaphore(2)
-    opened(page, **SMALL)
+def test_a_run_shows_every_method_and_goes_on_where_it_stopped(page: AppTest, cells: Cells) -> None:
+    cells.let(2)
+    opened(page, "methods", **SMALL)
     assert "2 methods and the full cache" in said(page)
-    assert "(estimated from recorded methods)" in said(page)
+    assert "(estimated from the recorded run" in said(page)
     page.button(key="methods_run").click().run()
-    until(lambda: len(bench.served) == 2)
+    until(lambda: len(cells.served) == 2)
     page.run()
     assert "On the front, from the fewest bits up: turboquant:bits=2 (3.00 bits)." in said(page)
     page.button(key="methods_run_stop").click().run()
-    done(page, engine)
+    ended(page)
     assert "2 of 3 results are kept" in said(page)
-    assert "1 of 3 left" in said(page)
-    bench.allowed.release(100)
+    assert "2 of 3 measured" in said(page)
+    cells.let()
     page.button(key="methods_run").click().run()
-    done(page, engine)
-    assert [cell.method for cell in bench.served] == ["full", "turboquant:bits=2", "rtn:bits=4"]
-    assert bench.served[0].settings["prefill"] == 448
+    ended(page)
+    assert [cell.method for cell in cells.served] == ["full", "turboquant:bits=2", "rtn:bits=4"]
+    assert cells.served[0].settings["prefill"] == 448
     assert page.dataframe[0].value["method"].tolist() == ["turboquant:bits=2", "rtn:bits=4", "full"]
     assert page.button(key="methods_run").disabled
 
 
-def test_a_method_that_fails_is_said_in_words_and_the_rest_stays(page: AppTest, bench: Cells, engine: Engine) -> None:
+def test_a_method_that_fails_is_said_in_words_and_the_rest_stays(page: AppTest, cells: Cells) -> None:
     def make(cell: Cell) -> ExperimentRecord:
         if cell.method == "rtn:bits=4":
             return ExperimentRecord(cell=cell, environment=HERE, error="heads of *80* do not fit groups of 32")
         return record(cell)
 
-    bench.make = make
-    opened(page, **SMALL)
+    cells.make = make
+    opened(page, "methods", **SMALL)
+    cells.let()
     page.button(key="methods_run").click().run()
-    done(page, engine)
+    ended(page)
     assert "rtn:bits=4 could not be measured: heads of *80* do not fit groups of 32" in said(page)
     assert page.dataframe[0].value["method"].tolist() == ["turboquant:bits=2", "full"]
 
 
 def test_a_method_typed_wrongly_is_refused_in_one_sentence(page: AppTest) -> None:
-    opened(page, methods_chosen=["turboquant:bits=99"])
+    opened(page, "methods", methods_more="kivi turboquant:bits=99")
     assert "turboquant:bits=99 cannot be used: bits must be" in said(page)
     assert page.button(key="methods_run").disabled
 
 
 def test_the_link_keeps_every_method(page: AppTest) -> None:
-    opened(page, **SMALL)
+    opened(page, "methods", methods_more="kivi:bits=2 turboquant:key_bits=4,value_bits=2", **SMALL)
     link = next(code.value for code in page.code if "methods_chosen=" in code.value)
     assert link.count("methods_chosen=") == 2
+    assert "methods_more=kivi%3Abits%3D2+turboquant%3Akey_bits%3D4%2Cvalue_bits%3D2" in link
     assert "methods_measured=64" in link
+    assert "4 methods and the full cache" in said(page)
 
 
 WORDS = st.one_of(
     st.text(max_size=12), st.sampled_from(["512", "64", "kivi", "hf-quanto:bits=3", "/etc/passwd", "nan"])
 )
-NAMES = [f"methods_{name}" for name in ("chosen", "texts", "context", "measured", "view", "bits")]
+NAMES = [f"methods_{name}" for name in ("chosen", "more", "texts", "context", "measured", "view", "bits")]
 NAMES += ["model", "second", "weights"]
 
 
@@ -176,7 +141,7 @@ NAMES += ["model", "second", "weights"]
 @given(link=st.dictionaries(st.sampled_from(NAMES), st.lists(WORDS, min_size=1, max_size=3), max_size=6))
 def test_no_address_crashes_the_page(page: AppTest, link: dict[str, list[str]]) -> None:
     fresh = AppTest.from_file(MAIN, default_timeout=60)
-    opened(fresh, **link)
+    opened(fresh, "methods", **link)
     assert fresh.title[0].value == "What quality costs in bits"
 
 
@@ -185,7 +150,12 @@ def test_a_small_real_model_is_measured_from_the_page(page: AppTest, monkeypatch
     real = Engine(lambda name, *, weights, progress: loaded, backend.run, is_expected=backend.is_expected)
     monkeypatch.setattr(state, "engine", lambda: real)
     try:
-        opened(page, methods_chosen=["turboquant:bits=2", "turboquant:bits=4", "rtn:residual_length=600"])
+        opened(
+            page,
+            "methods",
+            methods_chosen=["turboquant:bits=2", "turboquant:bits=4"],
+            methods_more="rtn:residual_length=600",
+        )
         page.button(key="methods_run").click().run()
         until(lambda: not real.job(page.session_state["session_id"]).live, 60)
         page.run()
@@ -207,10 +177,10 @@ def test_a_small_real_model_is_measured_from_the_page(page: AppTest, monkeypatch
     [
         ({"texts": ("/etc/passwd",)}, "Texts must be among persuasion"),
         ({"texts": ()}, "Choose at least one of texts"),
-        ({"methods": ()}, "Choose at least one method"),
-        ({"methods": ("nope",)}, "nope cannot be used"),
-        ({"methods": ("rtn" + ",bits=4" * 50,)}, "A method has at most 200 characters"),
-        ({"methods": START * 100}, "At most 199 methods can be measured at once, got 600"),
+        ({"chosen": ()}, "Choose at least one method"),
+        ({"chosen": ("nope",)}, "nope cannot be used"),
+        ({"more": "rtn" + ",bits=4" * 50}, "A method has at most 200 characters"),
+        ({"chosen": START * 100}, "At most 199 methods can be measured at once, got 600"),
         ({"context": "700"}, "Context must be among 512"),
         ({"context": "16384"}, "Context must be among 512"),
         ({"measured": "1"}, "Measured tokens must be among 64"),
@@ -224,7 +194,7 @@ def test_what_a_browser_may_not_send_is_refused(chosen: dict[str, Any], message:
 
 
 def test_the_full_cache_is_measured_once_and_first() -> None:
-    cells = methods.cells(MethodsChoices(methods=("rtn", "rtn:bits=4", "full")), Choices(), CONFIG)
+    cells = methods.cells(MethodsChoices(chosen=("rtn",), more=" rtn:bits=4  full "), Choices(), CONFIG)
     assert [cell.method for cell in cells] == ["full", "rtn:bits=4"]
 
 
@@ -261,7 +231,7 @@ def test_compare_is_given_the_method(method: str) -> None:
 
 def test_the_button_opens_compare_with_the_selected_method(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(components, "table", lambda records: "kivi:bits=2")
-    opened(page, bits="3")
+    opened(page, "methods", bits="3")
     assert METHODS["kivi"].summary in said(page)
     page.button(key="methods_use").click().run()
     assert not page.exception

@@ -1,13 +1,9 @@
 """The Needle page: recorded maps from a cold link, measuring cell by cell, stopping and going on, an own needle."""
 
-import html
 import json
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import streamlit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -16,16 +12,15 @@ from app import backend, state
 from app.charts import needle as charts
 from app.config import AppConfig
 from app.engine import Engine
-from app.measure import missing, needle, report
+from app.measure import Plan, missing, needle, report
 from app.measure.needle import NeedleChoices
 from app.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
-from tests.app.conftest import MAIN, until
+from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
 from turboquant.results import Cell, ExperimentRecord
 from turboquant.texts import TEXTS
 
-PAGE = "../pages/needle.py"
 CONFIG = AppConfig()
 OWN = {"needle": "The key is under the blue pot.", "question": "Where is the key?", "answer": "blue pot"}
 
@@ -56,50 +51,13 @@ def record(cell: Cell, found: int = 1, text: str = " 1234567.") -> ExperimentRec
 
 
 @pytest.fixture
-def bench() -> Cells:
+def cells() -> Cells:
     return Cells(record)
 
 
 @pytest.fixture
-def engine(bench: Cells) -> Iterator[Engine]:
-    engine = Engine(bench.load, bench.run, is_expected=lambda error: False, max_queue=3, grace_s=0.1)
-    yield engine
-    bench.allowed.release(1000)
-    engine.close()
-
-
-@pytest.fixture
-def page(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
-    streamlit.cache_resource.clear()
-    monkeypatch.setattr(state, "engine", lambda: engine)
-    monkeypatch.setattr(state, "recordings", lambda: [])
-    yield AppTest.from_file(MAIN, default_timeout=60)
-    streamlit.cache_resource.clear()
-
-
-def opened(page: AppTest, **link: Any) -> AppTest:
-    for name, value in link.items():
-        page.query_params[name] = value
-    page.switch_page(PAGE)
-    page.run()
-    assert not page.exception
-    return page
-
-
-def said(page: AppTest) -> str:
-    parts = [*page.markdown, *page.caption, *page.info, *page.warning, *page.text]
-    return html.unescape("\n".join(str(part.value) for part in parts)).replace("\u200b", "")
-
-
-def button(page: AppTest, label: str) -> Any:
-    return page.button(key={"Measure": "needle_run", "Stop": "needle_run_stop"}[label])
-
-
-def done(page: AppTest, engine: Engine) -> AppTest:
-    until(lambda: not engine.job(page.session_state["session_id"]).live)
-    page.run()
-    assert not page.exception
-    return page
+def page(measuring: AppTest) -> AppTest:
+    return measuring
 
 
 SMALL = {"needle_lengths": ["256", "512"], "needle_depths": ["0.1", "0.9"], "needle_repetitions": "1"}
@@ -108,8 +66,8 @@ SMALL = {"needle_lengths": ["256", "512"], "needle_depths": ["0.1", "0.9"], "nee
 # --- the page
 
 
-def test_a_cold_link_shows_the_recorded_maps_with_their_source(page: AppTest, bench: Cells) -> None:
-    opened(page, needle_methods=["turboquant:bits=3"])
+def test_a_cold_link_shows_the_recorded_maps_with_their_source(page: AppTest, cells: Cells) -> None:
+    opened(page, "needle", needle_methods=["turboquant:bits=3"])
     recorded = [r for r in state.recorded("needle") if r.cell.method == "turboquant:bits=3"]
     total = needle.totals(needle.places(recorded))[1]
     assert f"With turboquant:bits=3 the model finds {total.found} of {total.asked} needles" in said(page)
@@ -117,16 +75,17 @@ def test_a_cold_link_shows_the_recorded_maps_with_their_source(page: AppTest, be
     assert recorded[0].environment.created[:10] in said(page)
     assert len(page.get("plotly_chart")) == 3  # the full cache, the method, what it changes
     assert recorded[0].detail["repetitions"][0]["text"].strip() in said(page)
-    assert not bench.served
+    assert not cells.served
 
 
-def test_a_run_measures_the_chosen_cells_and_shows_them(page: AppTest, bench: Cells, engine: Engine) -> None:
-    opened(page, second="turboquant:bits=2", **SMALL)
+def test_a_run_measures_the_chosen_cells_and_shows_them(page: AppTest, cells: Cells) -> None:
+    opened(page, "needle", second="turboquant:bits=2", **SMALL)
     assert "8 cells: 4 places, 2 methods" in said(page)
-    assert "(estimated from recorded cells)" in said(page)
-    button(page, "Measure").click().run()
-    done(page, engine)
-    assert [(c.settings["context"], c.settings["depth"], c.method) for c in bench.served] == [
+    assert "(estimated from the recorded run" in said(page)
+    cells.let()
+    page.button(key="needle_run").click().run()
+    ended(page)
+    assert [(c.settings["context"], c.settings["depth"], c.method) for c in cells.served] == [
         (context, depth, method)
         for context in (256, 512)
         for depth in (0.1, 0.9)
@@ -135,73 +94,72 @@ def test_a_run_measures_the_chosen_cells_and_shows_them(page: AppTest, bench: Ce
     assert page.session_state["needle_view"] == "This tab"
     assert "With turboquant:bits=2 the model finds 4 of 4 needles." in said(page)
     assert len(page.get("plotly_chart")) == 5
-    assert button(page, "Measure").disabled
-    assert "All these cells are measured" in said(page)
+    assert page.button(key="needle_run").disabled
+    assert "All of it is measured: 8 cells: 4 places, 2 methods. Change" in said(page)
 
 
-def test_partial_results_show_stop_keeps_them_and_the_rest_is_measured_later(
-    page: AppTest, bench: Cells, engine: Engine
-) -> None:
-    bench.allowed = threading.Semaphore(2)
-    opened(page, **SMALL)
-    button(page, "Measure").click().run()
-    until(lambda: len(bench.served) == 2)
+def test_partial_results_show_stop_keeps_them_and_the_rest_is_measured_later(page: AppTest, cells: Cells) -> None:
+    cells.let(2)
+    opened(page, "needle", **SMALL)
+    page.button(key="needle_run").click().run()
+    until(lambda: len(cells.served) == 2)
     page.run()
     assert "With turboquant:bits=4 the model finds 2 of 2 needles." in said(page)
-    assert "2 of them left" in said(page)
-    button(page, "Stop").click().run()
-    done(page, engine)
+    assert "2 of 4 measured" in said(page)
+    page.button(key="needle_run_stop").click().run()
+    ended(page)
     assert "2 of 4 results are kept" in said(page)
-    first = [cell.key for cell in bench.served]
-    bench.allowed.release(100)
-    button(page, "Measure").click().run()
-    done(page, engine)
-    assert len(bench.served) == 4
-    assert len({cell.key for cell in bench.served}) == 4
-    assert not {cell.key for cell in bench.served[2:]} & set(first)
+    first = [cell.key for cell in cells.served]
+    cells.let()
+    page.button(key="needle_run").click().run()
+    ended(page)
+    assert len(cells.served) == 4
+    assert len({cell.key for cell in cells.served}) == 4
+    assert not {cell.key for cell in cells.served[2:]} & set(first)
     assert "finds 4 of 4 needles" in said(page)
 
 
-def test_failed_cells_are_said_in_words_and_asked_for_again(page: AppTest, bench: Cells, engine: Engine) -> None:
+def test_failed_cells_are_said_in_words_and_asked_for_again(page: AppTest, cells: Cells) -> None:
     def make(cell: Cell) -> ExperimentRecord:
         if cell.settings["context"] == 512:
             return ExperimentRecord(cell=cell, environment=HERE, error="no *room* for it")
         return record(cell)
 
-    bench.make = make
-    opened(page, **SMALL)
-    button(page, "Measure").click().run()
-    done(page, engine)
+    cells.make = make
+    opened(page, "needle", **SMALL)
+    cells.let()
+    page.button(key="needle_run").click().run()
+    ended(page)
     assert "turboquant:bits=4: no *room* for it" in said(page)
     assert "finds 2 of 2 needles" in said(page)
-    assert "2 of them left" in said(page)
-    assert not button(page, "Measure").disabled
+    assert "2 of 4 measured" in said(page)
+    assert not page.button(key="needle_run").disabled
 
 
-def test_an_own_needle_reaches_the_cells_is_private_and_not_in_the_link(
-    page: AppTest, bench: Cells, engine: Engine
-) -> None:
-    opened(page, needle_own="true", **SMALL)
-    assert button(page, "Measure").disabled
+def test_an_own_needle_reaches_the_cells_is_private_and_not_in_the_link(page: AppTest, cells: Cells) -> None:
+    opened(page, "needle", needle_own="true", **SMALL)
+    assert page.button(key="needle_run").disabled
     assert "Write the needle and the question and the answer of your own needle." in said(page)
     for name, text in OWN.items():
         page.text_input(key=f"needle_{name}").set_value(text)
     page.run()
-    button(page, "Measure").click().run()
-    done(page, engine)
-    assert {name: bench.served[0].settings[name] for name in OWN} == OWN
-    request = engine.job(page.session_state["session_id"]).request
+    cells.let()
+    page.button(key="needle_run").click().run()
+    ended(page)
+    assert {name: cells.served[0].settings[name] for name in OWN} == OWN
+    request = newest(page).request
     assert not request.public(0)
     link = next(code.value for code in page.code if "needle_own=true" in code.value)
     assert "needle_lengths=256&needle_lengths=512" in link
     assert "blue" not in link
 
 
-def test_what_the_model_wrote_is_shown_as_it_is(page: AppTest, bench: Cells, engine: Engine) -> None:
-    bench.make = lambda cell: record(cell, text="<b>**bold**</b> :smile:")
-    opened(page, **SMALL)
-    button(page, "Measure").click().run()
-    done(page, engine)
+def test_what_the_model_wrote_is_shown_as_it_is(page: AppTest, cells: Cells) -> None:
+    cells.make = lambda cell: record(cell, text="<b>**bold**</b> :smile:")
+    opened(page, "needle", **SMALL)
+    cells.let()
+    page.button(key="needle_run").click().run()
+    ended(page)
     assert "<b>**bold**</b> :smile:" in [text.value for text in page.text]
     assert not any("**bold**" in str(part.value) for part in [*page.markdown, *page.caption])
 
@@ -211,8 +169,8 @@ def test_a_small_real_model_is_asked_from_the_page(page: AppTest, monkeypatch: p
     real = Engine(lambda name, *, weights, progress: loaded, backend.run, is_expected=backend.is_expected)
     monkeypatch.setattr(state, "engine", lambda: real)
     try:
-        opened(page, needle_lengths=["256", "512"], needle_depths=["0.5"], needle_repetitions="1")
-        button(page, "Measure").click().run()
+        opened(page, "needle", needle_lengths=["256", "512"], needle_depths=["0.5"], needle_repetitions="1")
+        page.button(key="needle_run").click().run()
         until(lambda: not real.job(page.session_state["session_id"]).live, 60)
         page.run()
         (good,) = [one for one in state_records(page) if one.error is None]
@@ -244,7 +202,7 @@ NAMES += ["second", "model", "bits"]
 )
 def test_no_address_crashes_the_page(page: AppTest, link: dict[str, list[str]]) -> None:
     fresh = AppTest.from_file(MAIN, default_timeout=60)
-    opened(fresh, **link)
+    opened(fresh, "needle", **link)
     assert fresh.title[0].value == "Is a fact in a long text still found?"
 
 
@@ -296,9 +254,9 @@ def test_everything_measured_is_nothing_to_request() -> None:
     records = {cell.key: record(cell) for cell in planned}
     assert missing(planned, records) == ()
     with pytest.raises(RequestError, match="measured already"):
-        needle.request(planned, records)
+        Plan(planned).request(records, "Needle", "needle")
     del records[planned[1].key]
-    assert needle.request(planned, records).cells == planned[1:2]
+    assert Plan(planned).request(records, "Needle", "needle").cells == planned[1:2]
 
 
 def test_the_estimate_of_recorded_cells_is_near_what_they_took() -> None:

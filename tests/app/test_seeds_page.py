@@ -1,12 +1,9 @@
 """The Seeds page: recorded spreads are the library's; what is measured here comes cell by cell and is never lost."""
 
-import html
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import streamlit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
@@ -15,18 +12,17 @@ from app import state
 from app.charts import seeds as charts
 from app.config import AppConfig
 from app.measure import seeds as measure
-from app.measure.seeds import METRICS, SeedsChoices, findings, make_plan
+from app.measure.seeds import METRICS, SeedsChoices, findings
 from app.requests import Choices, RequestError
-from tests.app.conftest import MAIN, until
-from tests.app.paced_cells import RESULTS, Cells, engine_of
+from tests.app.cells import Cells
+from tests.app.conftest import ended, opened, said, until
 from turboquant.methods import parse_method
 from turboquant.results import Cell, ExperimentRecord, read_records
 from turboquant.tasks import variance
 from turboquant.texts import TEXTS
 
-PAGE = "../pages/seeds.py"
-RECORDS = read_records(RESULTS / "variance.jsonl")
-SMALL = {"seeds_show": "Run here", "seeds_against": "none", "seeds_rotations": "2", "seeds_samplings": "1"}
+RECORDS = read_records(state.RESULTS / "variance.jsonl")
+SMALL = {"seeds_view": "This tab", "seeds_against": "none", "seeds_rotations": "2", "seeds_samplings": "1"}
 
 
 def stand_in(cell: Cell) -> ExperimentRecord:
@@ -42,34 +38,15 @@ def cells() -> Cells:
 
 
 @pytest.fixture
-def page(cells: Cells, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
-    streamlit.cache_resource.clear()
-    with engine_of(cells) as engine:
-        monkeypatch.setattr(state, "engine", lambda: engine)
-        yield AppTest.from_file(MAIN, default_timeout=60)
-        cells.let(1000)
-    streamlit.cache_resource.clear()
-
-
-def opened(page: AppTest, **link: str) -> AppTest:
-    for name, value in link.items():
-        page.query_params[name] = value
-    page.switch_page(PAGE)
-    page.run()
-    assert not page.exception
-    return page
-
-
-def said(page: AppTest) -> str:
-    parts = [*page.markdown, *page.caption, *page.info, *page.warning]
-    return html.unescape("\n".join(str(part.value) for part in parts)).replace("\u200b", "")
+def page(measuring: AppTest) -> AppTest:
+    return measuring
 
 
 # --- the page
 
 
 def test_a_cold_link_shows_the_recorded_spreads_of_the_library(page: AppTest, cells: Cells) -> None:
-    text = said(opened(page, seeds_metric="Same top token"))
+    text = said(opened(page, "seeds", seeds_metric="Same top token"))
     for bits in (3, 4):
         method = parse_method(f"turboquant:bits={bits}")
         spread = variance.spreads(RECORDS, method)["same_top_pct"]
@@ -78,14 +55,14 @@ def test_a_cold_link_shows_the_recorded_spreads_of_the_library(page: AppTest, ce
     assert "That is too few pairs to tell" in text
     assert str(RECORDS[0].environment.commit) in text
     assert "cpu: AMD EPYC" in text
-    assert not cells.measured
+    assert not cells.served
 
 
 def test_a_real_difference_is_called_real_with_its_p(page: AppTest) -> None:
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (3, 4)]
     gap = variance.differences(RECORDS, *methods)["kl_mean over text"]
     assert gap.real
-    text = said(opened(page))
+    text = said(opened(page, "seeds"))
     assert f"less turboquant:bits=4 is {gap.difference:+.4f} nats" in text
     assert f"The difference is real (p = {gap.p_value:.2g})" in text
 
@@ -93,69 +70,62 @@ def test_a_real_difference_is_called_real_with_its_p(page: AppTest) -> None:
 def test_results_come_cell_by_cell_stop_keeps_them_and_another_click_measures_the_rest(
     page: AppTest, cells: Cells
 ) -> None:
-    opened(page, **SMALL)
-    assert "0 of 4 cells are measured" in said(page)
+    opened(page, "seeds", **SMALL)
+    assert "4 cells · about" in said(page)
+    assert "(estimated from the recorded run" in said(page)
     page.button(key="seeds_run").click().run()
     assert page.button(key="seeds_run").disabled
     assert not page.get("plotly_chart")
     cells.let(1)
-    until(lambda: len(cells.measured) == 1)
+    until(lambda: len(cells.served) == 1)
     page.run()
     assert not page.exception
     assert "1 of 4 cells" in said(page)
     assert "no interval yet" in said(page)
     assert page.get("plotly_chart")
     page.button(key="seeds_run_stop").click().run()
-    until(lambda: not newest(page).live)
-    page.run()
+    ended(page)
     assert "Stopped" in said(page)
     assert "1 of 4 results are kept" in said(page)
-    assert "1 of 4 cells are measured" in said(page)
+    assert "4 cells, 1 of 4 measured" in said(page)
     cells.let(3)
     page.button(key="seeds_run").click().run()
-    until(lambda: not newest(page).live)
-    page.run()
-    assert not page.exception
-    assert len(cells.measured) == len(set(cells.measured)) == 4
+    ended(page)
+    assert len(cells.served) == len({cell.key for cell in cells.served}) == 4
     assert "4 of 4 cells" in said(page)
-    assert "All 4 cells are measured" in said(page)
+    assert "All of it is measured: 4 cells." in said(page)
     assert page.button(key="seeds_run").disabled
-
-
-def newest(page: AppTest) -> Any:
-    return state.engine().job(page.session_state["session_id"])
 
 
 def test_a_cell_that_failed_is_said_and_asked_for_again(page: AppTest, cells: Cells) -> None:
     cells.make = lambda cell: stand_in(cell).model_copy(update={"metrics": {}, "error": "the text is *too* short"})
-    opened(page, **SMALL)
+    opened(page, "seeds", **SMALL)
     cells.let(4)
     page.button(key="seeds_run").click().run()
-    until(lambda: not newest(page).live)
-    page.run()
-    assert not page.exception
+    ended(page)
     assert "Failed cells: 4. The first one said: the text is *too* short" in said(page)
     assert "*too*" not in page.warning[0].value  # escaped
-    assert "0 of 4 cells are measured" in said(page)
+    assert "4 cells · about" in said(page)  # all of them again
+    assert not page.button(key="seeds_run").disabled
 
 
 @pytest.mark.parametrize(
     "link",
     [
-        {"seeds_show": "<b>", "seeds_metric": "nope"},
-        {"seeds_show": "Run here", "seeds_rotations": "99999", "seeds_samplings": "-1", "seeds_bits": "x"},
-        {"seeds_show": "Run here", "seeds_texts": "/etc/passwd", "seeds_context": "7", "seeds_against": "[]"},
-        {"seeds_show": "Run here", "seeds_rotations": "16", "seeds_samplings": "8"},
-        {"seeds_show": "Run here", "bits": "9", "residual": "4000"},
+        {"seeds_view": "<b>", "seeds_metric": "nope"},
+        {"seeds_view": "This tab", "seeds_rotations": "99999", "seeds_samplings": "-1", "seeds_bits": "x"},
+        {"seeds_view": "This tab", "seeds_texts": "/etc/passwd", "seeds_context": "7", "seeds_against": "[]"},
+        {"seeds_view": "This tab", "seeds_rotations": "16", "seeds_samplings": "8"},
+        {"seeds_view": "This tab", "bits": "9", "residual": "4000"},
     ],
 )
 def test_a_link_with_nonsense_opens_and_reads_no_path(page: AppTest, link: dict[str, str]) -> None:
-    opened(page, **link)
+    opened(page, "seeds", **link)
     assert "passwd" not in said(page)
 
 
 def test_too_much_is_refused_in_words(page: AppTest) -> None:
-    opened(page, seeds_show="Run here", seeds_rotations="16", seeds_samplings="8")
+    opened(page, "seeds", seeds_view="This tab", seeds_rotations="16", seeds_samplings="8")
     assert "At most 200 cells can be measured at once, got 288" in said(page)
     assert page.button(key="seeds_run").disabled
 
@@ -167,12 +137,12 @@ def test_the_cells_are_those_of_the_command_line() -> None:
     from turboquant.cli.variance import _cells
 
     own = SeedsChoices(bits=3, against="4", rotations=3, samplings=2, context=512)
-    plan = make_plan(own, Choices(weights="fp32"), AppConfig())
+    cells = measure.cells(own, Choices(weights="fp32"), AppConfig())
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (3, 4)]
     values = {"texts": own.texts, "context": 512, "prefill": 256}
     expected, _ = _cells("smollm2-135m", methods, values, range(3), range(2), "fp32")
-    assert {cell.key for cell in plan.cells} == {cell.key for cell in expected}
-    assert [cell.settings["seed"] for cell in plan.cells[:6]] == [None] * 6
+    assert {cell.key for cell in cells} == {cell.key for cell in expected}
+    assert [cell.settings["seed"] for cell in cells[:6]] == [None] * 6
 
 
 @pytest.mark.parametrize(
@@ -192,12 +162,12 @@ def test_the_cells_are_those_of_the_command_line() -> None:
 )
 def test_what_a_browser_may_not_send_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        make_plan(SeedsChoices(**changes), Choices(), AppConfig())
+        measure.cells(SeedsChoices(**changes), Choices(), AppConfig())
 
 
 def test_an_exact_window_that_leaves_nothing_to_pack_is_refused() -> None:
     with pytest.raises(RequestError, match="packs none of the 256 tokens of a window"):
-        make_plan(SeedsChoices(), Choices(residual=210), AppConfig())
+        measure.cells(SeedsChoices(), Choices(residual=210), AppConfig())
 
 
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -213,18 +183,19 @@ anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max
 def test_any_choice_gives_cells_of_shipped_texts_or_one_sentence(values: dict[str, Any], texts: list[str]) -> None:
     own = replace(SeedsChoices(), **values, texts=tuple(texts))
     try:
-        plan = make_plan(own, Choices(), AppConfig())
+        cells = measure.cells(own, Choices(), AppConfig())
     except RequestError:
         return
-    assert 0 < len(plan.cells) <= 200
-    assert all(set(cell.settings["texts"]) <= set(TEXTS) for cell in plan.cells)
+    assert 0 < len(cells) <= 200
+    assert all(set(cell.settings["texts"]) <= set(TEXTS) for cell in cells)
 
 
 def test_time_is_estimated_from_what_the_same_model_took() -> None:
     cells = tuple(record.cell for record in RECORDS)
     taken = sum(record.timing["elapsed"] for record in RECORDS)
-    assert measure.estimate_s(cells, "smollm2-135m", RECORDS) == pytest.approx(taken)
-    assert measure.estimate_s(cells, "pythia-70m", RECORDS) is None
+    assert measure.seconds(cells, RECORDS) == pytest.approx(taken)
+    other = [cell.model_copy(update={"model": "pythia-70m"}) for cell in cells]
+    assert measure.seconds(other, RECORDS) is None
 
 
 # --- findings and charts

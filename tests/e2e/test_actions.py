@@ -128,9 +128,9 @@ def test_session_keeps_two_caches_over_two_turns(address: str, browser: Browser)
         ),
         (
             "seeds",
-            "seeds_show=Run+here&seeds_rotations=2&seeds_samplings=0&seeds_against=none&seeds_context=256&seeds_texts=hamlet",
+            "seeds_view=This+tab&seeds_rotations=2&seeds_samplings=0&seeds_against=none&seeds_context=256&seeds_texts=hamlet",
         ),
-        ("benchmarks", "bench_show=Run+here&bench_contexts=256&bench_tokens=4&bench_repeats=1"),
+        ("benchmarks", "bench_view=This+tab&bench_contexts=256&bench_tokens=4&bench_repeats=1"),
     ],
 )
 def test_a_measurement_runs_to_its_charts(address: str, browser: Browser, name: str, query: str) -> None:
