@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from app.config import AppConfig
 from app.engine import Engine, Progress
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
+from app.library import import_library
 from turboquant.methods import parse_method
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def load(name: str, *, weights: str, progress: Progress) -> "LoadedModel":
     """Load a model of the registry, the hub or a local folder."""
+    import_library()
     from turboquant.models import load_model
 
     return load_model(name, weights=weights, progress=progress)

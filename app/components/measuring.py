@@ -11,6 +11,7 @@ from app.components import page, work
 from app.components.panes import escape
 from app.config import AppConfig
 from app.jobs import CellsRequest, Job
+from app.library import import_library
 from app.measure import Plan, made_with, missing
 from app.requests import Choices, RequestError
 from turboquant.results import Cell, ExperimentRecord
@@ -66,6 +67,7 @@ class Measurement(Generic[C]):
 
     def plan(self) -> Plan:
         """What the widgets and the sidebar ask for."""
+        import_library()
         try:
             return Plan(self.cells(self.said(), state.choices(), state.config()))
         except RequestError as error:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from app.config import AppConfig
+from app.library import import_library
 from app.measure import check_count, check_each
 from app.requests import SAME, Choices, RequestError, check_bound, check_loading, method_text
 from turboquant.methods import Method, parse_method
@@ -203,6 +204,7 @@ class Findings:
 
 def findings(records: Sequence[ExperimentRecord]) -> Findings:
     """Describe records of one set by the library's statistics; failed ones are passed over."""
+    import_library()
     from turboquant.tasks import variance
 
     good = [record for record in records if record.error is None]

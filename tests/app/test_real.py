@@ -1,7 +1,10 @@
 """The real engine, model and comparison behind the queue: nothing here is a stand-in."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,9 @@ from app.config import AppConfig
 from app.engine import Engine
 from app.requests import compare_request, defaults
 from app.runs import Run, import_run
+from tests.app.conftest import MAIN
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = AppConfig(warm_up=False)
 
 
@@ -36,6 +41,21 @@ def test_a_real_comparison_goes_through_queue_record_and_export(real: Engine) ->
     assert job.view.sides[1].cache_bytes == run.comparison.compressed.cache_bytes[-1]
     assert import_run(run.to_json()).comparison == run.comparison
     assert real.status().model == "smollm2-135m"
+
+
+COLD = """
+import sys
+from streamlit.testing.v1 import AppTest
+page = AppTest.from_file(sys.argv[1], default_timeout=60).switch_page(f"../pages/{sys.argv[2]}.py").run()
+assert not page.exception, page.exception
+"""
+
+
+@pytest.mark.parametrize("name", ["needle", "seeds"])
+def test_the_first_visit_of_a_page_that_measures_does_not_meet_the_model_library_half_made(name: str) -> None:
+    """The engine warms up on its thread while the page plans on another; both import the model library."""
+    done = subprocess.run([sys.executable, "-c", COLD, MAIN, name], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_stop_is_quick_and_keeps_the_text(real: Engine) -> None:
