@@ -31,10 +31,10 @@ if records or job is not None:
 if job is not None and shown == HERE:
     work.watch(job)
     methods.plot(records)
-elif records:
-    good = [record for record in records if record.error is None]
-    measurement.source(records, shown, methods.files(records), f"{what_was_read(good)}." if good else "")
-    methods.plot(records)
-    methods.details(methods.table(records))
 else:
-    page.empty(words)
+    measurement.source(records, shown, methods.files(records), what_was_read(records))
+    if records:
+        methods.plot(records)
+        methods.details(methods.table(records))
+    else:
+        page.empty(words)

@@ -86,8 +86,8 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
     )
     figure.update_layout(legend={"yref": "container", "yanchor": "bottom", "y": 0, "itemsizing": "constant"})
     kls = [row.kl for row, _ in drawn if row.kl]
-    ticks = {"dtick": 1} if kls and max(kls) > 100 * min(kls) else {}
-    figure.update_yaxes(type="log", tickformat="~g", **ticks)
+    wide = bool(kls) and max(kls) > 100 * min(kls)
+    figure.update_yaxes(type="log", tickformat="~g", dtick=1 if wide else "D2")  # D2: at 1, 2 and 5
     return Chart(figure, _sentence(rows, drawn, bits), methods_table(rows, bits))
 
 

@@ -160,7 +160,7 @@ def _change_sentence(values: Mapping[Spot, float], method: str) -> str:
         return f"Nothing is measured yet with {method}."
     worse, better = (sum(change < 0 for change in values.values()), sum(change > 0 for change in values.values()))
     if not worse and not better:
-        return f"{method} finds as many needles as the full cache at each of the {len(values)} places."
+        return f"{method} finds as many needles as the full cache at every measured place ({len(values)})."
     more = f", more at {better}" if better else ""
     spot, least = min(values.items(), key=lambda one: one[1])
     where = f"; the largest loss is {-least:.0f} points at {spot[0]:,} tokens, depth {spot[1]:g}" if worse else ""

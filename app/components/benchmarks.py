@@ -7,7 +7,7 @@ import streamlit as st
 from app import definitions, state
 from app.charts import benchmarks as charts
 from app.components import figures, page
-from app.components.measuring import HERE, RECORDED, Measurement
+from app.components.measuring import HERE, RECORDED, Measurement, counted
 from app.components.panes import escape
 from app.measure import Plan, as_json, present
 from app.measure import benchmarks as measure
@@ -89,7 +89,7 @@ def measured(plan: Plan) -> None:
     cells = MEASUREMENT.asked(plan)
     records = present(cells, state.records())
     good = [record for record in records if record.error is None]
-    MEASUREMENT.source(records, HERE, _files(good), f"{len(good)} of {len(cells)} cells.")
+    MEASUREMENT.source(records, HERE, _files(good), f"{len(good)} of {counted(len(cells), 'cell')}.")
     if not records:
         page.empty(
             "The first cell is on its way; results appear cell by cell."

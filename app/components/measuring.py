@@ -20,6 +20,11 @@ RECORDED, HERE = "Recorded", "This tab"
 C = TypeVar("C")
 
 
+def counted(number: int, name: str) -> str:
+    """How many of something there are: 1 cell, 2 cells."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Measurement(Generic[C]):
     """A page of measurements. Its widgets' keys are `prefix_field`, one for each field of `start`.
@@ -42,7 +47,7 @@ class Measurement(Generic[C]):
     recorded: str
     cells: Callable[[C, Choices, AppConfig], tuple[Cell, ...]]
     seconds: Callable[[Sequence[Cell], Iterable[ExperimentRecord]], float | None]
-    describe: Callable[[Sequence[Cell]], str] = lambda cells: f"{len(cells)} cells"
+    describe: Callable[[Sequence[Cell]], str] = lambda cells: counted(len(cells), "cell")
 
     def view(self) -> str:
         """Draw the switch between recorded results and this tab's; return which is shown."""
@@ -78,7 +83,7 @@ class Measurement(Generic[C]):
         disabled = escape(plan.refusal) if plan.refusal else None
         left = missing(plan.cells, state.records())
         if not (disabled or left):
-            disabled = f"All of it is measured: {self.describe(plan.cells)}. Change a setting to measure more."
+            disabled = f"All of it is measured ({self.describe(plan.cells)}). Change a setting to measure more."
         words = "" if disabled else self._words(plan, left)
         work.bar("Measure", self._request, plan=words, key=f"{self.prefix}_run", disabled=disabled)
 

@@ -8,7 +8,7 @@ import streamlit as st
 from app import definitions, state
 from app.charts import methods as charts
 from app.components import figures, page
-from app.components.measuring import HERE, Measurement
+from app.components.measuring import HERE, Measurement, counted
 from app.components.panes import escape
 from app.measure import as_json, json_lines, report
 from app.measure import methods as measure
@@ -26,7 +26,7 @@ MEASUREMENT = Measurement(
     recorded="methods",
     cells=measure.cells,
     seconds=measure.seconds,
-    describe=lambda cells: f"{len(cells) - 1} methods and the full cache",
+    describe=lambda cells: f"{counted(len(cells) - 1, 'method')} and the full cache",
 )
 
 

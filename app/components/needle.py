@@ -8,7 +8,7 @@ import streamlit as st
 from app import definitions, state
 from app.charts import needle as charts
 from app.components import figures, page
-from app.components.measuring import Measurement
+from app.components.measuring import Measurement, counted
 from app.components.panes import escape
 from app.measure import MAX_SEED, as_json, json_lines, report
 from app.measure import needle as measure
@@ -21,9 +21,8 @@ _PROMPT_ROOM = {"needle": 400, "question": 300, "answer": 100}
 
 
 def _describe(cells: Sequence[Cell]) -> str:
-    places = {(cell.settings["context"], cell.settings["depth"]) for cell in cells}
-    methods = {cell.method for cell in cells}
-    return f"{len(cells)} cells: {len(places)} places, {len(methods)} method{'s' * (len(methods) > 1)}"
+    places = counted(len({(cell.settings["context"], cell.settings["depth"]) for cell in cells}), "place")
+    return f"{counted(len(cells), 'cell')}: {places}, {counted(len({cell.method for cell in cells}), 'method')}"
 
 
 MEASUREMENT = Measurement(
@@ -41,8 +40,7 @@ MEASUREMENT = Measurement(
 def controls() -> None:
     """Draw the settings."""
     with st.container(border=True):
-        left, right = st.columns(2, gap="medium")
-        left.pills(
+        st.pills(  # side by side, pills would not wrap on a narrow screen
             "Lengths (tokens of the prompt)",
             measure.lengths(state.config()),
             selection_mode="multi",
@@ -50,7 +48,7 @@ def controls() -> None:
             key="needle_lengths",
             bind=_URL,
         )
-        right.pills(
+        st.pills(
             "Depths (0: start, 1: end)",
             measure.DEPTHS,
             selection_mode="multi",

@@ -55,8 +55,9 @@ def contexts(config: AppConfig) -> tuple[str, ...]:
 
 
 def offered(recorded: Iterable[ExperimentRecord]) -> list[str]:
-    """The methods to choose from: the usual ones, then all that were recorded."""
-    return list(dict.fromkeys([*START, *(str(record.cell.method) for record in recorded)]))
+    """The methods to choose from: the usual ones, then all that were recorded; the full cache is always measured."""
+    found = dict.fromkeys([*START, *(str(record.cell.method) for record in recorded)])
+    return [method for method in found if method != FULL]
 
 
 def check_method(text: str) -> Method:
@@ -209,12 +210,14 @@ def failures(records: Iterable[ExperimentRecord]) -> list[tuple[str, str]]:
 
 
 def what_was_read(records: Sequence[ExperimentRecord]) -> str:
-    """Texts, context and measured tokens of some records that share them."""
+    """Texts, context and measured tokens of some records that share them; nothing where there are none."""
+    if not records:
+        return ""
     settings = records[0].cell.settings
     each = settings["context"] - settings["prefill"]
     return (
         f"{', '.join(settings['texts'])}: {settings['context']:,} tokens each, the first {settings['prefill']:,} read "
-        f"in one call, the last {each:,} measured"
+        f"in one call, the last {each:,} measured."
     )
 
 

@@ -95,7 +95,7 @@ def test_a_run_measures_the_chosen_cells_and_shows_them(page: AppTest, cells: Ce
     assert "With turboquant:bits=2 the model finds 4 of 4 needles." in said(page)
     assert len(page.get("plotly_chart")) == 5
     assert page.button(key="needle_run").disabled
-    assert "All of it is measured: 8 cells: 4 places, 2 methods. Change" in said(page)
+    assert "All of it is measured (8 cells: 4 places, 2 methods). Change" in said(page)
 
 
 def test_partial_results_show_stop_keeps_them_and_the_rest_is_measured_later(page: AppTest, cells: Cells) -> None:

@@ -10,12 +10,13 @@ from streamlit.testing.v1 import AppTest
 
 from app import state
 from app.charts import seeds as charts
+from app.components.measuring import Measurement
 from app.config import AppConfig
 from app.measure import seeds as measure
 from app.measure.seeds import METRICS, SeedsChoices, findings
 from app.requests import Choices, RequestError
 from tests.app.cells import Cells
-from tests.app.conftest import ended, opened, said, until
+from tests.app.conftest import ended, newest, opened, said, until
 from turboquant.methods import parse_method
 from turboquant.results import Cell, ExperimentRecord, read_records
 from turboquant.tasks import variance
@@ -93,8 +94,27 @@ def test_results_come_cell_by_cell_stop_keeps_them_and_another_click_measures_th
     ended(page)
     assert len(cells.served) == len({cell.key for cell in cells.served}) == 4
     assert "4 of 4 cells" in said(page)
-    assert "All of it is measured: 4 cells." in said(page)
+    assert "All of it is measured (4 cells)." in said(page)
     assert page.button(key="seeds_run").disabled
+
+
+def test_a_result_that_comes_while_the_page_is_drawn_is_shown_at_once(
+    page: AppTest, cells: Cells, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(page, "seeds", **SMALL)
+    page.button(key="seeds_run").click().run()
+    job, working = newest(page), Measurement.working
+
+    def late(self: Any) -> Any:
+        if not job.results:
+            cells.let(1)
+            until(lambda: job.results)
+        return working(self)
+
+    monkeypatch.setattr(Measurement, "working", late)
+    page.run()
+    assert not page.exception
+    assert "1 of 4 cells" in said(page)
 
 
 def test_a_cell_that_failed_is_said_and_asked_for_again(page: AppTest, cells: Cells) -> None:
