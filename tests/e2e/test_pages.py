@@ -9,11 +9,17 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from app.navigation import ENTRIES
-from tests.e2e.conftest import IN_A_BROWSER, SECONDS, no_sideways_scroll, shot, visit, wait_until
+from tests.e2e.conftest import IN_A_BROWSER, SECONDS, main, no_sideways_scroll, shot, visit, wait_until
 
 pytestmark = IN_A_BROWSER
 NAMES = [entry.name for entry in ENTRIES]
 SERIOUS = ("serious", "critical")
+HERE = [
+    ("needle", "?needle_view=This+tab&needle_own=true"),
+    ("methods", "?methods_view=This+tab"),
+    ("seeds", "?seeds_view=This+tab"),
+    ("benchmarks", "?bench_view=This+tab"),
+]
 SCHEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 28)"}
 
 
@@ -23,6 +29,15 @@ def settled(page: Page) -> None:
     for unfinished in ("stStatusWidget", "stSkeleton"):
         expect(page.get_by_test_id(unfinished)).to_have_count(0, timeout=60 * SECONDS)
     page.wait_for_timeout(200)
+
+
+def scrolling_choices(page: Page) -> list[str]:
+    """Rows of pills or segments that have to be scrolled sideways."""
+    rows = main(page).get_by_test_id("stButtonGroup").locator("[role=toolbar], [role=radiogroup]")
+    return [
+        str(one)
+        for one in rows.evaluate_all("e => e.filter(x => x.scrollWidth > x.clientWidth + 1).map(x => x.innerText)")
+    ]
 
 
 def background(page: Page) -> str:
@@ -40,11 +55,13 @@ def serious_findings(page: Page) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_page_opens_from_a_link_and_is_usable_by_everybody(address: str, browser: Browser, name: str) -> None:
+@pytest.mark.parametrize(("name", "query"), [*((name, "") for name in NAMES), *HERE])
+def test_a_page_opens_from_a_link_and_is_usable_by_everybody(
+    address: str, browser: Browser, name: str, query: str
+) -> None:
     """Wide and narrow, light and dark: no error, nothing cut off, no serious finding of axe-core."""
     begun = time.monotonic()
-    page = visit(browser, f"{address}/{name}", 1600, color_scheme="light")
+    page = visit(browser, f"{address}/{name}{query}", 1600, color_scheme="light")
     print(f"{name}: heading after {time.monotonic() - begun:.1f} s")
     settled(page)
     expect(page.get_by_test_id("stSidebar").get_by_role("link", name="Compare").first).to_be_visible()
@@ -57,7 +74,8 @@ def test_a_page_opens_from_a_link_and_is_usable_by_everybody(address: str, brows
             settled(page)
             expect(page.get_by_test_id("stException")).to_have_count(0)
             assert no_sideways_scroll(page), f"{name} is wider than {width} px"
-            shot(page, f"{name}-{scheme}-{width}")
+            assert not scrolling_choices(page), f"{name}: choices are cut off at {width} px"
+            shot(page, f"{name}{'-here' if query else ''}-{scheme}-{width}")
             if (scheme, width) in (("light", 1600), ("dark", 390)):
                 found[scheme, width] = serious_findings(page)
     page.close()
