@@ -2,11 +2,11 @@
 
 KV_BYTES = (
     "Bytes the compressed cache really holds at the end, summed over every storage reachable from it: codes, scales, "
-    "exact tokens, spare capacity and shared tables."
+    "exact tokens, spare room and shared tables."
 )
 RATIO = (
     "The 16-bit baseline (2 bytes a value) divided by the bytes really held, everything counted. Payload is a "
-    "formula: 16 divided by the bits of a code, without norms, exact tokens, spare capacity or tables."
+    "formula: 16 divided by the bits of a code, without norms, exact tokens, spare room or tables."
 )
 BITS_PER_VALUE = (
     "Everything the cache holds, in bits, divided by the number of cached values. 16 is the uncompressed baseline."

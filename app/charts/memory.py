@@ -1,5 +1,8 @@
 """Bytes that the caches hold."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -9,6 +12,15 @@ from turboquant.results import CacheReport, Comparison
 from turboquant.sizing import KVBytes
 
 _UNIT = 2**20
+_PATTERNS = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+"}
+PART_WORDS = {
+    "keys": "key codes",
+    "values": "value codes",
+    "scales": "scales and means",
+    "exact": "exact tokens",
+    "spare": "spare room",
+    "shared": "shared tables",
+}
 
 
 def bytes_per_step(c: Comparison) -> Chart:
@@ -59,40 +71,26 @@ def parts(report: CacheReport | KVBytes) -> list[tuple[str, int]]:
     ]
 
 
+def part_bar(part: str, caches: Sequence[str], sizes: Sequence[float], **look: Any) -> go.Bar:
+    """The share that one part has in the bars of some caches."""
+    pattern = {"shape": _PATTERNS[part], "size": 7, "fillmode": "overlay", "fgcolor": "#ffffff", "solidity": 0.2}
+    return go.Bar(
+        y=caches,
+        x=sizes,
+        name=PART_WORDS[part],
+        orientation="h",
+        marker={"color": PARTS[part], "pattern": pattern},
+        **look,
+    )
+
+
 def bytes_by_part(c: Comparison) -> Chart:
     """One bar a cache: the compressed one in its parts beside the 16-bit baseline."""
     report = c.compressed.report
-    shapes = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+"}
-    words = {
-        "keys": "key codes",
-        "values": "value codes",
-        "scales": "scales and means",
-        "exact": "exact tokens",
-        "spare": "spare capacity",
-        "shared": "shared tables",
-    }
     figure = go.Figure()
     for name, held in parts(report):
         if held:
-            figure.add_trace(
-                go.Bar(
-                    y=["Compressed"],
-                    x=[held / _UNIT],
-                    name=words[name],
-                    orientation="h",
-                    marker={
-                        "color": PARTS[name],
-                        "pattern": {
-                            "shape": shapes[name],
-                            "size": 7,
-                            "fillmode": "overlay",
-                            "fgcolor": "#ffffff",
-                            "solidity": 0.2,
-                        },
-                    },
-                    hovertemplate="%{x:.3f} MiB",
-                )
-            )
+            figure.add_trace(part_bar(name, ["Compressed"], [held / _UNIT], hovertemplate="%{x:.3f} MiB"))
     figure.add_trace(
         go.Bar(
             y=["16-bit"],
@@ -105,13 +103,13 @@ def bytes_by_part(c: Comparison) -> Chart:
     )
     layout(figure, barmode="stack", hovermode="closest", xaxis_title="MiB", height=280)
     figure.update_yaxes(categoryorder="array", categoryarray=["Compressed", "16-bit"])
-    rows = [(words[name], held) for name, held in parts(report)]
+    rows = [(PART_WORDS[name], held) for name, held in parts(report)]
     rows += [("everything held", report.bytes), ("16-bit baseline", report.full_precision_bytes)]
     table = pd.DataFrame(rows, columns=["part", "bytes"])
     name, most = max(parts(report), key=lambda part: part[1])
     total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
     alt = (
         f"{total} held against {full} at 16 bit (16-bit size / held size = {report.compression_ratio:.2f}); "
-        f"the largest part, {human_bytes(most)}, is {words[name]}."
+        f"the largest part, {human_bytes(most)}, is {PART_WORDS[name]}."
     )
     return Chart(figure, alt, table)

@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.charts.memory import parts
-from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, RISK, SECOND, Chart, layout
+from app.charts.memory import PART_WORDS, part_bar, parts
+from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, RISK, SECOND, Chart, layout
 from app.sizing import GIB, MOST_TOKENS, Measured, Plan, Row, grid, lines, rows, tokens_short, tokens_text
 from app.verdict import human_bytes
 
@@ -14,15 +14,6 @@ _DASHES = {4: "solid", 3: "dash", 2: "dot"}
 _SYMBOLS = {"full": "circle", 4: "square", 3: "diamond", 2: "triangle-up"}
 _TICKS = [2**power for power in range(8, 26, 2)]
 _SIZES = [2**power for power in range(10, 50, 4)]
-_PATTERNS = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+"}
-_WORDS = {
-    "keys": "key codes",
-    "values": "value codes",
-    "scales": "scales and means",
-    "exact": "exact tokens",
-    "spare": "spare room",
-    "shared": "shared tables",
-}
 
 
 def _style(name: str, bits: int | None) -> tuple[str, str, str]:
@@ -142,29 +133,12 @@ def by_part(plan: Plan) -> Chart:
     held = [(name, plan.held(method)) for name, method in lines(plan)]
     figure = go.Figure()
     unit, word = _unit(max(one.bytes for _, one in held))
-    for part, words in _WORDS.items():
+    for part in PART_WORDS:
         sizes = [dict(parts(one))[part] for _, one in held]
         if any(sizes):
-            figure.add_trace(
-                go.Bar(
-                    y=[name for name, _ in held],
-                    x=[size / unit for size in sizes],
-                    name=words,
-                    orientation="h",
-                    marker={
-                        "color": PARTS[part],
-                        "pattern": {
-                            "shape": _PATTERNS[part],
-                            "size": 7,
-                            "fillmode": "overlay",
-                            "fgcolor": "#ffffff",
-                            "solidity": 0.2,
-                        },
-                    },
-                    customdata=[human_bytes(size) for size in sizes],
-                    hovertemplate="%{customdata}",
-                )
-            )
+            names, told = [name for name, _ in held], [human_bytes(size) for size in sizes]
+            scaled = [size / unit for size in sizes]
+            figure.add_trace(part_bar(part, names, scaled, customdata=told, hovertemplate="%{customdata}"))
     layout(
         figure,
         barmode="stack",
@@ -176,12 +150,12 @@ def by_part(plan: Plan) -> Chart:
     figure.update_yaxes(autorange="reversed")
     table = pd.DataFrame(
         [(name, *(size for _, size in parts(one)), one.bytes, one.full_precision_bytes) for name, one in held],
-        columns=["cache", *_WORDS.values(), "everything held", "16-bit baseline"],
+        columns=["cache", *PART_WORDS.values(), "everything held", "16-bit baseline"],
     )
     name, shown = held[-1] if plan.refusal is not None else ("The chosen cache", plan.held(plan.method))
     largest, size = max(parts(shown), key=lambda part: part[1])
     share = f"{100 * size / shown.bytes:.0f} %" if shown.bytes else "nothing"
-    alt = f"{name} takes {human_bytes(shown.bytes)} at {plan.tokens:,} tokens; {_WORDS[largest]} are {share} of it."
+    alt = f"{name} takes {human_bytes(shown.bytes)} at {plan.tokens:,} tokens; {PART_WORDS[largest]} are {share} of it."
     return Chart(figure, alt, table)
 
 
