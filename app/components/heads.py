@@ -12,12 +12,12 @@ from app.charts.attention import Look
 from app.charts.heads import METRICS, Part
 from app.components import figures
 from app.components.panes import escape
+from app.components.share import label, linked, note_address
 from app.runs import Run
 
 RUN, PART, METRIC, HEAD, POSITION = "heads_run", "heads_part", "heads_metric", "heads_head", "heads_position"
-_WRITTEN, _TABLE = "heads_run_written", "heads_table_version"
+_TABLE = "heads_table_version"
 _PARTS: dict[str, Part] = {"Packed only": "packed", "As served": "served"}
-_ORIGINS = {"measured": "this tab", "recorded": "recorded", "imported": "imported"}
 Head = tuple[int, int]
 
 
@@ -25,33 +25,19 @@ def chooser(runs: Mapping[str, Run]) -> Run | None:
     """The run to look at: of the address, else the picked one, else the first recorded one with heads."""
     if not runs:
         return None
-    linked = st.query_params.get(RUN)
-    if linked is not None and linked != st.session_state.get(_WRITTEN):
-        if linked in runs:
-            st.session_state[RUN] = linked
-        else:
-            st.info(
-                "The run of this link is not kept here; runs stay in the tab that made them.",
-                icon=":material/link_off:",
-            )
     default = next(
         (run.id for run in runs.values() if run.origin == "recorded" and run.comparison.heads), next(iter(runs))
     )
-    if st.session_state.get(RUN) not in runs:
-        st.session_state[RUN] = default
+    linked(RUN, runs, default)
     picked = st.selectbox(
         "Run",
         list(runs),
-        format_func=lambda run_id: f"{runs[run_id].label} ({_ORIGINS[runs[run_id].origin]})",
+        format_func=lambda run_id: label(runs[run_id]),
         key=RUN,
         persist_state="session",
         on_change=lambda: _begin_with_worst(runs),
     )
-    if picked != default:
-        st.query_params[RUN] = str(picked)
-    elif RUN in st.query_params:
-        del st.query_params[RUN]
-    st.session_state[_WRITTEN] = st.query_params.get(RUN)
+    note_address(RUN, picked, default)
     return runs.get(str(picked))
 
 
