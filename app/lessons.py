@@ -15,7 +15,7 @@ from scipy import integrate
 
 from app.requests import check_bound
 from turboquant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
-from turboquant.methods.turboquant import TurboQuantMSE
+from turboquant.methods.scalar import TurboQuantMSE
 from turboquant.results import ExperimentRecord
 from turboquant.rotation import Rotation, RotationKind, random_rotation
 from turboquant.statistics import Estimate

@@ -35,6 +35,7 @@ LAYERS = (
     ("methods",),
     ("ops", "hf_layers"),
     ("kernels", "metrics", "verdict"),
+    ("kernel_view",),
     ("quantizer", "packing", "rotation", "statistics"),
     ("codebook", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
 )

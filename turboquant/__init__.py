@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from turboquant.codebook import expected_mse, lloyd_max
     from turboquant.comparison import compare, compare_methods
     from turboquant.methods import METHODS, Method, parse_method
-    from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
+    from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
     from turboquant.models import MODELS, load_model, tiny_model
     from turboquant.quantizer import PackedTensor, Quantizer
     from turboquant.results import Comparison, Settings

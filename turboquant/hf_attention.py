@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.layer import CachedStates, QuantizedLayer
 from turboquant.ops.attention import MASKED, PackedSegment, attend
 
 ATTENTION_NAME = "turboquant"
 # Options that change the scores in ways the packed path does not compute. None (or False) means not used.
+LEFT_PADDED = "turboquant_left_padded"
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -100,10 +101,11 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
     segment = PackedSegment(
         layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
     )
+    starts = layer.padding if getattr(mask, LEFT_PADDED, False) else None
     if mask is not None and layer.padding is not None:
         slots = layer.slots(mask.shape[-1])[:, None, None, :]
         mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
-    output = attend(query, keys, values, segment, layer.sink_length, mask, scaling)
+    output = attend(query, keys, values, segment, layer.sink_length, mask, scaling, starts)
     return output.transpose(1, 2).contiguous().to(query.dtype)
 
 
@@ -115,7 +117,22 @@ def _visible(mask: Tensor | None) -> Tensor | None:
     return last if last.dtype == torch.bool else last > MASKED
 
 
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Make SDPA's mask, and note on it whether causality and pads in front of rows are all that it says.
+
+    Asking that costs a look at the mask once a forward call, on GPUs, where kernels can do without it.
+    """
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    pads = kwargs.get("attention_mask")
+    if mask is None or not mask.is_cuda or pads is None or pads.dim() != 2:
+        return mask
+    if kwargs.get("mask_function", causal_mask_function) is causal_mask_function:
+        seen = pads.to(torch.int8)
+        setattr(mask, LEFT_PADDED, bool((seen[:, 1:] >= seen[:, :-1]).all()))
+    return mask
+
+
 def register() -> None:
     """Register the attention and the mask function under "turboquant"; calling it again changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

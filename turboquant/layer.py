@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from turboquant.methods import Method
+from turboquant.ops.encode import encode
 from turboquant.quantizer import PackedTensor, Quantizer
 
 
@@ -47,19 +48,21 @@ class TokenBuffer:
         self.length = 0
 
     def append(self, new: PackedTensor) -> None:
-        """Write tokens behind those held; grow by a sixteenth where there is no room."""
-        end = self.length + new.tokens
+        """Write tokens behind those held."""
+        new.copy_into(self.extend(new), 0)
+
+    def extend(self, like: PackedTensor) -> PackedTensor:
+        """Make room for as many tokens as `like` has, behind those held, and return it; grow by a sixteenth."""
+        start, count = self.length, like.tokens
+        end = start + count
         if self.storage is None:
-            self.storage = new.empty(end)
-            new.copy_into(self.storage, 0)
-        else:
-            if end > self.storage.tokens:
-                group = new.token_group
-                larger = self.storage.empty(_round_up(end + max(new.tokens, end // 16), group))
-                self.view().copy_into(larger, 0)
-                self.storage = larger
-            new.copy_into(self.storage, self.length)
+            self.storage = like.empty(end)
+        elif end > self.storage.tokens:
+            larger = self.storage.empty(_round_up(end + max(count, end // 16), like.token_group))
+            self.view().copy_into(larger, 0)
+            self.storage = larger
         self.length = end
+        return self.storage.narrow(start, count)
 
     def view(self) -> PackedTensor:
         """Return the tokens held, without the spare room."""
@@ -227,13 +230,11 @@ class QuantizedLayer(CacheLayerMixin):
 
     def _pack(self, count: int, valid: Tensor | None) -> None:
         start, stop = self.sink_length, self.sink_length + count
-        for quantizer, exact, packed in (
-            (self.key_quantizer, self.exact_keys, self.packed_keys),
-            (self.value_quantizer, self.exact_values, self.packed_values),
-        ):
-            block = self._exact(exact)[:, :, start:stop]
-            like = packed.storage if packed.length else None
-            packed.append(quantizer.quantize(block, like, valid))
+        encode(
+            (self.key_quantizer, self._exact(self.exact_keys)[:, :, start:stop], self.packed_keys),
+            (self.value_quantizer, self._exact(self.exact_values)[:, :, start:stop], self.packed_values),
+            valid,
+        )
         self.exact_keys = self._without(self.exact_keys, start, stop)
         self.exact_values = self._without(self.exact_values, start, stop)
         self.exact_length -= count

@@ -203,6 +203,14 @@ class Quantizer(ABC, Generic[P]):
         """
         return 512
 
+    def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: P | None) -> P | None:
+        """Return room for these vectors that a fused kernel can fill, or None where the method has no kernel."""
+        return None
+
+    def view(self, packed: P) -> Any:
+        """Return the `KernelView` of packed vectors that fused kernels read, or None where the method has no kernel."""
+        return None
+
     def tables(self) -> tuple[Tensor, ...]:
         """The constant tensors this quantizer holds (codebooks, rotations), for byte counts."""
         return ()

@@ -114,7 +114,7 @@ def random_rotation(kind: RotationKind, dim: int, seed: int, layer_idx: int, dev
     generator = _generator(seed, layer_idx, stream=0)
     table = _hadamard_table(check_dim(dim), device) if kind == "hadamard" else None
     if table is None:
-        return Rotation(haar(dim, generator).float().to(device))
+        return Rotation(haar(dim, generator).float().contiguous().to(device))
     signs = torch.randint(0, 2, (dim,), generator=generator) * 2 - 1
     return Rotation(table, signs.float().to(device))
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from turboquant.codebook import check_bits, check_dim, expected_mse
-from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
+from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quantizer import Quantizer
 from turboquant.results import Record, Spread
 from turboquant.rotation import RotationKind, qjl_projection, qjl_scale, random_rotation

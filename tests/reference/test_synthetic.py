@@ -11,7 +11,7 @@ from scipy import integrate, special
 
 from turboquant import synthetic
 from turboquant.codebook import lloyd_max
-from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
+from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.rotation import qjl_projection, qjl_scale, random_rotation
 from turboquant.statistics import Estimate
 from turboquant.synthetic import (

@@ -9,7 +9,7 @@ import torch
 from scipy import integrate, special
 
 from turboquant.codebook import _centroids, _solve, boundaries, coordinate_density, expected_mse, lloyd_max
-from turboquant.methods.turboquant import TurboQuantMSE, TurboQuantProd
+from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.rotation import qjl_projection, qjl_scale, random_rotation
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from turboquant.ops.backend import guarded, usable
 from turboquant.quantizer import PackedTensor, Quantizer
 
 MAX_SCORES = 2**24
@@ -73,7 +74,7 @@ def _attend_rows(
     return output + packed.value_quantizer.unproject(total) if isinstance(total, Tensor) else output
 
 
-def attend(
+def attend(  # noqa: PLR0913
     query: Float[Tensor, "batch heads queries dim"],
     exact_keys: Float[Tensor, "batch kv_heads exact dim"],
     exact_values: Float[Tensor, "batch kv_heads exact value_dim"],
@@ -81,8 +82,9 @@ def attend(
     sink_length: int,
     mask: Tensor | None,
     scaling: float,
+    starts: Tensor | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Attend from the last `queries` tokens to all tokens of a layer.
+    """Attend from the last `queries` tokens to all tokens of a layer, on a GPU by its kernels where they can serve it.
 
     Args:
         query: Queries after rotary embedding; heads are grouped by KV head as in Hugging Face's `repeat_kv`.
@@ -93,10 +95,48 @@ def attend(
         mask: (batch, 1 or heads, queries, tokens) in stored order, boolean (True is visible) or additive; None for a
             plain causal mask.
         scaling: Factor on the scores.
+        starts: (batch,) packed tokens at the front of each row that are pads, where that and causality are all that
+            the mask says; None where the mask may say more.
 
     Returns:
-        The attention output in float32.
+        The attention output, in float32 from the reference and in the dtype of the query from kernels.
     """
+    fused = _fused(query, (exact_keys, exact_values), packed, mask, scaling, starts)
+    return _reference(query, exact_keys, exact_values, packed, sink_length, mask, scaling) if fused is None else fused
+
+
+def _fused(
+    query: Tensor,
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment,
+    mask: Tensor | None,
+    scaling: float,
+    starts: Tensor | None,
+) -> Tensor | None:
+    """Attend by GPU kernels; None where they cannot serve the call."""
+    kernels = usable(query, "attention")
+    if kernels is None or (mask is not None and starts is None):
+        return None
+    views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+    if kernels.unsupported(query, *views) is not None:
+        return None
+    if kernels.few_rows(query, exact[0].shape[1]):
+        return guarded("attention", lambda: kernels.attend(query, *exact, *views, scaling, starts))
+    prefill = usable(query, "prefill")
+    if prefill is None or starts is not None or views[0].signs is not None:
+        return None
+    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scaling))
+
+
+def _reference(
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    packed: PackedSegment,
+    sink_length: int,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
     batch, heads, rows, dim = query.shape
     kv_heads, groups = exact_keys.shape[1], heads // exact_keys.shape[1]
     exact_length, tokens = exact_keys.shape[2], exact_keys.shape[2] + packed.keys.tokens

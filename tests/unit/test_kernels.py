@@ -1,0 +1,301 @@
+"""The Triton kernels against the plain-torch reference: interpreted on a CPU, compiled where there is a GPU.
+
+Errors are relative norms against the reference in float32, and are held against those of torch at the same precision.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from turboquant.methods import parse_method
+from turboquant.ops import backend
+from turboquant.ops.attention import PackedSegment, _reference
+from turboquant.ops.encode import encode
+
+pytest.importorskip("triton")
+
+from turboquant.kernels import attention, prefill
+from turboquant.kernels import encode as encoder
+from turboquant.kernels.attention import Plan
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Triton's interpreter cannot multiply bfloat16 matrices.
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*", "ignore::DeprecationWarning")
+
+
+def quantizers(spec: str, dim: int) -> Any:
+    return parse_method(spec).quantizers(dim, dim, 0, DEVICE)
+
+
+def segment(spec: str, tokens: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 2) -> PackedSegment:
+    keys, values = quantizers(spec, dim)
+    generator = torch.Generator().manual_seed(tokens + dim)
+    offset = torch.randn(dim, generator=generator)
+    states = (3 * torch.randn(batch, heads, tokens, dim, generator=generator) + offset).to(DEVICE, dtype)
+    others = torch.randn(batch, heads, tokens, dim, generator=generator).to(DEVICE, dtype)
+    return PackedSegment(keys.quantize(states, None, None), values.quantize(others, None, None), keys, values)
+
+
+def views(packed: PackedSegment) -> Any:
+    return packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+
+
+def exact_states(query: Tensor, kv_heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (query.shape[0], kv_heads, tokens, query.shape[3])
+    keys, values = (torch.randn(shape, generator=generator).to(query) for _ in range(2))
+    return 3 * keys, values
+
+
+def queries(heads: int, count: int, dim: int, dtype: torch.dtype, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(heads + count)
+    return torch.randn(batch, heads, count, dim, generator=generator).to(DEVICE, dtype)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def same_precision(query: Tensor, exact: tuple[Tensor, Tensor], packed: PackedSegment, scaling: float) -> Tensor:
+    """Torch's attention over what the codes stand for, all in the dtype of the query."""
+    groups = query.shape[1] // exact[0].shape[1]
+    keys, values = (
+        torch.cat([quantizer.dequantize(codes).to(query.dtype), states], dim=2).repeat_interleave(groups, 1)
+        for quantizer, codes, states in (
+            (packed.key_quantizer, packed.keys, exact[0]),
+            (packed.value_quantizer, packed.values, exact[1]),
+        )
+    )
+    tokens, rows = keys.shape[2], query.shape[2]
+    place = torch.arange(tokens, device=query.device)
+    mask = place <= place[-rows:, None]
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+
+
+# method, dim, query heads a KV head, query tokens, packed tokens
+CASES = [
+    ("turboquant:bits=4", 64, 3, 1, 192),
+    ("turboquant:bits=3", 64, 1, 1, 256),
+    ("turboquant:bits=2", 64, 4, 2, 128),
+    ("turboquant:bits=1", 64, 2, 1, 128),
+    ("turboquant:key_bits=4,value_bits=2", 128, 4, 4, 64),
+    ("turboquant:key_bits=2,value_bits=3", 128, 7, 1, 192),
+    ("turboquant:bits=3", 80, 1, 1, 128),
+    ("turboquant:bits=4", 80, 2, 3, 64),
+    ("turboquant:bits=4", 96, 16, 2, 64),
+    ("turboquant:bits=2", 256, 8, 1, 64),
+    ("turboquant:bits=4,group_size=32", 64, 2, 1, 96),
+    ("turboquant:bits=3,group_size=128", 64, 2, 1, 384),
+    ("turboquant:bits=4,group_size=0", 64, 2, 1, 101),
+    ("turboquant:bits=4,rotation=qr,center=false", 64, 2, 1, 128),
+    ("turboquant:bits=4,qjl=orthogonal", 64, 2, 1, 128),
+    ("turboquant-paper:bits=4", 64, 2, 2, 77),
+    ("turboquant-paper:bits=3", 80, 1, 1, 66),
+    ("turboquant-paper:bits=2", 128, 4, 1, 33),
+]
+PLANS = [None, Plan(32, 1, 3, 5), Plan(64, 4, 3, 2), Plan(128, 2, 3, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "dim", "groups", "rows", "tokens"), CASES)
+def test_decode_is_as_good_as_torch_at_the_same_precision(
+    spec: str, dim: int, groups: int, rows: int, tokens: int, dtype: torch.dtype
+) -> None:
+    packed = segment(spec, tokens, dim, dtype)
+    query = queries(2 * groups, rows, dim, dtype)
+    exact = exact_states(query, 2, 37)
+    keys, values = views(packed)
+    assert attention.unsupported(query, keys, values) is None
+    assert attention.few_rows(query, 2)
+    scaling = dim**-0.5
+    expected = _reference(query, *exact, packed, 4, None, scaling)
+    allowed = max(2 * error(same_precision(query, exact, packed, scaling), expected), 2e-3)
+    for plan in PLANS if spec == "turboquant:bits=4" or DEVICE.type == "cuda" else PLANS[:1]:
+        found = attention.attend(query, exact[0], exact[1], keys, values, scaling, launch=plan)
+        assert found.dtype == dtype
+        assert found.shape == query.shape
+        assert found.transpose(1, 2).is_contiguous()  # what Hugging Face's attention functions return
+        assert error(found, expected) <= allowed, plan
+
+
+@pytest.mark.parametrize("spec", ["turboquant:bits=4", "turboquant:bits=2", "turboquant-paper:bits=3"])
+def test_pads_at_the_front_of_rows_are_not_seen(spec: str) -> None:
+    packed = segment(spec, 192, 64, DTYPES[0])
+    query = queries(4, 1, 64, DTYPES[0])
+    exact = exact_states(query, 2, 20)
+    starts = torch.tensor([0, 130], device=DEVICE)
+    mask = torch.arange(212, device=DEVICE) >= torch.where(starts > 0, starts + 4, 0)[:, None]
+    mask |= torch.arange(212, device=DEVICE) < 4
+    expected = _reference(query, *exact, packed, 4, mask[:, None, None], 0.125)
+    found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125, starts)
+    assert error(found, expected) < 2e-3
+
+
+def test_lengths_on_the_device_bound_what_is_read() -> None:
+    """As in a CUDA graph: the tensors have spare room, which holds anything."""
+    packed = segment("turboquant:bits=4", 256, 64, DTYPES[0])
+    query = queries(4, 1, 64, DTYPES[0])
+    exact = exact_states(query, 2, 60)
+    shorter = PackedSegment(
+        packed.keys.narrow(0, 128), packed.values.narrow(0, 128), packed.key_quantizer, packed.value_quantizer
+    )
+    expected = _reference(query, exact[0][:, :, :23], exact[1][:, :, :23], shorter, 4, None, 0.125)
+    held: list[Any] = [packed.keys, packed.values]
+    held[0].scales[:, :, 128:] = 255
+    held[1].tops[:, :, 2:] = torch.nan
+    exact[0][:, :, 23:] = torch.inf
+    exact[1][:, :, 23:] = torch.nan
+    lengths = torch.tensor([128, 23], dtype=torch.int32, device=DEVICE)
+    found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125, lengths=lengths)
+    assert error(found, expected) < 2e-3
+
+
+def test_small_and_large_values_keep_their_precision() -> None:
+    """Weights are held as fp16 in units of a part's largest value scale: norms may be anything."""
+    for size in (0.05, 1e3):
+        keys, values = quantizers("turboquant:bits=4", 64)
+        generator = torch.Generator().manual_seed(0)
+        states = [torch.randn(1, 1, 128, 64, generator=generator).to(DEVICE, torch.float16) for _ in range(2)]
+        states[1] *= size / 10
+        packed = PackedSegment(keys.quantize(states[0]), values.quantize(states[1]), keys, values)
+        query = queries(2, 1, 64, torch.float16, batch=1)
+        exact = states[0][:, :, :1], states[1][:, :, :1]
+        expected = _reference(query, *exact, packed, 0, None, 0.125)
+        assert (
+            error(attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125), expected)
+            < 3e-3
+        )
+
+
+class Room:
+    """A place for packed tokens, as a layer's."""
+
+    def __init__(self) -> None:
+        self.storage: Any = None
+        self.length = 0
+
+    def append(self, new: Any) -> None:
+        new.copy_into(self.extend(new), 0)
+
+    def extend(self, like: Any) -> Any:
+        from turboquant.layer import TokenBuffer
+
+        buffer = TokenBuffer()
+        buffer.storage, buffer.length = self.storage, self.length
+        view = buffer.extend(like)
+        self.storage, self.length = buffer.storage, buffer.length
+        return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "dim", "tokens"),
+    [
+        ("turboquant:bits=4", 64, 128),
+        ("turboquant:bits=3", 128, 64),
+        ("turboquant:key_bits=2,value_bits=4", 64, 192),
+        ("turboquant:bits=3,group_size=0", 64, 100),
+        ("turboquant:bits=4,center=false,rotation=qr", 64, 128),
+        ("turboquant:bits=1,scale=unbiased", 256, 64),
+        ("turboquant:bits=2,group_size=32,scale=norm", 128, 64),
+    ],
+)
+def test_encode_writes_the_codes_of_the_reference(spec: str, dim: int, tokens: int, dtype: torch.dtype) -> None:
+    keys, values = quantizers(spec, dim)
+    generator = torch.Generator().manual_seed(dim)
+    states = [(2 * torch.randn(2, 2, tokens, dim, generator=generator) + 1).to(DEVICE, dtype) for _ in range(2)]
+    blanks = keys.blank(states[0], None), values.blank(states[1], None)
+    encoder.encode(states[0], states[1], keys.view(blanks[0]), values.view(blanks[1]))
+    for quantizer, own, x in zip((keys, values), blanks, states, strict=True):
+        expected = quantizer.quantize(x)
+        for one, other in zip(own.codes, expected.codes, strict=True):
+            assert (one != other).float().mean() < 1e-3  # sums in another order may tip a value over a boundary
+        assert error(quantizer.dequantize(own), quantizer.dequantize(expected)) < 3e-3
+        restored = error(quantizer.dequantize(own), x), error(quantizer.dequantize(expected), x)
+        assert restored[0] == pytest.approx(restored[1], rel=1e-3)
+
+
+def test_zero_vectors_are_encoded_as_zero() -> None:
+    keys, values = quantizers("turboquant:bits=3", 64)
+    zeros = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=DEVICE)
+    blanks = keys.blank(zeros, None), values.blank(zeros, None)
+    encoder.encode(zeros, zeros, keys.view(blanks[0]), values.view(blanks[1]))
+    for quantizer, own in zip((keys, values), blanks, strict=True):
+        assert not quantizer.dequantize(own).any()
+
+
+@pytest.mark.parametrize("spec", ["turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=1,center=false"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_a_prefix_is_dequantized_in_the_rotated_space(spec: str, dim: int) -> None:
+    packed = segment(spec, 192, dim, DTYPES[0])
+    for quantizer, codes in ((packed.key_quantizer, packed.keys), (packed.value_quantizer, packed.values)):
+        rotation: Any = quantizer.view(codes).rotation
+        expected = rotation.apply(quantizer.dequantize(codes))
+        found = prefill.dequantize(quantizer.view(codes), 64, 100, DTYPES[0])
+        assert error(found, expected[:, :, 64:164]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="flash attention needs a GPU")
+@pytest.mark.parametrize("rows", [5, 128])
+@pytest.mark.parametrize("workspace", [2**27, 2**16])
+def test_prefill_on_a_packed_prefix(rows: int, workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WORKSPACE", workspace)
+    packed = segment("turboquant:bits=4", 4096, 128, torch.bfloat16)
+    query = queries(8, rows, 128, torch.bfloat16)
+    exact = exact_states(query, 2, 4 + 64 + rows)
+    expected = _reference(query, *exact, packed, 4, None, 128**-0.5)
+    allowed = 2 * error(same_precision(query, exact, packed, 128**-0.5), expected)
+    assert error(
+        prefill.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 128**-0.5), expected
+    ) <= max(allowed, 2e-3)
+
+
+# -- which implementation runs -----------------------------------------------------------------------------------------
+
+
+def test_what_kernels_cannot_read_is_named() -> None:
+    query = queries(4, 1, 64, torch.float32)
+    keys, values = views(segment("turboquant:bits=4", 64, 64, torch.float16))
+    assert "float32" in str(attention.unsupported(query, keys, values))
+    assert "5 bits" in str(
+        attention.unsupported(query.half(), views(segment("turboquant:bits=5", 64, 64, torch.float16))[0], values)
+    )
+    assert "head_dim" in str(attention.unsupported(queries(4, 1, 32, torch.float16), keys, values))
+    assert "no kernel" in str(attention.unsupported(query.half(), None, values))
+    kivi = quantizers("kivi:bits=4,group_size=32", 64)
+    assert kivi[0].view(kivi[0].quantize(torch.randn(1, 1, 32, 64, device=DEVICE))) is None
+
+
+def test_a_kernel_that_fails_warns_once_and_the_reference_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_failed", set())
+    monkeypatch.setattr(encoder, "encode_pair", None)  # what a compiler's error leaves
+    monkeypatch.setattr(backend, "usable", lambda tensor, name: encoder if name not in backend._failed else None)
+    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: backend.usable(tensor, name))
+    keys, values = quantizers("turboquant:bits=4", 64)
+    states = torch.randn(1, 1, 64, 64, device=DEVICE).half()
+    rooms = Room(), Room()
+    with pytest.warns(RuntimeWarning, match="encode kernels do not run here"):
+        encode((keys, states, rooms[0]), (values, states, rooms[1]), None)
+    encode((keys, states, rooms[0]), (values, states, rooms[1]), None)  # without a second warning
+    assert rooms[0].length == rooms[1].length == 128
+    expected = keys.dequantize(keys.quantize(states))
+    assert torch.equal(keys.dequantize(rooms[0].storage)[:, :, :64], expected)
+
+
+def test_out_of_memory_is_not_taken_for_a_broken_kernel() -> None:
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.guarded("attention", run)
+    assert "attention" not in backend._failed
+
+
+def test_the_backend_has_a_name() -> None:
+    assert backend.attention_backend("cpu").startswith(("numba", "torch"))
+    if DEVICE.type == "cuda":
+        assert backend.attention_backend("cuda").startswith("triton")

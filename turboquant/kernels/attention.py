@@ -1,0 +1,207 @@
+"""Attention over exact and packed tokens on the GPU: `ops.attention.attend` for a few query tokens, in three launches."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from turboquant.kernel_view import KernelView
+from turboquant.kernels import decode, levels
+from turboquant.rotation import Rotation
+
+MAX_QUERIES = 4
+"""Query tokens a call; more go through `kernels.prefill`."""
+MAX_ROWS = 64
+"""Query rows that share a KV head."""
+DIMS = (64, 80, 96, 128, 256)
+BITS = (1, 2, 3, 4)
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_MULTIPROCESSORS = 132  # where no device says
+
+
+def unsupported(query: Tensor, keys: KernelView | None, values: KernelView | None) -> str | None:
+    """Return why kernels cannot read these packed tokens, or None where they can."""
+    if keys is None or values is None:
+        return "the method has no kernel"
+    dim = query.shape[-1]
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"kernels take float16 and bfloat16, got {query.dtype}"
+    if dim not in DIMS:
+        return f"head_dim must be one of {', '.join(map(str, DIMS))}, got {dim}"
+    for name, view in (("key", keys), ("value", values)):
+        if view.bits not in BITS or view.rotation.matrix.shape[0] != dim:
+            return f"{name} codes of {view.bits} bits in {view.rotation.matrix.shape[0]} dimensions"
+    if values.signs is not None or values.center is not None or values.means is not None:
+        return "values are centred or have a QJL stage"
+    return None
+
+
+def few_rows(query: Tensor, kv_heads: int) -> bool:
+    """Whether the queries are few enough to share one reading of the codes."""
+    return query.shape[2] <= MAX_QUERIES and query.shape[1] // kv_heads * query.shape[2] <= MAX_ROWS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the `split` kernel is launched."""
+
+    tile: int
+    warps: int
+    stages: int
+    splits: int
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+
+
+def plan(keys: KernelView, values: KernelView, heads: int, tokens: int, rows: int) -> Plan:
+    """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
+
+    Measured on an H100 (docs/kernels.md): 4-bit codes run best with four warps, narrower ones with few warps a program
+    and more programs, because a warp then waits for no other.
+    """
+    wide = max(keys.bits, values.bits) == 4
+    work = heads * tokens
+    if rows > 16:
+        tile, warps, programs = 64, 4, 3
+    elif wide:
+        tile, warps, programs = (128, 4, 3) if work >= 2**20 else (64, 4, 4)
+    elif work >= 2**20:
+        tile, warps, programs = 128, 2, 4
+    else:
+        tile, warps, programs = 32, 1, 8
+    wanted = _multiprocessors(keys.scales.device) * programs // heads
+    return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))))
+
+
+@lru_cache(maxsize=256)
+def _sketch_matrix(projection: Tensor, rotation: Rotation) -> Tensor:
+    """The projection of QJL after the rotation, as one matrix."""
+    return (projection @ rotation.matrix).contiguous()
+
+
+def _two(tensor: Tensor | None) -> tuple[int, int]:
+    """Strides over rows and KV heads; 0 where there is no tensor."""
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def _width(bits: int, dim: int) -> int:
+    return triton.next_power_of_2(dim // 2 if bits == 4 else dim // 4)
+
+
+def attend(
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    keys: KernelView,
+    values: KernelView,
+    scaling: float,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    launch: Plan | None = None,
+) -> Tensor:
+    """Attend from the last 1 to 4 tokens to exact and packed tokens; see `ops.attention.attend`.
+
+    Args:
+        query: (batch, heads, queries, dim), float16 or bfloat16.
+        exact_keys: (batch, kv_heads, tokens, dim): sinks, then the window that ends with the query tokens.
+        exact_values: The same for values.
+        keys: Packed keys.
+        values: Packed values.
+        scaling: Factor on the scores.
+        starts: (batch,) packed tokens at the front of each row that are pads; None where no row is padded.
+        lengths: (packed tokens, exact tokens) as int32 on the device, for a CUDA graph; the tensors then hold at least
+            that many. None takes the lengths of the tensors.
+        launch: How to launch; chosen by `plan` if not given.
+
+    Returns:
+        (batch, heads, queries, dim) in the dtype of the query, a view of a (batch, queries, heads, dim) tensor.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads = keys.scales.shape[1]
+    groups, device = heads // kv_heads, query.device
+    rows = groups * queries
+    launch = launch or plan(keys, values, batch * kv_heads, keys.tokens, rows)
+    padded_rows = max(8, triton.next_power_of_2(rows))
+    padded_dim, block = triton.next_power_of_2(dim), min(64, triton.next_power_of_2(dim))
+    group = keys.group_size
+    biases = keys.means.shape[2] if keys.means is not None else 1
+    splits = launch.splits
+    programs = batch * kv_heads
+
+    space = torch.empty(
+        programs * padded_rows * ((splits + 1) * (dim + 2) + biases), dtype=torch.float32, device=device
+    )
+    sizes = [programs * (splits + 1) * padded_rows] * 2 + [programs * padded_rows * biases]
+    maxima, sums, bias, output = space.split([*sizes, space.numel() - sum(sizes)])
+    projected = torch.empty(
+        2 if keys.signs is not None else 1, programs, padded_rows, dim, dtype=torch.float16, device=device
+    )
+    result = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=device)
+    sketch = query if keys.projection is None else _sketch_matrix(keys.projection, keys.rotation)
+    signs = keys.rotation.signs
+    lut, table = levels.tables(keys.codebook, dim)
+    value_lut, value_table = levels.tables(values.codebook, dim)
+    sign_lut, sign_table = (lut, table) if keys.sign_levels is None else levels.tables(keys.sign_levels, 1)
+    none = lut  # stands where a kernel reads nothing
+    exact_keys, exact_values = (_rows(tensor) for tensor in (exact_keys, exact_values))
+
+    chunk = 64
+    decode.prepare[programs, 1 + -(-biases // chunk)](
+        query, exact_keys, exact_values, keys.rotation.matrix, none if signs is None else signs, sketch,
+        none if keys.means is None else keys.means, none if keys.mean_tops is None else keys.mean_tops,
+        none if keys.center is None else keys.center.contiguous(),
+        projected[0], projected[-1], bias, output, maxima, sums, none if lengths is None else lengths,
+        exact_keys.shape[2], keys.tokens, scaling * decode.LOG2_E, biases, splits,
+        *query.stride()[:3], *_two(exact_keys), *_two(exact_values), *_two(keys.means), *_two(keys.mean_tops),
+        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows, BP=max(16, padded_rows),
+        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, BE=32,
+        SIGNED=signs is not None, CENTERED=keys.center is not None, GROUP_MEANS=keys.means is not None,
+        SKETCHED=keys.signs is not None, ON_DEVICE=lengths is not None, num_warps=4,
+    )  # fmt: skip
+
+    key_planes = (keys.planes[0], keys.planes[-1])
+    value_planes = (values.planes[0], values.planes[-1])
+    per_level = dim**-0.5
+    decode.split[splits, programs](
+        projected[0], projected[-1], bias, *key_planes, keys.scales, none if keys.tops is None else keys.tops,
+        none if keys.signs is None else keys.signs, none if keys.error_norms is None else keys.error_norms,
+        *value_planes, values.scales, none if values.tops is None else values.tops,
+        output, maxima, sums, none if lengths is None else lengths, none if starts is None else starts,
+        lut, table, value_lut, value_table, sign_lut, sign_table, levels.shifts(dim, device),
+        keys.tokens, biases, splits, per_level / (255 if group else 1), keys.gain,
+        per_level / (255 if group else 1),
+        *_two(key_planes[0]), *_two(key_planes[1]), *_two(keys.scales), *_two(keys.tops), *_two(keys.signs),
+        *_two(keys.error_norms),
+        *_two(value_planes[0]), *_two(value_planes[1]), *_two(values.scales), *_two(values.tops),
+        KV_HEADS=kv_heads, D=dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits, BM=padded_rows, BN=launch.tile,
+        GROUP=group, GROUP_MEANS=keys.means is not None, SKETCHED=keys.signs is not None,
+        ON_DEVICE=lengths is not None, PADDED=starts is not None,
+        KEY_ASM=_assembly(keys, dim), VALUE_ASM=levels.has_assembly(values.bits, dim, INTERPRETED),
+        STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim), SW=_width(1, dim),
+        num_warps=launch.warps,
+    )  # fmt: skip
+
+    decode.merge[batch * queries * heads,](
+        output, maxima, sums, values.rotation.matrix, none if values.rotation.signs is None else values.rotation.signs,
+        result, splits,
+        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows,
+        SP=triton.next_power_of_2(splits + 1), BS=16, BLOCK=block, SIGNED=values.rotation.signs is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return result.transpose(1, 2)
+
+
+def _assembly(keys: KernelView, dim: int) -> bool:
+    return all(
+        levels.has_assembly(bits, dim, INTERPRETED) for bits in (keys.bits, *([1] if keys.signs is not None else []))
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return a tensor whose tokens lie one behind the other."""
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3] else tensor.contiguous()

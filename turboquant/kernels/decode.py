@@ -1,0 +1,328 @@
+"""Decode attention over packed codes, as three launches that a CUDA graph can hold.
+
+1. `prepare`: rotate the queries once, score the groups' means, and attend to the exact tokens (sinks and window).
+2. `split`: each program reads a part of the packed tokens of one KV head, for all query rows of that head together.
+   Keys are the left operand of the dot (16 tokens a warp), the query rows, padded to 8, the right one.
+3. `merge`: join the parts by their maxima and sums, and rotate the sum of values back once.
+
+Scores are kept in base 2. A packed key is `center + mean_of_group + scale * level`; the first two enter as a bias that
+is the same for a whole group. Weights are multiplied by the value's scale before the second dot.
+"""
+
+import triton
+import triton.language as tl
+
+from turboquant.kernels.levels import halves, load_table, quarters
+
+FLOOR = tl.constexpr(-1e30)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _times(x, MATRIX, SIGNS, first, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
+    """Columns first..first+BLOCK of (x * signs) @ MATRIX.T; the matrix in two 16-bit parts, so as good as float32."""
+    inner = tl.arange(0, DP)
+    outer = first + tl.arange(0, BLOCK)
+    inside = (inner[:, None] < D) & (outer[None, :] < D)
+    matrix = tl.load(MATRIX + outer[None, :] * D + inner[:, None], mask=inside, other=0.0)
+    if SIGNED:
+        matrix = matrix * tl.load(SIGNS + inner, mask=inner < D, other=0.0)[:, None]
+    high = matrix.to(x.dtype)
+    low = (matrix - high.to(tl.float32)).to(x.dtype)
+    return tl.dot(x, high) + tl.dot(x, low)
+
+
+@triton.jit
+def prepare(
+    Q, EK, EV, MATRIX, SIGNS, SKETCH, MEANS, MEAN_TOPS, CENTER, QP, QS, BIAS, O, M, L, LENGTHS,
+    exact_length, packed_length, scaling, biases, splits,
+    q_b, q_h, q_t, ek_b, ek_h, ev_b, ev_h, mean_b, mean_h, top_b, top_h,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, NG: tl.constexpr, BE: tl.constexpr,
+    SIGNED: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, SKETCHED: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """Program (head, 0) attends to the exact tokens; (head, 1 + c) rotates queries and scores chunk c of the means."""
+    head, part = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = head // KV_HEADS, head % KV_HEADS
+    if ON_DEVICE:
+        packed_length, exact_length = tl.load(LENGTHS), tl.load(LENGTHS + 1)
+    rows, dims = tl.arange(0, BP), tl.arange(0, DP)
+    real = rows < G * TQ
+    places = batch.to(tl.int64) * q_b + (kv_head * G + rows // TQ) * q_h + (rows % TQ) * q_t
+    x = tl.load(Q + places[:, None] + dims[None, :], mask=real[:, None] & (dims[None, :] < D), other=0.0)
+    if part == 0:
+        EK += batch.to(tl.int64) * ek_b + kv_head * ek_h
+        EV += batch.to(tl.int64) * ev_b + kv_head * ev_h
+        m = tl.full([BP], FLOOR, tl.float32)
+        l = tl.zeros([BP], tl.float32)
+        o = tl.zeros([BP, DP], tl.float32)
+        last_seen = exact_length - TQ + rows % TQ
+        for start in range(0, exact_length, BE):
+            n = start + tl.arange(0, BE)
+            inside = (n[:, None] < exact_length) & (dims[None, :] < D)
+            keys = tl.load(EK + n[:, None] * D + dims[None, :], mask=inside, other=0.0)
+            s = tl.dot(x, tl.trans(keys)) * scaling
+            s = tl.where((n[None, :] <= last_seen[:, None]) & (n[None, :] < exact_length), s, float("-inf"))
+            top = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - top[:, None])
+            shrink = tl.exp2(m - top)
+            values = tl.load(EV + n[:, None] * D + dims[None, :], mask=inside, other=0.0)
+            o = tl.dot(p.to(values.dtype), values, o * shrink[:, None])
+            l = l * shrink + tl.sum(p, 1)
+            m = top
+        at = (head * (splits + 1) + splits) * BM + rows
+        kept = rows < BM
+        tl.store(M + at, m, mask=kept)
+        tl.store(L + at, l, mask=kept)
+        tl.store(O + at[:, None].to(tl.int64) * D + dims[None, :], o, mask=kept[:, None] & (dims[None, :] < D))
+    else:
+        groups = (part - 1) * NG + tl.arange(0, NG)
+        bias = tl.zeros([BP, NG], tl.float32)
+        shared = tl.zeros([BP], tl.float32)
+        for first in tl.static_range(0, DP, BLOCK):
+            outer = first + tl.arange(0, BLOCK)
+            target = (head * BM + rows)[:, None] * D + outer[None, :]
+            inside = (rows[:, None] < BM) & (outer[None, :] < D)
+            y = _times(x, MATRIX, SIGNS, first, D, DP, BLOCK, SIGNED) * scaling
+            rotated = y.to(tl.float16)
+            if part == 1:
+                tl.store(QP + target, rotated, mask=inside)
+                if SKETCHED:
+                    sketch = _times(x, SKETCH, SIGNS, first, D, DP, BLOCK, SIGNED) * scaling
+                    tl.store(QS + target, sketch.to(tl.float16), mask=inside)
+            if CENTERED:
+                center = tl.load(CENTER + head * D + outer, mask=outer < D, other=0.0).to(tl.float32)
+                shared += tl.sum(y * center[None, :], 1)
+            if GROUP_MEANS:
+                place = batch.to(tl.int64) * mean_b + kv_head * mean_h + groups[:, None] * D + outer[None, :]
+                there = (groups[:, None] * GROUP < packed_length) & (outer[None, :] < D)
+                means = tl.load(MEANS + place, mask=there, other=0).to(tl.float16)
+                bias += tl.dot(rotated, tl.trans(means))
+                bias += tl.dot((y - rotated.to(tl.float32)).to(tl.float16), tl.trans(means))
+        if GROUP_MEANS:
+            tops = tl.load(
+                MEAN_TOPS + batch.to(tl.int64) * top_b + kv_head * top_h + groups,
+                mask=groups * GROUP < packed_length,
+                other=0.0,
+            )
+            bias *= (tops.to(tl.float32) / 127)[None, :]
+        bias += shared[:, None]
+        tl.store(
+            BIAS + (head * BM + rows)[:, None] * biases + groups[None, :],
+            bias,
+            mask=(rows[:, None] < BM) & (groups[None, :] < biases),
+        )
+
+
+@triton.jit
+def _scale(SCALES, TOPS, n, inside, factor, GROUP: tl.constexpr):
+    """Scales of tokens n in float32, zero outside."""
+    scale = tl.load(SCALES + n, mask=inside, other=0).to(tl.float32) * factor
+    if GROUP:
+        scale *= tl.load(TOPS + n // GROUP, mask=inside, other=0.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _biases(BIAS, tile, packed_length, biases, rows, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+            GROUP_MEANS: tl.constexpr):  # fmt: skip
+    """What is added to the scores of a tile's tokens, (BN or 1, BM)."""
+    if not GROUP_MEANS:
+        return tl.load(BIAS + rows * biases)[None, :]
+    elif GROUP >= BN:
+        return tl.load(BIAS + rows * biases + tl.minimum(tile * BN // GROUP, biases - 1))[None, :]
+    else:
+        token = tl.arange(0, BN)
+        bias = tl.zeros([BN, BM], tl.float32)
+        for part in tl.static_range(BN // GROUP):
+            group = tl.minimum(tile * (BN // GROUP) + part, biases - 1)
+            bias = tl.where(token[:, None] // GROUP == part, tl.load(BIAS + rows * biases + group)[None, :], bias)
+        return bias
+
+
+@triton.jit
+def split(
+    QP, QS, BIAS, K, K_HIGH, KS, KT, SIGN, GAIN, V, V_HIGH, VS, VT, O, M, L, LENGTHS, STARTS,
+    KEY_LUT, KEY_TABLE, VALUE_LUT, VALUE_TABLE, SIGN_LUT, SIGN_TABLE, SHIFT,
+    packed_length, biases, splits, key_factor, gain_factor, value_factor,
+    k_b, k_h, k1_b, k1_h, ks_b, ks_h, kt_b, kt_h, sign_b, sign_h, gain_b, gain_h,
+    v_b, v_h, v1_b, v1_h, vs_b, vs_h, vt_b, vt_h,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr, SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr,
+    PADDED: tl.constexpr, KEY_ASM: tl.constexpr, VALUE_ASM: tl.constexpr, STAGES: tl.constexpr,
+    KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr,
+):  # fmt: skip
+    """Program (part, head): scores, weights and weighted values of one part of a head's packed tokens."""
+    part, head = tl.program_id(0), tl.program_id(1)
+    batch, kv_head = (head // KV_HEADS).to(tl.int64), head % KV_HEADS
+    if ON_DEVICE:
+        packed_length = tl.load(LENGTHS)
+    start = tl.load(STARTS + batch).to(tl.int32) if PADDED else 0
+    tiles = tl.cdiv(packed_length, BN)
+    skipped = start // BN
+    share = tl.cdiv(tiles - skipped, splits)
+    first = skipped + part * share
+    last = tl.minimum(first + share, tiles)
+
+    KROW: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 8 if KEY_BITS == 1 else D // 4
+    VROW: tl.constexpr = D // 2 if VALUE_BITS == 4 else D // 8 if VALUE_BITS == 1 else D // 4
+    KSLICE: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 4
+    VSLICE: tl.constexpr = D // 2 if VALUE_BITS == 4 else D // 4
+    rows, token = tl.arange(0, BM), tl.arange(0, BN)
+    kj, vj, sj = tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, SW)
+    ta, tb, tc, td = load_table(KEY_TABLE, token)
+    key_table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
+    ua, ub, uc, ud = load_table(VALUE_TABLE, vj)
+    value_table = (ua[:, None], ub[:, None], uc[:, None], ud[:, None])
+    key_shift, value_shift = tl.load(SHIFT + kj)[None, :], tl.load(SHIFT + vj)[:, None]
+
+    QP += head * BM * D + rows[None, :] * D
+    q0 = tl.load(QP + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    q1 = tl.load(QP + KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    if KEY_BITS != 4:
+        q2 = tl.load(QP + 2 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+        q3 = tl.load(QP + 3 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    if SKETCHED:
+        sign_table = load_table(SIGN_TABLE, token[:, None])
+        sign_shift = tl.load(SHIFT + sj)[None, :]
+        QS += head * BM * D + rows[None, :] * D
+        s0 = tl.load(QS + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s1 = tl.load(QS + D // 4 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s2 = tl.load(QS + D // 2 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s3 = tl.load(QS + 3 * (D // 4) + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        SIGN += batch * sign_b + kv_head * sign_h
+        GAIN += batch * gain_b + kv_head * gain_h
+    K += batch * k_b + kv_head * k_h
+    K_HIGH += batch * k1_b + kv_head * k1_h
+    KS += batch * ks_b + kv_head * ks_h
+    KT += batch * kt_b + kv_head * kt_h
+    V += batch * v_b + kv_head * v_h
+    V_HIGH += batch * v1_b + kv_head * v1_h
+    VS += batch * vs_b + kv_head * vs_h
+    VT += batch * vt_b + kv_head * vt_h
+    BIAS += head * BM * biases
+
+    # Values are read in units of this part's greatest scale, so that fp16 weights neither overflow nor vanish.
+    unit = 0.0
+    span: tl.constexpr = GROUP if GROUP else 1
+    for at in range(first * BN // span, tl.cdiv(tl.minimum(last * BN, packed_length), span), 256):
+        place = at + tl.arange(0, 256)
+        held = tl.load((VT if GROUP else VS) + place, mask=place < tl.cdiv(packed_length, span), other=0.0)
+        unit = tl.maximum(unit, tl.max(held.to(tl.float32), 0))
+    per_unit = tl.where(unit > 0, 1 / tl.maximum(unit, 1e-30), 0.0)
+
+    m = tl.full([BM], FLOOR, tl.float32)
+    l = tl.zeros([BN, BM], tl.float32)
+    o0 = tl.zeros([VW, BM], tl.float32)
+    o1 = tl.zeros([VW, BM], tl.float32)
+    if VALUE_BITS != 4:
+        o2 = tl.zeros([VW, BM], tl.float32)
+        o3 = tl.zeros([VW, BM], tl.float32)
+    n = first * BN + token
+    key_at = K + n[:, None] * KROW + (kj % KROW if KEY_BITS == 1 else kj)[None, :]
+    value_at = V + n[None, :] * VROW + (vj % VROW if VALUE_BITS == 1 else vj)[:, None]
+    # Scales and biases of the next tile are fetched while this one is computed.
+    key_scale = _scale(KS, KT, n, n < packed_length, key_factor, GROUP)
+    value_scale = _scale(VS, VT, n, n < packed_length, per_unit, GROUP)
+    bias = _biases(BIAS, first, packed_length, biases, rows, BM, BN, GROUP, GROUP_MEANS)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        n = tile * BN + token
+        inside = n < packed_length
+        codes = tl.load(key_at, mask=inside[:, None] & (kj[None, :] < KSLICE), other=0)
+        if KEY_BITS == 4:
+            k0, k1 = halves(codes, KEY_LUT, key_table, KEY_ASM)
+            s = tl.dot(k0, q0) + tl.dot(k1, q1)
+        else:
+            high = codes
+            if KEY_BITS == 3:
+                high_at = K_HIGH + n[:, None] * (D // 8) + (kj % (D // 8))[None, :]
+                high = tl.load(high_at, mask=inside[:, None] & (kj[None, :] < KSLICE), other=0)
+            k0, k1, k2, k3 = quarters(codes, high, key_shift, KEY_LUT, key_table, KEY_BITS, KEY_ASM)
+            s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
+        s = s * key_scale[:, None] + bias
+        if SKETCHED:
+            signs = tl.load(
+                SIGN + n[:, None] * (D // 8) + (sj % (D // 8))[None, :],
+                mask=inside[:, None] & (sj[None, :] < D // 4),
+                other=0,
+            )
+            e0, e1, e2, e3 = quarters(signs, signs, sign_shift, SIGN_LUT, sign_table, 1, KEY_ASM)
+            t = tl.dot(e1, s1, tl.dot(e0, s0)) + tl.dot(e3, s3, tl.dot(e2, s2))
+            s += t * (tl.load(GAIN + n, mask=inside, other=0.0).to(tl.float32) * gain_factor)[:, None]
+        if PADDED:
+            inside &= n >= start
+        s = tl.where(inside[:, None], s, float("-inf"))
+        key_scale = _scale(KS, KT, n + BN, n + BN < packed_length, key_factor, GROUP)
+        bias = _biases(BIAS, tile + 1, packed_length, biases, rows, BM, BN, GROUP, GROUP_MEANS)
+        top = tl.maximum(m, tl.max(s, 0))
+        shrink = tl.exp2(m - top)
+        p = tl.exp2(s - top[None, :])
+        l = l * shrink[None, :] + p
+        m = top
+        weights = (p * value_scale[:, None]).to(tl.float16)
+        value_scale = _scale(VS, VT, n + BN, n + BN < packed_length, per_unit, GROUP)
+        codes = tl.load(value_at, mask=inside[None, :] & (vj[:, None] < VSLICE), other=0)
+        if VALUE_BITS == 4:
+            v0, v1 = halves(codes, VALUE_LUT, value_table, VALUE_ASM)
+        else:
+            high = codes
+            if VALUE_BITS == 3:
+                high_at = V_HIGH + n[None, :] * (D // 8) + (vj % (D // 8))[:, None]
+                high = tl.load(high_at, mask=inside[None, :] & (vj[:, None] < VSLICE), other=0)
+            v0, v1, v2, v3 = quarters(codes, high, value_shift, VALUE_LUT, value_table, VALUE_BITS, VALUE_ASM)
+            o2 = tl.dot(v2, weights, o2 * shrink[None, :])
+            o3 = tl.dot(v3, weights, o3 * shrink[None, :])
+        o0 = tl.dot(v0, weights, o0 * shrink[None, :])
+        o1 = tl.dot(v1, weights, o1 * shrink[None, :])
+        key_at += BN * KROW
+        value_at += BN * VROW
+
+    at = (head * (splits + 1) + part) * BM + rows
+    tl.store(M + at, m)
+    tl.store(L + at, tl.sum(l, 0))
+    target = O + at[None, :].to(tl.int64) * D + vj[:, None]
+    kept = vj[:, None] < VSLICE
+    unit *= value_factor
+    tl.store(target, o0 * unit, mask=kept)
+    tl.store(target + VSLICE, o1 * unit, mask=kept)
+    if VALUE_BITS != 4:
+        tl.store(target + 2 * VSLICE, o2 * unit, mask=kept)
+        tl.store(target + 3 * VSLICE, o3 * unit, mask=kept)
+
+
+@triton.jit
+def merge(
+    O, M, L, MATRIX, SIGNS, OUT, splits,
+    KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Program (row): join the parts of one query row, rotate back, add the exact tokens, and divide by the sum."""
+    pid = tl.program_id(0)  # batch, query, head: the order of the output
+    query_head, query = pid % (KV_HEADS * G), pid // (KV_HEADS * G) % TQ
+    head = pid // (KV_HEADS * G * TQ) * KV_HEADS + query_head // G
+    row = (query_head % G) * TQ + query
+    base = head * (splits + 1) * BM + row
+    parts, dims = tl.arange(0, SP), tl.arange(0, DP)
+    m = tl.load(M + base + parts * BM, mask=parts <= splits, other=FLOOR)
+    l = tl.load(L + base + parts * BM, mask=parts <= splits, other=0.0)
+    top = tl.max(m, 0)
+    total = tl.sum(tl.exp2(m - top) * l, 0)
+    y = tl.zeros([DP], tl.float32)
+    for start in range(0, splits, BS):
+        some = start + tl.arange(0, BS)
+        weight = tl.exp2(tl.load(M + base + some * BM, mask=some < splits, other=FLOOR) - top)
+        place = (base + some[:, None] * BM).to(tl.int64) * D + dims[None, :]
+        o = tl.load(O + place, mask=(some[:, None] < splits) & (dims[None, :] < D), other=0.0)
+        y += tl.sum(o * weight[:, None], 0)
+    exact_weight = tl.exp2(tl.load(M + base + splits * BM) - top)
+    for first in tl.static_range(0, DP, BLOCK):
+        outer = first + tl.arange(0, BLOCK)
+        inside = (dims[:, None] < D) & (outer[None, :] < D)
+        matrix = tl.load(MATRIX + dims[:, None] * D + outer[None, :], mask=inside, other=0.0)
+        back = tl.sum(y[:, None] * matrix, 0)
+        if SIGNED:
+            back *= tl.load(SIGNS + outer, mask=outer < D, other=0.0)
+        exact = tl.load(O + (base + splits * BM).to(tl.int64) * D + outer, mask=outer < D, other=0.0)
+        result = (back + exact_weight * exact) / total
+        tl.store(OUT + pid.to(tl.int64) * D + outer, result.to(OUT.dtype.element_ty), mask=outer < D)

@@ -1,0 +1,70 @@
+"""Quantizing keys and values into a cache's storage: by the quantizers, or on a GPU by one kernel for both."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from turboquant.ops.backend import guarded, usable
+from turboquant.quantizer import PackedTensor, Quantizer
+
+
+@runtime_checkable
+class Room(Protocol):
+    """Where packed tokens are held."""
+
+    storage: Any
+    length: int
+
+    def append(self, new: PackedTensor) -> None:
+        """Write tokens behind those held."""
+
+    def extend(self, like: PackedTensor) -> PackedTensor:
+        """Make room for as many tokens as `like` has, and return it."""
+
+
+Side = tuple[Quantizer[Any], Tensor, Room]
+
+
+def encode(keys: Side, values: Side, valid: Tensor | None) -> None:
+    """Quantize vectors behind those held.
+
+    Args:
+        keys: Quantizer, vectors (batch, kv_heads, tokens, dim) and where they go.
+        values: The same for values.
+        valid: (batch, tokens), False for pads; None where every token is real.
+    """
+    if valid is None and _fused((keys, values)):
+        return
+    for quantizer, states, room in (keys, values):
+        room.append(quantizer.quantize(states, _held(room), valid))
+
+
+def _held(room: Room) -> Any:
+    """What is packed already; its shared fields are used again."""
+    return room.storage if room.length else None
+
+
+def _fused(sides: tuple[Side, Side]) -> bool:
+    """Quantize by a GPU kernel; False where it cannot serve the call, and then nothing has changed."""
+    kernels = usable(sides[0][1], "encode")
+    if kernels is None:
+        return False
+    blanks: list[Any] = [quantizer.blank(states, _held(room)) for quantizer, states, room in sides]
+    if None in blanks or kernels.unsupported(sides[0][1], *_views(sides, blanks)) is not None:
+        return False
+    before = [(room.storage, room.length) for *_, room in sides]
+
+    def run() -> bool:
+        targets = [room.extend(blank) for (*_, room), blank in zip(sides, blanks, strict=True)]
+        kernels.encode(sides[0][1], sides[1][1], *_views(sides, targets))
+        return True
+
+    if guarded("encode", run):
+        return True
+    for (*_, room), (storage, length) in zip(sides, before, strict=True):
+        room.storage, room.length = storage, length
+    return False
+
+
+def _views(sides: tuple[Side, Side], packed: list[Any]) -> list[Any]:
+    return [quantizer.view(one) for (quantizer, *_), one in zip(sides, packed, strict=True)]
