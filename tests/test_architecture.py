@@ -23,7 +23,7 @@ LAYERS = (
     ("cli",),
     ("sweep", "report"),
     ("tasks",),
-    ("experiments", "bench", "plots", "session"),
+    ("experiments", "bench", "kernel_bench", "plots", "session"),
     ("comparison", "evaluation", "summary", "synthetic"),
     ("memory", "probe", "sizing"),
     ("generate",),

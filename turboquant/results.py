@@ -35,6 +35,8 @@ class Environment(Record):
     python: str
     torch: str
     transformers: str
+    triton: str | None = None
+    driver: str | None = None
 
 
 class ModelInfo(Record):
@@ -225,7 +227,19 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         python=platform.python_version(),
         torch=_version("torch"),
         transformers=_version("transformers"),
+        triton=_version("triton") if device.type == "cuda" else None,
+        driver=_driver() if device.type == "cuda" else None,
     )
+
+
+@cache
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, as its own tool prints it; None where there is no such tool."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 class Spread(Record):

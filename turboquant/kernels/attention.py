@@ -1,4 +1,4 @@
-"""Attention over exact and packed tokens on the GPU: `ops.attention.attend` for a few query tokens, in three launches."""
+"""Attention over exact and packed tokens on the GPU: `ops.attention.attend` for a few query tokens, in 3 launches."""
 
 from dataclasses import dataclass
 from functools import lru_cache

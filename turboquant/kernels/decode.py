@@ -32,7 +32,8 @@ def _times(x, MATRIX, SIGNS, first, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl
     return tl.dot(x, high) + tl.dot(x, low)
 
 
-@triton.jit
+# Lengths change from step to step: a kernel that were specialized on them would be compiled again and again.
+@triton.jit(do_not_specialize=["exact_length", "packed_length", "biases", "splits", "top_b", "top_h"])
 def prepare(
     Q, EK, EV, MATRIX, SIGNS, SKETCH, MEANS, MEAN_TOPS, CENTER, QP, QS, BIAS, O, M, L, LENGTHS,
     exact_length, packed_length, scaling, biases, splits,
@@ -141,7 +142,7 @@ def _biases(BIAS, tile, packed_length, biases, rows, BM: tl.constexpr, BN: tl.co
         return bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["packed_length", "biases", "splits", "kt_b", "kt_h", "vt_b", "vt_h", "gain_b", "gain_h"])
 def split(
     QP, QS, BIAS, K, K_HIGH, KS, KT, SIGN, GAIN, V, V_HIGH, VS, VT, O, M, L, LENGTHS, STARTS,
     KEY_LUT, KEY_TABLE, VALUE_LUT, VALUE_TABLE, SIGN_LUT, SIGN_TABLE, SHIFT,
@@ -291,7 +292,7 @@ def split(
         tl.store(target + 3 * VSLICE, o3 * unit, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
     O, M, L, MATRIX, SIGNS, OUT, splits,
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,

@@ -94,7 +94,7 @@ def _encode(
         tl.store(at, tl.sum(high, 1).to(tl.uint8), mask=there[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "kt_b", "kt_h", "kmt_b", "kmt_h", "vt_b", "vt_h"])
 def encode_pair(
     K, V, k_b, k_h, k_t, v_b, v_h, v_t, KEY_MATRIX, KEY_LOW, KEY_SIGNS, VALUE_MATRIX, VALUE_LOW, VALUE_SIGNS, CENTER,
     KEY_BOUNDS, KEY_LEVELS, VALUE_BOUNDS, VALUE_LEVELS, tokens, key_factor, value_factor,

@@ -18,7 +18,7 @@ WORKSPACE = 2**27
 """Bytes of dequantized keys (and of values) held at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "tokens", "t_b", "t_h", "mt_b", "mt_h"])
 def dequantize_tile(
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, LUT, OUT,
     first, count, tokens, factor,

@@ -1,0 +1,385 @@
+"""Timings of attention and encoding alone, without a model: shapes of known models, random numbers in them.
+
+Sides take turns in one process. On a GPU a side is captured in a CUDA graph over several sets of tensors, so that no
+launch from Python is timed and nothing is found in the L2 cache; elsewhere calls are timed one by one.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from turboquant.methods import Method
+from turboquant.ops.attention import PackedSegment, attend
+from turboquant.ops.backend import attention_backend
+from turboquant.ops.encode import encode
+from turboquant.results import Environment, Record, Spread, environment
+
+COLD_BYTES = 2**28
+"""Bytes that a side reads before it comes back to the same tensors; several times the L2 cache of today's GPUs."""
+MAX_SETS = 64
+COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention heads of a model."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = {
+    "llama-3.1-8b": Shape(32, 8, 128),  # Mistral-7B's too
+    "qwen2.5-3b": Shape(16, 2, 128),
+    "phi-2": Shape(32, 32, 80),
+    "smollm2-135m": Shape(9, 3, 64),
+}
+
+
+class AttentionBench(Record):
+    """One layer's decode attention over a full 16-bit cache and over a compressed one, in microseconds.
+
+    `full_us` is the fastest of `full_all_us`, torch's attention implementations with the queries of a KV head one by
+    one or packed into one. `ratio` is full over compressed. `floor_us` is the time that a copy of this machine takes
+    to move `bytes`, what the compressed cache holds, and `floor_fraction` is floor over measured.
+    """
+
+    kind: Literal["bench-attention"] = "bench-attention"
+    environment: Environment
+    backend: str
+    shape: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    method: str
+    dtype: str
+    batch: int
+    context: int
+    query_tokens: int
+    exact_tokens: int
+    sets: int
+    repeats: int
+    bytes: int
+    full_bytes: int
+    copy_gb_per_second: float
+    us: Spread
+    full: str
+    full_us: Spread
+    full_all_us: dict[str, float]
+    ratio: float
+    floor_us: float
+    floor_fraction: float
+
+
+class EncodeBench(Record):
+    """Quantizing keys and values into a cache, `tokens` of each in every head, in microseconds.
+
+    `bytes` is what is read and written at least; `copy_fraction` is the share of this machine's copy bandwidth.
+    """
+
+    kind: Literal["bench-encode"] = "bench-encode"
+    environment: Environment
+    backend: str
+    shape: str
+    kv_heads: int
+    head_dim: int
+    method: str
+    dtype: str
+    batch: int
+    tokens: int
+    vectors: int
+    sets: int
+    repeats: int
+    bytes: int
+    copy_gb_per_second: float
+    us: Spread
+    gb_per_second: float
+    copy_fraction: float
+
+
+Call = Callable[[], Any]
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return Spread(median=float(median), p20=float(p20), p80=float(p80))
+
+
+class _Side:
+    """Calls over several sets of tensors, timed together; a GPU's are captured once and replayed."""
+
+    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+        self.calls, self.device = calls, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        for call in calls:
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                for call in calls:
+                    call()
+            self.microseconds()
+
+    def microseconds(self) -> float:
+        """Time of one call, in this round."""
+        if self.graph is None:
+            started = time.perf_counter()
+            for call in self.calls:
+                call()
+            return 1e6 * (time.perf_counter() - started) / len(self.calls)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / len(self.calls)
+
+
+def _timed(sides: dict[str, _Side], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            times[name].append(side.microseconds())
+    return times
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measure bytes a second, read and written, of a large copy on this device."""
+    size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 8
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(256)
+    target = torch.empty_like(source)
+    side = _Side([lambda: target.copy_(source)], device)
+    return 2 * size / (1e-6 * float(np.median(_timed({"copy": side}, 15)["copy"])))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _states(shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(batch, shape.kv_heads, tokens, shape.head_dim, dtype=dtype, device=device)
+
+
+class _Room:
+    """Packed tokens of a bench; as `layer.TokenBuffer`, without growing."""
+
+    def __init__(self) -> None:
+        self.storage: Any = None
+        self.length = 0
+
+    def append(self, new: Any) -> None:
+        """Hold these tokens."""
+        self.storage, self.length = new, new.tokens
+
+    def extend(self, like: Any) -> Any:
+        """Make room once."""
+        self.storage = like if self.storage is None else self.storage
+        self.length = like.tokens
+        return self.storage
+
+
+def packed_segment(
+    method: Method, shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> PackedSegment:
+    """Return random keys and values, packed as a layer's cache would hold them.
+
+    Raises:
+        ValueError: If the method stores plain tensors or is one of Hugging Face's caches.
+    """
+    quantizers = None if method.foreign else method.quantizers(shape.head_dim, shape.head_dim, 0, device)
+    if quantizers is None:
+        raise ValueError(f"{method} has no packed tokens to attend to")
+    rooms = _Room(), _Room()
+    states = [_states(shape, batch, tokens, dtype, device) for _ in rooms]
+    encode((quantizers[0], states[0], rooms[0]), (quantizers[1], states[1], rooms[1]), None)
+    return PackedSegment(rooms[0].storage, rooms[1].storage, *quantizers)
+
+
+def _baselines(query: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, _Side]:
+    """Torch's attention implementations that run here, with and without packing the queries of a KV head."""
+    batch, heads, rows, dim = query.shape
+    kv_heads = sets[0][0].shape[1]
+    packed = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    if query.device.type != "cuda":
+        backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)  # type: ignore[assignment]
+    found: dict[str, _Side] = {}
+    for backend in backends:
+        for name, q, grouped in (("", query, True), (" packed", packed, False)):
+            if rows > 1 and not grouped:
+                continue  # packed rows of several tokens would need a mask
+            label = backend.name.lower().removesuffix("_attention") + name
+
+            def call(
+                pair: tuple[Tensor, Tensor], q: Tensor = q, grouped: bool = grouped, backend: Any = backend
+            ) -> Any:
+                with sdpa_kernel(backend):
+                    return scaled_dot_product_attention(q, *pair, enable_gqa=grouped)
+
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch explains at length why a backend does not serve
+                    found[label] = _Side([partial(call, pair) for pair in sets], query.device)
+            except RuntimeError:
+                continue
+    return found
+
+
+def _sets(size: int, device: torch.device) -> int:
+    """How many sets of tensors of `size` bytes keep the L2 cache cold."""
+    return min(MAX_SETS, max(1, -(-COLD_BYTES // size))) if device.type == "cuda" else 1
+
+
+@torch.no_grad()
+def bench_attention(
+    shape: str,
+    methods: Sequence[Method],
+    *,
+    batch: int = 1,
+    context: int = 32_768,
+    query_tokens: int = 1,
+    repeats: int = 20,
+) -> Iterator[AttentionBench]:
+    """Time one layer's decode attention over `context` tokens a row, full and compressed, in turn.
+
+    The compressed cache holds sinks and window exactly, as the method asks, and the rest packed. On a GPU the dtype
+    is bfloat16, elsewhere float32.
+
+    Raises:
+        ValueError: If a size or the shape's name is out of range, or the context leaves nothing to pack.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if min(batch, context, query_tokens, repeats) < 1:
+        raise ValueError(f"sizes must be at least 1, got {batch}, {context}, {query_tokens} and {repeats}")
+    heads, device = SHAPES[shape], _device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for method in methods:
+        if not method.packed_length(context):
+            raise ValueError(f"{method} packs nothing of {context} tokens: give a longer context")
+    copy = copy_bandwidth(device)
+    query = torch.randn(batch, heads.query_heads, query_tokens, heads.head_dim, dtype=dtype, device=device)
+    full_bytes = 2 * 2 * batch * heads.kv_heads * context * heads.head_dim
+    count = _sets(full_bytes, device)
+    pairs = [
+        (_states(heads, batch, context, dtype, device), _states(heads, batch, context, dtype, device))
+        for _ in range(count)
+    ]
+    baselines = _baselines(query, pairs)
+    medians = {name: float(np.median(values)) for name, values in _timed(baselines, repeats).items()}
+    fastest = min(medians, key=lambda name: medians[name])
+    full = baselines[fastest]
+    for method in methods:
+        packed_tokens = method.packed_length(context)
+        exact = context - packed_tokens
+        size = 0
+        calls: list[Call] = []
+        while not calls or len(calls) < _sets(size, device):
+            segment = packed_segment(method, heads, batch, packed_tokens, dtype, device)
+            keys, values = (_states(heads, batch, exact, dtype, device) for _ in range(2))
+            size = segment.keys.nbytes + segment.values.nbytes + 4 * keys.numel()
+
+            def call(
+                segment: Any = segment, keys: Tensor = keys, values: Tensor = values, sinks: int = method.sink_length
+            ) -> Any:
+                return attend(query, keys, values, segment, sinks, None, heads.head_dim**-0.5)
+
+            calls.append(call)
+        own = _Side(calls, device)
+        times = _timed({"full": full, "own": own}, repeats)
+        median = float(np.median(times["own"]))
+        floor = 1e6 * size / copy
+        yield AttentionBench(
+            environment=environment(device),
+            backend=attention_backend(device),
+            shape=shape,
+            query_heads=heads.query_heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            method=str(method),
+            dtype=str(dtype).removeprefix("torch."),
+            batch=batch,
+            context=context,
+            query_tokens=query_tokens,
+            exact_tokens=exact,
+            sets=len(calls),
+            repeats=repeats,
+            bytes=size,
+            full_bytes=full_bytes,
+            copy_gb_per_second=copy / 1e9,
+            us=_spread(times["own"]),
+            full=fastest,
+            full_us=_spread(times["full"]),
+            full_all_us=medians,
+            ratio=float(np.median(times["full"])) / median,
+            floor_us=floor,
+            floor_fraction=floor / median,
+        )
+        del own, calls
+
+
+@torch.no_grad()
+def bench_encode(
+    shape: str, methods: Sequence[Method], *, batch: int = 1, tokens: int = 12_800, repeats: int = 20
+) -> Iterator[EncodeBench]:
+    """Time quantizing the keys and values of `tokens` tokens a row, all heads of one layer.
+
+    Raises:
+        ValueError: If a size or the shape's name is out of range.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    if min(batch, tokens, repeats) < 1:
+        raise ValueError(f"sizes must be at least 1, got {batch}, {tokens} and {repeats}")
+    heads, device = SHAPES[shape], _device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    copy = copy_bandwidth(device)
+    for method in methods:
+        count = -(-tokens // method.block_length) * method.block_length
+        states = _states(heads, batch, count, dtype, device)
+        calls: list[Call] = []
+        size = 0
+        while not calls or len(calls) < _sets(size, device):
+            first = packed_segment(method, heads, batch, count, dtype, device)
+            pair = _states(heads, batch, count, dtype, device), _states(heads, batch, count, dtype, device)
+            size = first.keys.nbytes + first.values.nbytes + 2 * states.nbytes
+
+            def call(segment: Any = first, pair: tuple[Tensor, Tensor] = pair) -> None:
+                rooms = _Room(), _Room()
+                rooms[0].storage, rooms[1].storage = segment.keys, segment.values
+                rooms[0].length = rooms[1].length = segment.keys.tokens  # the center is kept, as for later groups
+                encode((segment.key_quantizer, pair[0], rooms[0]), (segment.value_quantizer, pair[1], rooms[1]), None)
+
+            calls.append(call)
+        spent = _timed({"own": _Side(calls, device)}, repeats)["own"]
+        speed = size / (1e-6 * float(np.median(spent)))
+        yield EncodeBench(
+            environment=environment(device),
+            backend=attention_backend(device),
+            shape=shape,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            method=str(method),
+            dtype=str(dtype).removeprefix("torch."),
+            batch=batch,
+            tokens=count,
+            vectors=2 * batch * heads.kv_heads * count,
+            sets=len(calls),
+            repeats=repeats,
+            bytes=size,
+            copy_gb_per_second=copy / 1e9,
+            us=_spread(spent),
+            gb_per_second=speed / 1e9,
+            copy_fraction=speed / copy,
+        )
