@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turboquant.kernel_view import KernelView
 from turboquant.kernels import decode, levels
-from turboquant.rotation import Rotation
+from turboquant.kernels.rotations import parts, sketch
 
 MAX_QUERIES = 4
 """Query tokens a call; more go through `kernels.prefill`."""
@@ -58,30 +58,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
 
 
-def plan(keys: KernelView, values: KernelView, heads: int, tokens: int, rows: int) -> Plan:
+@lru_cache(maxsize=8)
+def _launches_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
 
-    Measured on an H100 (docs/kernels.md): 4-bit codes run best with four warps, narrower ones with few warps a program
-    and more programs, because a warp then waits for no other.
+    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as long as their
+    registers hold what they compute on.
     """
-    wide = max(keys.bits, values.bits) == 4
-    work = heads * tokens
-    if rows > 16:
-        tile, warps, programs = 64, 4, 3
-    elif wide:
-        tile, warps, programs = (128, 4, 3) if work >= 2**20 else (64, 4, 4)
-    elif work >= 2**20:
-        tile, warps, programs = 128, 2, 4
-    else:
-        tile, warps, programs = 32, 1, 8
+    tile, warps, programs = (64, 4, 3) if rows > 16 else (32, 1, 8)
     wanted = _multiprocessors(keys.scales.device) * programs // heads
     return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))))
-
-
-@lru_cache(maxsize=256)
-def _sketch_matrix(projection: Tensor, rotation: Rotation) -> Tensor:
-    """The projection of QJL after the rotation, as one matrix."""
-    return (projection @ rotation.matrix).contiguous()
 
 
 def _two(tensor: Tensor | None) -> tuple[int, int]:
@@ -125,9 +116,9 @@ def attend(
     kv_heads = keys.scales.shape[1]
     groups, device = heads // kv_heads, query.device
     rows = groups * queries
-    launch = launch or plan(keys, values, batch * kv_heads, keys.tokens, rows)
+    launch = launch or plan(keys, batch * kv_heads, keys.tokens, rows)
     padded_rows = max(8, triton.next_power_of_2(rows))
-    padded_dim, block = triton.next_power_of_2(dim), min(64, triton.next_power_of_2(dim))
+    padded_dim, block = triton.next_power_of_2(dim), triton.next_power_of_2(dim) if dim <= 128 else 32
     group = keys.group_size
     biases = keys.means.shape[2] if keys.means is not None else 1
     splits = launch.splits
@@ -142,7 +133,8 @@ def attend(
         2 if keys.signs is not None else 1, programs, padded_rows, dim, dtype=torch.float16, device=device
     )
     result = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=device)
-    sketch = query if keys.projection is None else _sketch_matrix(keys.projection, keys.rotation)
+    rotation, back = parts(keys.rotation, query.dtype), parts(values.rotation, query.dtype)
+    projection = rotation if keys.projection is None else sketch(keys.projection, keys.rotation, query.dtype)
     signs = keys.rotation.signs
     lut, table = levels.tables(keys.codebook, dim)
     value_lut, value_table = levels.tables(values.codebook, dim)
@@ -150,18 +142,22 @@ def attend(
     none = lut  # stands where a kernel reads nothing
     exact_keys, exact_values = (_rows(tensor) for tensor in (exact_keys, exact_values))
 
+    early = _launches_early(device)
     chunk = 64
-    decode.prepare[programs, 1 + -(-biases // chunk)](
-        query, exact_keys, exact_values, keys.rotation.matrix, none if signs is None else signs, sketch,
+    workers = max(1, min(-(-biases // chunk), 2 * _multiprocessors(device) // programs))
+    decode.prepare[programs, 1 + workers](
+        query, exact_keys, exact_values, rotation.high, rotation.low, none if signs is None else signs,
+        projection.high, projection.low,
         none if keys.means is None else keys.means, none if keys.mean_tops is None else keys.mean_tops,
         none if keys.center is None else keys.center.contiguous(),
         projected[0], projected[-1], bias, output, maxima, sums, none if lengths is None else lengths,
-        exact_keys.shape[2], keys.tokens, scaling * decode.LOG2_E, biases, splits,
+        exact_keys.shape[2], keys.tokens, scaling * decode.LOG2_E, rotation.factor, biases, splits,
         *query.stride()[:3], *_two(exact_keys), *_two(exact_values), *_two(keys.means), *_two(keys.mean_tops),
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows, BP=max(16, padded_rows),
-        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, BE=32,
-        SIGNED=signs is not None, CENTERED=keys.center is not None, GROUP_MEANS=keys.means is not None,
-        SKETCHED=keys.signs is not None, ON_DEVICE=lengths is not None, num_warps=4,
+        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, BE=64 if dim <= 128 else 32, EARLY=early,
+        SIGNED=signs is not None, EXACT=rotation.exact, CENTERED=keys.center is not None,
+        GROUP_MEANS=keys.means is not None, SKETCHED=keys.signs is not None, ON_DEVICE=lengths is not None,
+        num_warps=4, num_stages=2 if dim <= 128 else 1,
     )  # fmt: skip
 
     key_planes = (keys.planes[0], keys.planes[-1])
@@ -183,15 +179,15 @@ def attend(
         ON_DEVICE=lengths is not None, PADDED=starts is not None,
         KEY_ASM=_assembly(keys, dim), VALUE_ASM=levels.has_assembly(values.bits, dim, INTERPRETED),
         STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim), SW=_width(1, dim),
-        num_warps=launch.warps,
+        EARLY=early, launch_pdl=early, num_warps=launch.warps,
     )  # fmt: skip
 
     decode.merge[batch * queries * heads,](
-        output, maxima, sums, values.rotation.matrix, none if values.rotation.signs is None else values.rotation.signs,
-        result, splits,
+        output, maxima, sums, back.high, back.low,
+        none if values.rotation.signs is None else values.rotation.signs, result, splits, back.factor,
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows,
-        SP=triton.next_power_of_2(splits + 1), BS=16, BLOCK=block, SIGNED=values.rotation.signs is not None,
-        num_warps=4,
+        SP=triton.next_power_of_2(splits + 1), BS=min(128, triton.next_power_of_2(splits)), BLOCK=block,
+        SIGNED=values.rotation.signs is not None,         EXACT=back.exact, EARLY=early, launch_pdl=early, num_warps=8,
     )  # fmt: skip
     return result.transpose(1, 2)
 

@@ -19,31 +19,32 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _times(x, MATRIX, SIGNS, first, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr):
-    """Columns first..first+BLOCK of (x * signs) @ MATRIX.T; the matrix in two 16-bit parts, so as good as float32."""
+def _times(x, HIGH, LOW, first, factor, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
+    """Columns first..first+BLOCK of factor * x @ matrix.T; a matrix that 16 bits do not hold exactly has a low part."""
     inner = tl.arange(0, DP)
     outer = first + tl.arange(0, BLOCK)
     inside = (inner[:, None] < D) & (outer[None, :] < D)
-    matrix = tl.load(MATRIX + outer[None, :] * D + inner[:, None], mask=inside, other=0.0)
-    if SIGNED:
-        matrix = matrix * tl.load(SIGNS + inner, mask=inner < D, other=0.0)[:, None]
-    high = matrix.to(x.dtype)
-    low = (matrix - high.to(tl.float32)).to(x.dtype)
-    return tl.dot(x, high) + tl.dot(x, low)
+    place = outer[None, :] * D + inner[:, None]
+    y = tl.dot(x, tl.load(HIGH + place, mask=inside, other=0.0))
+    if not EXACT:
+        y += tl.dot(x, tl.load(LOW + place, mask=inside, other=0.0))
+    return y * factor
 
 
-# Lengths change from step to step: a kernel that were specialized on them would be compiled again and again.
+# Lengths change from step to step; a kernel specialized on them would be compiled again and again.
 @triton.jit(do_not_specialize=["exact_length", "packed_length", "biases", "splits", "top_b", "top_h"])
 def prepare(
-    Q, EK, EV, MATRIX, SIGNS, SKETCH, MEANS, MEAN_TOPS, CENTER, QP, QS, BIAS, O, M, L, LENGTHS,
-    exact_length, packed_length, scaling, biases, splits,
+    Q, EK, EV, HIGH, LOW, SIGNS, SKETCH_HIGH, SKETCH_LOW, MEANS, MEAN_TOPS, CENTER, QP, QS, BIAS, O, M, L, LENGTHS,
+    exact_length, packed_length, scaling, factor, biases, splits,
     q_b, q_h, q_t, ek_b, ek_h, ev_b, ev_h, mean_b, mean_h, top_b, top_h,
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     BP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, NG: tl.constexpr, BE: tl.constexpr,
-    SIGNED: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, SKETCHED: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
+    SIGNED: tl.constexpr, EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, 0) attends to the exact tokens; (head, 1 + c) rotates queries and scores chunk c of the means."""
+    """Program (head, 0) attends to the exact tokens; the others of a head rotate queries and score means, in turn."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     head, part = tl.program_id(0), tl.program_id(1)
     batch, kv_head = head // KV_HEADS, head % KV_HEADS
     if ON_DEVICE:
@@ -78,47 +79,66 @@ def prepare(
         tl.store(L + at, l, mask=kept)
         tl.store(O + at[:, None].to(tl.int64) * D + dims[None, :], o, mask=kept[:, None] & (dims[None, :] < D))
     else:
-        groups = (part - 1) * NG + tl.arange(0, NG)
-        bias = tl.zeros([BP, NG], tl.float32)
-        shared = tl.zeros([BP], tl.float32)
+        if SIGNED:
+            x = x * tl.load(SIGNS + dims, mask=dims < D, other=0.0)[None, :].to(x.dtype)
         for first in tl.static_range(0, DP, BLOCK):
             outer = first + tl.arange(0, BLOCK)
-            target = (head * BM + rows)[:, None] * D + outer[None, :]
-            inside = (rows[:, None] < BM) & (outer[None, :] < D)
-            y = _times(x, MATRIX, SIGNS, first, D, DP, BLOCK, SIGNED) * scaling
-            rotated = y.to(tl.float16)
+            y = _times(x, HIGH, LOW, first, scaling * factor, D, DP, BLOCK, EXACT)
             if part == 1:
-                tl.store(QP + target, rotated, mask=inside)
+                target = (head * BM + rows)[:, None] * D + outer[None, :]
+                inside = (rows[:, None] < BM) & (outer[None, :] < D)
+                tl.store(QP + target, y.to(tl.float16), mask=inside)
                 if SKETCHED:
-                    sketch = _times(x, SKETCH, SIGNS, first, D, DP, BLOCK, SIGNED) * scaling
+                    sketch = _times(x, SKETCH_HIGH, SKETCH_LOW, first, scaling, D, DP, BLOCK, False)
                     tl.store(QS + target, sketch.to(tl.float16), mask=inside)
-            if CENTERED:
-                center = tl.load(CENTER + head * D + outer, mask=outer < D, other=0.0).to(tl.float32)
-                shared += tl.sum(y * center[None, :], 1)
+        MEANS += batch.to(tl.int64) * mean_b + kv_head * mean_h
+        MEAN_TOPS += batch.to(tl.int64) * top_b + kv_head * top_h
+        for chunk in range(part - 1, tl.cdiv(biases, NG), tl.num_programs(1) - 1):
+            groups = chunk * NG + tl.arange(0, NG)
+            there = groups * GROUP < packed_length
+            bias = tl.zeros([BP, NG], tl.float32)
+            for first in tl.static_range(0, DP, BLOCK):
+                outer = first + tl.arange(0, BLOCK)
+                if BLOCK < DP:
+                    y = _times(x, HIGH, LOW, first, scaling * factor, D, DP, BLOCK, EXACT)
+                if GROUP_MEANS:
+                    place = groups[:, None] * D + outer[None, :]
+                    means = tl.load(MEANS + place, mask=there[:, None] & (outer[None, :] < D), other=0)
+                    means = tl.trans(means.to(tl.float16))
+                    rotated = y.to(tl.float16)
+                    bias += tl.dot(rotated, means)
+                    bias += tl.dot((y - rotated.to(tl.float32)).to(tl.float16), means)
             if GROUP_MEANS:
-                place = batch.to(tl.int64) * mean_b + kv_head * mean_h + groups[:, None] * D + outer[None, :]
-                there = (groups[:, None] * GROUP < packed_length) & (outer[None, :] < D)
-                means = tl.load(MEANS + place, mask=there, other=0).to(tl.float16)
-                bias += tl.dot(rotated, tl.trans(means))
-                bias += tl.dot((y - rotated.to(tl.float32)).to(tl.float16), tl.trans(means))
-        if GROUP_MEANS:
-            tops = tl.load(
-                MEAN_TOPS + batch.to(tl.int64) * top_b + kv_head * top_h + groups,
-                mask=groups * GROUP < packed_length,
-                other=0.0,
+                bias *= (tl.load(MEAN_TOPS + groups, mask=there, other=0.0).to(tl.float32) / 127)[None, :]
+            if CENTERED:
+                for first in tl.static_range(0, DP, BLOCK):
+                    outer = first + tl.arange(0, BLOCK)
+                    if BLOCK < DP:
+                        y = _times(x, HIGH, LOW, first, scaling * factor, D, DP, BLOCK, EXACT)
+                    center = tl.load(CENTER + head * D + outer, mask=outer < D, other=0.0).to(tl.float32)
+                    bias += tl.sum(y * center[None, :], 1)[:, None]
+            tl.store(
+                BIAS + (head * BM + rows)[:, None] * biases + groups[None, :],
+                bias,
+                mask=(rows[:, None] < BM) & (groups[None, :] < biases),
             )
-            bias *= (tops.to(tl.float32) / 127)[None, :]
-        bias += shared[:, None]
-        tl.store(
-            BIAS + (head * BM + rows)[:, None] * biases + groups[None, :],
-            bias,
-            mask=(rows[:, None] < BM) & (groups[None, :] < biases),
-        )
 
 
 @triton.jit
-def _scale(SCALES, TOPS, n, inside, factor, GROUP: tl.constexpr):
-    """Scales of tokens n in float32, zero outside."""
+def _codes(AT, inside, slices, ROW: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, AXIS: tl.constexpr):
+    """A tile of bytes; masked only where a tile may end behind the tokens, or is wider than a slice."""
+    if WHOLE and ROW == COLUMNS:
+        return tl.load(AT)
+    elif AXIS == 1:
+        return tl.load(AT, mask=inside[:, None] & (slices[None, :] < ROW), other=0)
+    else:
+        return tl.load(AT, mask=inside[None, :] & (slices[:, None] < ROW), other=0)
+
+
+@triton.jit
+def _scale(SCALES, TOPS, n, packed_length, factor, GROUP: tl.constexpr):
+    """Scales of tokens n in float32, zero behind the last."""
+    inside = n < packed_length
     scale = tl.load(SCALES + n, mask=inside, other=0).to(tl.float32) * factor
     if GROUP:
         scale *= tl.load(TOPS + n // GROUP, mask=inside, other=0.0).to(tl.float32)
@@ -126,7 +146,7 @@ def _scale(SCALES, TOPS, n, inside, factor, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _biases(BIAS, tile, packed_length, biases, rows, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+def _biases(BIAS, tile, biases, rows, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
             GROUP_MEANS: tl.constexpr):  # fmt: skip
     """What is added to the scores of a tile's tokens, (BN or 1, BM)."""
     if not GROUP_MEANS:
@@ -152,7 +172,7 @@ def split(
     KV_HEADS: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr, SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr,
     PADDED: tl.constexpr, KEY_ASM: tl.constexpr, VALUE_ASM: tl.constexpr, STAGES: tl.constexpr,
-    KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr,
+    KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (part, head): scores, weights and weighted values of one part of a head's packed tokens."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -166,6 +186,8 @@ def split(
     first = skipped + part * share
     last = tl.minimum(first + share, tiles)
 
+    # Codes are packed in whole groups, so tiles that divide a group need no masks.
+    WHOLE: tl.constexpr = GROUP > 0 and GROUP % BN == 0
     KROW: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 8 if KEY_BITS == 1 else D // 4
     VROW: tl.constexpr = D // 2 if VALUE_BITS == 4 else D // 8 if VALUE_BITS == 1 else D // 4
     KSLICE: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 4
@@ -178,22 +200,6 @@ def split(
     value_table = (ua[:, None], ub[:, None], uc[:, None], ud[:, None])
     key_shift, value_shift = tl.load(SHIFT + kj)[None, :], tl.load(SHIFT + vj)[:, None]
 
-    QP += head * BM * D + rows[None, :] * D
-    q0 = tl.load(QP + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
-    q1 = tl.load(QP + KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
-    if KEY_BITS != 4:
-        q2 = tl.load(QP + 2 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
-        q3 = tl.load(QP + 3 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
-    if SKETCHED:
-        sign_table = load_table(SIGN_TABLE, token[:, None])
-        sign_shift = tl.load(SHIFT + sj)[None, :]
-        QS += head * BM * D + rows[None, :] * D
-        s0 = tl.load(QS + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
-        s1 = tl.load(QS + D // 4 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
-        s2 = tl.load(QS + D // 2 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
-        s3 = tl.load(QS + 3 * (D // 4) + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
-        SIGN += batch * sign_b + kv_head * sign_h
-        GAIN += batch * gain_b + kv_head * gain_h
     K += batch * k_b + kv_head * k_h
     K_HIGH += batch * k1_b + kv_head * k1_h
     KS += batch * ks_b + kv_head * ks_h
@@ -213,6 +219,25 @@ def split(
         unit = tl.maximum(unit, tl.max(held.to(tl.float32), 0))
     per_unit = tl.where(unit > 0, 1 / tl.maximum(unit, 1e-30), 0.0)
 
+    if EARLY:  # all above needs nothing of `prepare`
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    QP += head * BM * D + rows[None, :] * D
+    q0 = tl.load(QP + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    q1 = tl.load(QP + KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    if KEY_BITS != 4:
+        q2 = tl.load(QP + 2 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+        q3 = tl.load(QP + 3 * KSLICE + kj[:, None], mask=kj[:, None] < KSLICE, other=0.0)
+    if SKETCHED:
+        sign_table = load_table(SIGN_TABLE, token[:, None])
+        sign_shift = tl.load(SHIFT + sj)[None, :]
+        QS += head * BM * D + rows[None, :] * D
+        s0 = tl.load(QS + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s1 = tl.load(QS + D // 4 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s2 = tl.load(QS + D // 2 + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        s3 = tl.load(QS + 3 * (D // 4) + sj[:, None], mask=sj[:, None] < D // 4, other=0.0)
+        SIGN += batch * sign_b + kv_head * sign_h
+        GAIN += batch * gain_b + kv_head * gain_h
     m = tl.full([BM], FLOOR, tl.float32)
     l = tl.zeros([BN, BM], tl.float32)
     o0 = tl.zeros([VW, BM], tl.float32)
@@ -224,13 +249,13 @@ def split(
     key_at = K + n[:, None] * KROW + (kj % KROW if KEY_BITS == 1 else kj)[None, :]
     value_at = V + n[None, :] * VROW + (vj % VROW if VALUE_BITS == 1 else vj)[:, None]
     # Scales and biases of the next tile are fetched while this one is computed.
-    key_scale = _scale(KS, KT, n, n < packed_length, key_factor, GROUP)
-    value_scale = _scale(VS, VT, n, n < packed_length, per_unit, GROUP)
-    bias = _biases(BIAS, first, packed_length, biases, rows, BM, BN, GROUP, GROUP_MEANS)
+    key_scale = _scale(KS, KT, n, packed_length, key_factor, GROUP)
+    value_scale = _scale(VS, VT, n, packed_length, per_unit, GROUP)
+    bias = _biases(BIAS, first, biases, rows, BM, BN, GROUP, GROUP_MEANS)
     for tile in tl.range(first, last, num_stages=STAGES):
         n = tile * BN + token
         inside = n < packed_length
-        codes = tl.load(key_at, mask=inside[:, None] & (kj[None, :] < KSLICE), other=0)
+        codes = _codes(key_at, inside, kj, KSLICE, KW, WHOLE, 1)
         if KEY_BITS == 4:
             k0, k1 = halves(codes, KEY_LUT, key_table, KEY_ASM)
             s = tl.dot(k0, q0) + tl.dot(k1, q1)
@@ -238,39 +263,37 @@ def split(
             high = codes
             if KEY_BITS == 3:
                 high_at = K_HIGH + n[:, None] * (D // 8) + (kj % (D // 8))[None, :]
-                high = tl.load(high_at, mask=inside[:, None] & (kj[None, :] < KSLICE), other=0)
+                high = _codes(high_at, inside, kj, KSLICE, KW, WHOLE, 1)
             k0, k1, k2, k3 = quarters(codes, high, key_shift, KEY_LUT, key_table, KEY_BITS, KEY_ASM)
             s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
         s = s * key_scale[:, None] + bias
         if SKETCHED:
-            signs = tl.load(
-                SIGN + n[:, None] * (D // 8) + (sj % (D // 8))[None, :],
-                mask=inside[:, None] & (sj[None, :] < D // 4),
-                other=0,
-            )
+            sign_at = SIGN + n[:, None] * (D // 8) + (sj % (D // 8))[None, :]
+            signs = _codes(sign_at, inside, sj, D // 4, SW, WHOLE, 1)
             e0, e1, e2, e3 = quarters(signs, signs, sign_shift, SIGN_LUT, sign_table, 1, KEY_ASM)
             t = tl.dot(e1, s1, tl.dot(e0, s0)) + tl.dot(e3, s3, tl.dot(e2, s2))
             s += t * (tl.load(GAIN + n, mask=inside, other=0.0).to(tl.float32) * gain_factor)[:, None]
         if PADDED:
             inside &= n >= start
-        s = tl.where(inside[:, None], s, float("-inf"))
-        key_scale = _scale(KS, KT, n + BN, n + BN < packed_length, key_factor, GROUP)
-        bias = _biases(BIAS, tile + 1, packed_length, biases, rows, BM, BN, GROUP, GROUP_MEANS)
+        if PADDED or not WHOLE:
+            s = tl.where(inside[:, None], s, float("-inf"))
+        key_scale = _scale(KS, KT, n + BN, packed_length, key_factor, GROUP)
+        bias = _biases(BIAS, tile + 1, biases, rows, BM, BN, GROUP, GROUP_MEANS)
         top = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - top)
         p = tl.exp2(s - top[None, :])
         l = l * shrink[None, :] + p
         m = top
         weights = (p * value_scale[:, None]).to(tl.float16)
-        value_scale = _scale(VS, VT, n + BN, n + BN < packed_length, per_unit, GROUP)
-        codes = tl.load(value_at, mask=inside[None, :] & (vj[:, None] < VSLICE), other=0)
+        value_scale = _scale(VS, VT, n + BN, packed_length, per_unit, GROUP)
+        codes = _codes(value_at, inside, vj, VSLICE, VW, WHOLE, 0)
         if VALUE_BITS == 4:
             v0, v1 = halves(codes, VALUE_LUT, value_table, VALUE_ASM)
         else:
             high = codes
             if VALUE_BITS == 3:
                 high_at = V_HIGH + n[None, :] * (D // 8) + (vj % (D // 8))[:, None]
-                high = tl.load(high_at, mask=inside[None, :] & (vj[:, None] < VSLICE), other=0)
+                high = _codes(high_at, inside, vj, VSLICE, VW, WHOLE, 0)
             v0, v1, v2, v3 = quarters(codes, high, value_shift, VALUE_LUT, value_table, VALUE_BITS, VALUE_ASM)
             o2 = tl.dot(v2, weights, o2 * shrink[None, :])
             o3 = tl.dot(v3, weights, o3 * shrink[None, :])
@@ -294,9 +317,10 @@ def split(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    O, M, L, MATRIX, SIGNS, OUT, splits,
+    O, M, L, HIGH, LOW, SIGNS, OUT, splits, factor,
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr,
+    SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): join the parts of one query row, rotate back, add the exact tokens, and divide by the sum."""
     pid = tl.program_id(0)  # batch, query, head: the order of the output
@@ -304,24 +328,33 @@ def merge(
     head = pid // (KV_HEADS * G * TQ) * KV_HEADS + query_head // G
     row = (query_head % G) * TQ + query
     base = head * (splits + 1) * BM + row
-    parts, dims = tl.arange(0, SP), tl.arange(0, DP)
+    parts, dims, block = tl.arange(0, SP), tl.arange(0, DP), tl.arange(0, BLOCK)
+    matrix = tl.load(
+        HIGH + dims[:, None] * D + block[None, :], mask=(dims[:, None] < D) & (block[None, :] < D), other=0.0
+    )
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     m = tl.load(M + base + parts * BM, mask=parts <= splits, other=FLOOR)
     l = tl.load(L + base + parts * BM, mask=parts <= splits, other=0.0)
+    y = tl.zeros([DP], tl.float32)
     top = tl.max(m, 0)
     total = tl.sum(tl.exp2(m - top) * l, 0)
-    y = tl.zeros([DP], tl.float32)
     for start in range(0, splits, BS):
         some = start + tl.arange(0, BS)
-        weight = tl.exp2(tl.load(M + base + some * BM, mask=some < splits, other=FLOOR) - top)
         place = (base + some[:, None] * BM).to(tl.int64) * D + dims[None, :]
         o = tl.load(O + place, mask=(some[:, None] < splits) & (dims[None, :] < D), other=0.0)
+        weight = tl.exp2(tl.load(M + base + some * BM, mask=some < splits, other=FLOOR) - top)
         y += tl.sum(o * weight[:, None], 0)
     exact_weight = tl.exp2(tl.load(M + base + splits * BM) - top)
     for first in tl.static_range(0, DP, BLOCK):
-        outer = first + tl.arange(0, BLOCK)
+        outer = first + block
         inside = (dims[:, None] < D) & (outer[None, :] < D)
-        matrix = tl.load(MATRIX + dims[:, None] * D + outer[None, :], mask=inside, other=0.0)
-        back = tl.sum(y[:, None] * matrix, 0)
+        if first:
+            matrix = tl.load(HIGH + dims[:, None] * D + outer[None, :], mask=inside, other=0.0)
+        whole = matrix.to(tl.float32)
+        if not EXACT:
+            whole += tl.load(LOW + dims[:, None] * D + outer[None, :], mask=inside, other=0.0).to(tl.float32)
+        back = tl.sum(y[:, None] * whole, 0) * factor
         if SIGNED:
             back *= tl.load(SIGNS + outer, mask=outer < D, other=0.0)
         exact = tl.load(O + (base + splits * BM).to(tl.int64) * D + outer, mask=outer < D, other=0.0)

@@ -13,10 +13,67 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant.kernel_view import KernelView
-from turboquant.rotation import Rotation
+from turboquant.kernels.rotations import parts
 
 SCALES = {"norm": 0, "matched": 1, "unbiased": 2}
 UNGROUPED_TOKENS = 64
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def _search_assembly(steps: int) -> str:
+    """Count the boundaries below |x| and sum the level, in arithmetic: predicates would be packed into registers."""
+    lines = [
+        ".reg .f32 a, t, n;",
+        "abs.f32 a, $2;",
+        "mov.f32 n, 0f4B000000;",  # 2^23: the sum's low bits are the count
+        f"mov.f32 $1, ${3 + steps};",
+    ]
+    for step in range(steps):
+        lines += [
+            f"set.gt.f32.f32 t, a, ${3 + step};",
+            "add.f32 n, n, t;",
+            f"fma.rn.f32 $1, t, ${4 + steps + step}, $1;",
+        ]
+    return "{ " + "\n".join([*lines, "mov.b32 $0, n;", "and.b32 $0, $0, 7;"]) + " }"
+
+
+def _search_constraints(steps: int) -> str:
+    return ",".join(["=&r", "=&f", "f"] + ["f"] * (2 * steps + 1))
+
+
+_SEARCH = {steps: (_search_assembly(steps), _search_constraints(steps)) for steps in (1, 3, 7)}
+ASM_2, CONSTRAINTS_2 = (tl.constexpr(part) for part in _SEARCH[1])
+ASM_3, CONSTRAINTS_3 = (tl.constexpr(part) for part in _SEARCH[3])
+ASM_4, CONSTRAINTS_4 = (tl.constexpr(part) for part in _SEARCH[7])
+
+
+@triton.jit
+def _nearest(x, B, L, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr):
+    """Index of |x| among the positive levels L, whose boundaries are B, and the level."""
+    if ASM and BITS == 2:
+        return tl.inline_asm_elementwise(
+            ASM_2, CONSTRAINTS_2, [x, B[0], L[0], L[1] - L[0]], (tl.int32, tl.float32), is_pure=True, pack=1
+        )
+    elif ASM and BITS == 3:
+        return tl.inline_asm_elementwise(
+            ASM_3, CONSTRAINTS_3, [x, B[0], B[1], B[2], L[0], L[1] - L[0], L[2] - L[1], L[3] - L[2]],
+            (tl.int32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    elif ASM and BITS == 4:
+        return tl.inline_asm_elementwise(
+            ASM_4, CONSTRAINTS_4,
+            [x, B[0], B[1], B[2], B[3], B[4], B[5], B[6], L[0], L[1] - L[0], L[2] - L[1], L[3] - L[2], L[4] - L[3],
+             L[5] - L[4], L[6] - L[5], L[7] - L[6]],
+            (tl.int32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        index = tl.zeros([T, D], tl.int32)
+        level = tl.full([T, D], 0.0, tl.float32) + L[0]
+        for step in tl.static_range(2 ** (BITS - 1) - 1):
+            above = tl.abs(x) > B[step]
+            index += above.to(tl.int32)
+            level = tl.where(above, L[step + 1], level)
+        return index, level
 
 
 @triton.jit
@@ -31,7 +88,7 @@ def _encode(
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, TOPS, t_b, t_h, MEANS, m_b, m_h, MEAN_TOPS, mt_b, mt_h,
     factor,
     D: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    SIGNED: tl.constexpr, EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    SIGNED: tl.constexpr, EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n, d = first + tl.arange(0, T), tl.arange(0, D)
     there = n < tokens
@@ -55,21 +112,15 @@ def _encode(
         tl.store(MEAN_TOPS + batch * mt_b + kv_head * mt_h + group, top)
         y -= (steps * (wide / 127))[None, :]
     norm = tl.sqrt(tl.sum(y * y, 1))
-    unit = y / tl.maximum(norm, 1.1754943508222875e-38)[:, None]
+    unit = y * (1 / tl.maximum(norm, 1e-30))[:, None]
 
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    size = tl.abs(unit)
-    index = tl.zeros([T, D], tl.int32)
-    level = tl.zeros([T, D], tl.float32) + tl.load(LEVELS + HALF)
-    for step in tl.static_range(HALF - 1):
-        above = size > tl.load(BOUNDS + HALF + step)
-        index += above.to(tl.int32)
-        level = tl.where(above, tl.load(LEVELS + HALF + step + 1), level)
+    index, level = _nearest(unit, BOUNDS, LEVELS, BITS, T, D, ASM)
     code = tl.where(unit > 0, HALF + index, HALF - 1 - index)
     if SCALE == 1:
         norm = norm / tl.sqrt(tl.sum(level * level, 1))
     elif SCALE == 2:
-        norm = norm / tl.maximum(tl.sum(size * level, 1), 1e-6)
+        norm = norm / tl.maximum(tl.sum(tl.abs(unit) * level, 1), 1e-6)
     scales = S + batch * s_b + kv_head * s_h + n
     if GROUP:
         top = _half(tl.max(norm, 0))
@@ -103,7 +154,7 @@ def encode_pair(
     KV_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
     KEY_SIGNED: tl.constexpr, VALUE_SIGNED: tl.constexpr, KEY_EXACT: tl.constexpr, VALUE_EXACT: tl.constexpr,
-    CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (group, head, 0 or 1): keys or values of one group of tokens."""
     first, head = tl.program_id(0) * T, tl.program_id(1)
@@ -113,27 +164,22 @@ def encode_pair(
             K + batch * k_b + kv_head * k_h, k_t, KEY_MATRIX, KEY_LOW, KEY_SIGNS, CENTER, KEY_BOUNDS, KEY_LEVELS,
             tokens, first, head, batch, kv_head,
             K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_SIGNED, KEY_EXACT, CENTERED, GROUP_MEANS,
+            key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_SIGNED, KEY_EXACT, CENTERED, GROUP_MEANS, ASM,
         )  # fmt: skip
     else:
         _encode(
             V + batch * v_b + kv_head * v_h, v_t, VALUE_MATRIX, VALUE_LOW, VALUE_SIGNS, CENTER, VALUE_BOUNDS,
             VALUE_LEVELS, tokens, first, head, batch, kv_head,
             V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_SIGNED, VALUE_EXACT, False, False,
+            value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_SIGNED, VALUE_EXACT, False, False, ASM,
         )  # fmt: skip
 
 
-@lru_cache(maxsize=256)
-def _matrix(rotation: Rotation, dtype: torch.dtype) -> tuple[Tensor, Tensor, float, bool]:
-    """The matrix in one 16-bit part where its entries allow (+1, -1 times a factor), otherwise in two."""
-    matrix = rotation.matrix
-    whole = matrix * matrix.shape[0] ** 0.5
-    if bool((whole.abs() - 1).abs().max() < 1e-5):
-        signs = whole.round().to(dtype)
-        return signs, signs, matrix.shape[0] ** -0.5, True
-    high = matrix.to(dtype)
-    return high, (matrix - high.float()).to(dtype), 1.0, False
+@lru_cache(maxsize=64)
+def _positive(levels: Tensor | None, bits: int) -> tuple[float, ...]:
+    """The upper half of a codebook or of its boundaries, as numbers: the kernel's arguments need no load."""
+    assert levels is not None
+    return tuple(levels.tolist()[2 ** (bits - 1) :]) or (0.0,)
 
 
 def unsupported(states: Tensor, keys: KernelView | None, values: KernelView | None) -> str | None:
@@ -165,10 +211,9 @@ def encode(
     each = group or UNGROUPED_TOKENS
     key_states, value_states = (x if x.stride(3) == 1 else x.contiguous() for x in (key_states, value_states))
     arguments: list[Tensor | int | float] = []
-    key_matrix = _matrix(keys.rotation, key_states.dtype)
-    value_matrix = _matrix(values.rotation, key_states.dtype)
+    key_matrix, value_matrix = (parts(view.rotation, key_states.dtype) for view in (keys, values))
     for matrix, view in ((key_matrix, keys), (value_matrix, values)):
-        arguments += [matrix[0], matrix[1], matrix[0] if view.rotation.signs is None else view.rotation.signs]
+        arguments += [matrix.high, matrix.low, matrix.high if view.rotation.signs is None else view.rotation.signs]
     none = key_states  # stands where a kernel reads nothing
 
     def place(tensor: Tensor | None) -> list[Tensor | int | float]:
@@ -177,14 +222,14 @@ def encode(
     encode_pair[-(-tokens // each), batch * heads, 2](
         key_states, value_states, *key_states.stride()[:3], *value_states.stride()[:3], *arguments,
         none if keys.center is None else keys.center.contiguous(),
-        keys.boundaries, keys.codebook, values.boundaries, values.codebook, tokens,
-        key_matrix[2], value_matrix[2],
+        *(_positive(x, view.bits) for view in (keys, values) for x in (view.boundaries, view.codebook)), tokens,
+        key_matrix.factor, value_matrix.factor,
         *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
         *place(keys.means), *place(keys.mean_tops),
         *place(values.planes[0]), *place(values.planes[-1]), *place(values.scales), *place(values.tops),
         KV_HEADS=heads, D=dim, T=each, GROUP=group, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
         KEY_SCALE=SCALES[keys.scale], VALUE_SCALE=SCALES[values.scale],
         KEY_SIGNED=keys.rotation.signs is not None, VALUE_SIGNED=values.rotation.signs is not None,
-        KEY_EXACT=key_matrix[3], VALUE_EXACT=value_matrix[3], CENTERED=keys.center is not None,
-        GROUP_MEANS=keys.means is not None, num_warps=4,
+        KEY_EXACT=key_matrix.exact, VALUE_EXACT=value_matrix.exact, CENTERED=keys.center is not None,
+        GROUP_MEANS=keys.means is not None, ASM=not INTERPRETED, num_warps=8,
     )  # fmt: skip

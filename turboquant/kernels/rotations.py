@@ -1,0 +1,41 @@
+"""Rotation matrices as tensor cores take them: in 16 bits, in two parts where one does not hold them exactly."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from turboquant.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A matrix as `factor * (high + low)`; where it is `exact`, `low` is not needed."""
+
+    high: Tensor
+    low: Tensor
+    factor: float
+    exact: bool
+
+
+def split_matrix(matrix: Tensor, dtype: torch.dtype) -> Parts:
+    """Return the parts of a matrix; a Hadamard matrix is +1 and -1 times a factor, which 16 bits hold exactly."""
+    whole = matrix * matrix.shape[0] ** 0.5
+    if bool((whole.abs() - 1).abs().max() < 1e-5):
+        signs = whole.round().to(dtype)
+        return Parts(signs, signs, matrix.shape[0] ** -0.5, True)
+    high = matrix.to(dtype)
+    return Parts(high, (matrix - high.float()).to(dtype), 1.0, False)
+
+
+@lru_cache(maxsize=256)
+def parts(rotation: Rotation, dtype: torch.dtype) -> Parts:
+    """Return the parts of a rotation's matrix, without its signs."""
+    return split_matrix(rotation.matrix, dtype)
+
+
+@lru_cache(maxsize=256)
+def sketch(projection: Tensor, rotation: Rotation, dtype: torch.dtype) -> Parts:
+    """Return the parts of QJL's projection after the rotation, as one matrix, without the rotation's signs."""
+    return split_matrix((projection @ rotation.matrix).contiguous(), dtype)
