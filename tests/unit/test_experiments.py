@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 from pathlib import Path
 
@@ -174,9 +173,7 @@ def test_ctrl_c_keeps_what_is_in_hand_and_the_same_call_goes_on(
 ) -> None:
     wanted = cells(SizeSettings(), SizeSettings(seed=1))
     with pytest.raises(typer.Exit) as left:
-        record(
-            wanted, output, show=lambda one: os.kill(os.getpid(), signal.SIGINT) if one.cell.method == FULL else None
-        )
+        record(wanted, output, show=lambda one: signal.raise_signal(signal.SIGINT) if one.cell.method == FULL else None)
     assert left.value.exit_code == 1
     assert [one.cell for one in read_records(output)] == wanted[:3]
     said = capsys.readouterr().err
@@ -188,16 +185,17 @@ def test_ctrl_c_keeps_what_is_in_hand_and_the_same_call_goes_on(
 
 def test_a_second_ctrl_c_leaves_at_once_and_loses_no_record(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def twice(one: ExperimentRecord) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     record(cells(), output)
     with pytest.raises(typer.Exit) as left:
         record(cells(), output, show=twice, overwrite=True)
     assert left.value.exit_code == 1
     assert len(read_records(output)) == 1  # what was overwritten is gone
     assert "; the same command without --overwrite goes on from there" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_last_line_counts_what_failed(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
