@@ -1,5 +1,7 @@
 """The model library takes seconds to import, and threads that import it at the same time find it half made."""
 
+import gc
+from functools import cache
 from threading import Lock
 
 _importing = Lock()
@@ -8,6 +10,18 @@ _importing = Lock()
 def import_library() -> None:
     """Import what loads and measures models, or wait until another thread has."""
     with _importing:
-        import turboquant.experiments
-        import turboquant.models
-        import turboquant.tasks  # noqa: F401
+        _import_once()
+
+
+@cache
+def _import_once() -> None:
+    """Import it and keep its half a million objects, which live as long as the process, from the garbage collector.
+
+    Streamlit collects after every run of a page, which would look at them all for a quarter of a second each time.
+    """
+    import turboquant.experiments
+    import turboquant.models
+    import turboquant.tasks  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
