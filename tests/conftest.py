@@ -1,5 +1,6 @@
 """Shared fixtures. One thread a process: tests run side by side with servers and browsers on two cores."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,12 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the imported libraries from the garbage collector, which Streamlit calls after every run of a page."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
