@@ -94,6 +94,22 @@ def wait_until(page: Page, condition: Any, seconds: float = 60) -> None:
         page.wait_for_timeout(50)
 
 
+def wait_until_still(page: Page, milliseconds: int = 300) -> None:
+    """Wait until the page has changed nothing for so long, after two frames, and for ten seconds at most."""
+    page.evaluate(
+        """milliseconds => new Promise(resolve => {
+            const done = () => { watch.disconnect(); clearTimeout(last); resolve(); };
+            let quiet;
+            const again = () => { clearTimeout(quiet); quiet = setTimeout(done, milliseconds); };
+            const watch = new MutationObserver(again);
+            const last = setTimeout(() => { clearTimeout(quiet); done(); }, 10000);
+            watch.observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+            requestAnimationFrame(() => requestAnimationFrame(again));
+        })""",
+        milliseconds,
+    )
+
+
 def shot(page: Page, name: str, *, whole: bool = True) -> None:
     """A screenshot of the whole page, whose height the window takes for it."""
     ARTIFACTS.mkdir(exist_ok=True)
@@ -102,7 +118,7 @@ def shot(page: Page, name: str, *, whole: bool = True) -> None:
     if whole:
         height = main(page).evaluate("e => e.scrollHeight")
         page.set_viewport_size({"width": size["width"], "height": min(int(height) + 40, 7000)})
-        page.wait_for_timeout(800)
+        wait_until_still(page)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
     page.set_viewport_size(size)
 

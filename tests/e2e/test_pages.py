@@ -9,7 +9,16 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from app.navigation import ENTRIES
-from tests.e2e.conftest import IN_A_BROWSER, SECONDS, main, no_sideways_scroll, shot, visit, wait_until
+from tests.e2e.conftest import (
+    IN_A_BROWSER,
+    SECONDS,
+    main,
+    no_sideways_scroll,
+    shot,
+    visit,
+    wait_until,
+    wait_until_still,
+)
 
 pytestmark = IN_A_BROWSER
 NAMES = [entry.name for entry in ENTRIES]
@@ -26,9 +35,13 @@ SCHEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 21, 28)"}
 def settled(page: Page) -> None:
     """Wait until the server has drawn the page and the browser every part of it."""
     page.wait_for_timeout(500)
+    _drawn(page)
+
+
+def _drawn(page: Page) -> None:
     for unfinished in ("stStatusWidget", "stSkeleton"):
         expect(page.get_by_test_id(unfinished)).to_have_count(0, timeout=60 * SECONDS)
-    page.wait_for_timeout(200)
+    wait_until_still(page)
 
 
 def scrolling_choices(page: Page) -> list[str]:
@@ -71,7 +84,7 @@ def test_a_page_opens_from_a_link_and_is_usable_by_everybody(
         wait_until(page, lambda color=color: background(page) == color)
         for width in (1600, 390):
             page.set_viewport_size({"width": width, "height": 900})
-            settled(page)
+            _drawn(page)
             expect(page.get_by_test_id("stException")).to_have_count(0)
             assert no_sideways_scroll(page), f"{name} is wider than {width} px"
             assert not scrolling_choices(page), f"{name}: choices are cut off at {width} px"
