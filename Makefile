@@ -13,6 +13,9 @@ checksum = $(shell cat $(1) | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.ready-$(call checksum,requirements.txt pyproject.toml)-$(EMBEDDED_MODEL)
 READY_DEV := $(VENV)/.ready-dev-$(call checksum,requirements.txt requirements-dev.txt)
 
+# Otherwise quanto does so at first use, while the other test process waits for it; where it cannot, tests are skipped.
+COMPILE_QUANTO := from optimum.quanto.library.extensions import get_extension; get_extension("quanto_cpp").lib
+
 .PHONY: setup app test lint browser clean
 
 setup: $(READY)
@@ -20,9 +23,10 @@ setup: $(READY)
 app: setup
 	exec $(VENV)/bin/python -m streamlit run streamlit_app.py --server.port $(PORT) --server.headless true
 
-# Two processes of one thread each: PyTorch's threads would otherwise wait for each other's cores.
+# Two processes of one thread each: PyTorch's threads would otherwise wait for each other's cores. They take files in
+# the order that tests/conftest.py gives: the longest first.
 test: lint browser
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY_DEV)
 	$(VENV)/bin/ruff check .
@@ -56,5 +60,6 @@ $(READY):
 
 $(READY_DEV): $(READY)
 	$(PIP) install -r requirements-dev.txt
+	$(VENV)/bin/python -W ignore -c '$(COMPILE_QUANTO)' >/dev/null 2>&1 || true
 	rm -f $(VENV)/.ready-dev-*
 	touch $@

@@ -23,6 +23,15 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Where tests go first: what takes minutes in one file, so that two processes end at about the same time.
+FIRST = ("tests/e2e/test_actions.py", "tests/unit/", "tests/e2e/", "tests/reference/", "tests/property/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; within a file tests keep their order."""
+    items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
+
+
 def pytest_collection_finish() -> None:
     """Keep the imported libraries from the garbage collector, which Streamlit calls after every run of a page."""
     gc.collect()
