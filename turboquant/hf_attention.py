@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.layer import CachedStates, QuantizedLayer
-from turboquant.ops.attention import MASKED, PackedSegment, attend
+from turboquant.ops.attention import MASKED, PackedSegment, attend, attend_at_lengths
 
 ATTENTION_NAME = "turboquant"
 # Options that change the scores in ways the packed path does not compute. None (or False) means not used.
@@ -86,6 +86,8 @@ def attention_forward(
     if used or dropout:
         raise ValueError(f"a compressed cache does not support the attention option {', '.join(used) or 'dropout'}")
     layer = key.layer
+    if layer.lengths is not None:
+        return _replayed_forward(layer, query, scaling), None
     with _clock.get()():
         if not layer.packed_length:
             keys, values = layer.exact()
@@ -107,6 +109,19 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
         mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
     output = attend(query, keys, values, segment, layer.sink_length, mask, scaling, starts)
     return output.transpose(1, 2).contiguous().to(query.dtype)
+
+
+def _replayed_forward(layer: QuantizedLayer, query: Tensor, scaling: float) -> Tensor:
+    """Attend by kernels that read the lengths on the device; packing is left to `graphs`."""
+    keys, values = layer.packed_keys.storage, layer.packed_values.storage
+    assert keys is not None
+    assert values is not None
+    assert layer.exact_keys is not None
+    assert layer.exact_values is not None
+    assert layer.lengths is not None
+    segment = PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
+    output = attend_at_lengths(query, layer.exact_keys, layer.exact_values, segment, scaling, layer.lengths)
+    return output.transpose(1, 2)
 
 
 def _visible(mask: Tensor | None) -> Tensor | None:

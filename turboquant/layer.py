@@ -21,7 +21,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from turboquant.methods import Method
 from turboquant.ops.encode import encode
-from turboquant.quantizer import PackedTensor, Quantizer
+from turboquant.quantizer import Quantizer
+from turboquant.token_buffer import TokenBuffer, round_up
 
 
 class CachedStates:
@@ -38,40 +39,6 @@ class CachedStates:
             "a compressed cache needs the attention function 'turboquant': call turboquant.hf_attention.register() "
             "and model.set_attn_implementation('turboquant'), or load the model with turboquant.load_model()"
         )
-
-
-class TokenBuffer:
-    """Preallocated room for packed tokens of one kind (keys or values)."""
-
-    def __init__(self) -> None:
-        self.storage: PackedTensor | None = None
-        self.length = 0
-
-    def append(self, new: PackedTensor) -> None:
-        """Write tokens behind those held."""
-        new.copy_into(self.extend(new), 0)
-
-    def extend(self, like: PackedTensor) -> PackedTensor:
-        """Make room for as many tokens as `like` has, behind those held, and return it; grow by a sixteenth."""
-        start, count = self.length, like.tokens
-        end = start + count
-        if self.storage is None:
-            self.storage = like.empty(end)
-        elif end > self.storage.tokens:
-            larger = self.storage.empty(_round_up(end + max(count, end // 16), like.token_group))
-            self.view().copy_into(larger, 0)
-            self.storage = larger
-        self.length = end
-        return self.storage.narrow(start, count)
-
-    def view(self) -> PackedTensor:
-        """Return the tokens held, without the spare room."""
-        assert self.storage is not None
-        return self.storage.narrow(0, self.length)
-
-
-def _round_up(tokens: int, group: int) -> int:
-    return -(-tokens // group) * group
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -102,6 +69,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.exact_length = 0
         self.sink_length = 0  # sinks set apart at the front of the exact tensors; 0 until something is packed
         self.padding: Tensor | None = None  # (batch,) pad tokens in front of each row; None without padding
+        self.lengths: Tensor | None = None  # packed and exact tokens, on the device, while `graphs` replays steps
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the quantizers once dims and device are known."""
@@ -157,10 +125,39 @@ class QuantizedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         states = CachedStates(self)
         added = key_states.shape[2]
+        if self.lengths is not None:
+            self._append_at_length(key_states, value_states)
+            return states, states
         self.exact_keys = _appended(self.exact_keys, key_states.detach(), self.exact_length, self._room(added))
         self.exact_values = _appended(self.exact_values, value_states.detach(), self.exact_length, self._room(added))
         self.exact_length += added
         return states, states
+
+    def _append_at_length(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write one token where the length on the device says; the lengths here follow by `graphs`."""
+        assert self.lengths is not None
+        assert self.exact_keys is not None
+        assert self.exact_values is not None
+        place = self.lengths[1:].long()
+        self.exact_keys.index_copy_(2, place, key_states)
+        self.exact_values.index_copy_(2, place, value_states)
+        self.lengths[1:] += 1
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all, so that no later step or packing moves the storage."""
+        room = max(self._steady_room, self.exact_length)
+        self.exact_keys = _grown(self._exact(self.exact_keys), room)
+        self.exact_values = _grown(self._exact(self.exact_values), room)
+        for buffer in (self.packed_keys, self.packed_values):
+            buffer.reserve(round_up(tokens, self._token_group))
+
+    def follow(self) -> None:
+        """Count the token that a replayed step wrote, and pack what has left the window."""
+        self.exact_length += 1
+        before = self.packed_length
+        self.compress()
+        if self.lengths is not None and self.packed_length != before:
+            self.lengths[0], self.lengths[1] = self.packed_length, self.exact_length
 
     @property
     def _steady_room(self) -> int:
@@ -206,7 +203,7 @@ class QuantizedLayer(CacheLayerMixin):
     @property
     def _padded_front(self) -> int:
         """Places behind the sinks that hold pads in some row, up to whole groups; all are packed at the first time."""
-        return 0 if self.padding is None else _round_up(int(self.padding.max()), self._token_group)
+        return 0 if self.padding is None else round_up(int(self.padding.max()), self._token_group)
 
     def _set_padding(self, visible: Tensor) -> None:
         leading = visible.int().argmax(dim=1)
@@ -374,6 +371,13 @@ def _appended(buffer: Tensor | None, new: Tensor, length: int, room: int) -> Ten
         buffer = larger
     buffer[:, :, length:end] = new
     return buffer
+
+
+def _grown(states: Tensor, room: int) -> Tensor:
+    """Return storage for `room` tokens that begins with these."""
+    larger = states.new_empty(*states.shape[:2], room, states.shape[3])
+    larger[:, :, : states.shape[2]] = states
+    return larger
 
 
 def _index(slots: Tensor, states: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Room:
         new.copy_into(self.extend(new), 0)
 
     def extend(self, like: Any) -> Any:
-        from turboquant.layer import TokenBuffer
+        from turboquant.token_buffer import TokenBuffer
 
         buffer = TokenBuffer()
         buffer.storage, buffer.length = self.storage, self.length

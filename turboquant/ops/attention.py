@@ -105,6 +105,25 @@ def attend(  # noqa: PLR0913
     return _reference(query, exact_keys, exact_values, packed, sink_length, mask, scaling) if fused is None else fused
 
 
+def attend_at_lengths(
+    query: Tensor, exact_keys: Tensor, exact_values: Tensor, packed: PackedSegment, scaling: float, lengths: Tensor
+) -> Tensor:
+    """Attend by kernels over tensors with spare room; (packed, exact) tokens that count are told on the device.
+
+    Nothing here waits for the device, so a CUDA graph can hold it. See `kernels.attention.attend`.
+
+    Raises:
+        RuntimeError: If there are no kernels for the call.
+    """
+    kernels = usable(query, "attention")
+    views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+    reason = "Triton or CUDA is missing" if kernels is None else kernels.unsupported(query, *views)
+    if kernels is None or reason is not None:
+        raise RuntimeError(f"steps can be replayed only where GPU kernels attend: {reason}")
+    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scaling, lengths=lengths)
+    return output
+
+
 def _fused(
     query: Tensor,
     exact: tuple[Tensor, Tensor],
