@@ -37,6 +37,7 @@ LAYERS = (
     ("kernels", "metrics", "verdict"),
     ("kernel_view", "token_buffer"),
     ("quantizer", "packing", "rotation", "statistics"),
+    ("bench_records",),
     ("codebook", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

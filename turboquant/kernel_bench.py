@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from turboquant.bench_records import AttentionBench, EncodeBench
 from turboquant.methods import Method
 from turboquant.ops.attention import PackedSegment, attend
 from turboquant.ops.backend import attention_backend
 from turboquant.ops.encode import encode
-from turboquant.results import Environment, Record, Spread, environment
+from turboquant.results import Spread, environment
 
 COLD_BYTES = 2**28
 """Bytes that a side reads before it comes back to the same tensors; several times the L2 cache of today's GPUs."""
@@ -45,67 +46,6 @@ SHAPES = {
     "phi-2": Shape(32, 32, 80),
     "smollm2-135m": Shape(9, 3, 64),
 }
-
-
-class AttentionBench(Record):
-    """One layer's decode attention over a full 16-bit cache and over a compressed one, in microseconds.
-
-    `full_us` is the fastest of `full_all_us`, torch's attention implementations with the queries of a KV head one by
-    one or packed into one. `ratio` is full over compressed. `floor_us` is the time that a copy of this machine takes
-    to move `bytes`, what the compressed cache holds, and `floor_fraction` is floor over measured.
-    """
-
-    kind: Literal["bench-attention"] = "bench-attention"
-    environment: Environment
-    backend: str
-    shape: str
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    method: str
-    dtype: str
-    batch: int
-    context: int
-    query_tokens: int
-    exact_tokens: int
-    sets: int
-    repeats: int
-    bytes: int
-    full_bytes: int
-    copy_gb_per_second: float
-    us: Spread
-    full: str
-    full_us: Spread
-    full_all_us: dict[str, float]
-    ratio: float
-    floor_us: float
-    floor_fraction: float
-
-
-class EncodeBench(Record):
-    """Quantizing keys and values into a cache, `tokens` of each in every head, in microseconds.
-
-    `bytes` is what is read and written at least; `copy_fraction` is the share of this machine's copy bandwidth.
-    """
-
-    kind: Literal["bench-encode"] = "bench-encode"
-    environment: Environment
-    backend: str
-    shape: str
-    kv_heads: int
-    head_dim: int
-    method: str
-    dtype: str
-    batch: int
-    tokens: int
-    vectors: int
-    sets: int
-    repeats: int
-    bytes: int
-    copy_gb_per_second: float
-    us: Spread
-    gb_per_second: float
-    copy_fraction: float
 
 
 Call = Callable[[], Any]
@@ -158,12 +98,21 @@ def _timed(sides: dict[str, _Side], repeats: int) -> dict[str, list[float]]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Measure bytes a second, read and written, of a large copy on this device."""
+    """Measure bytes a second, read and written, of a large copy on this device.
+
+    The copy is not captured: in a CUDA graph a copy engine may take it over, which is slower than what kernels reach.
+    """
     size = COPY_BYTES if device.type == "cuda" else COPY_BYTES // 8
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(256)
     target = torch.empty_like(source)
-    side = _Side([lambda: target.copy_(source)], device)
-    return 2 * size / (1e-6 * float(np.median(_timed({"copy": side}, 15)["copy"])))
+    times = []
+    for _ in range(16):
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * size / float(np.median(times[1:]))
 
 
 def _device() -> torch.device:

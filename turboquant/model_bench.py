@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from turboquant import hf_attention
+from turboquant.bench_records import ContextBench, ModelBench
 from turboquant.cache import build_cache, cache_bytes, fill_cache
 from turboquant.graphs import GraphDecoder
 from turboquant.methods import Method
-from turboquant.results import Environment, Record, Spread, environment
+from turboquant.results import Spread, environment
 
 CHUNK = 2048
 """Tokens filled in at once."""
@@ -44,39 +45,6 @@ MODELS: dict[str, dict[str, int]] = {
         "vocab_size": 49152,
     },
 }
-
-
-class ModelBench(Record):
-    """Decode steps of one side: how it was run, milliseconds a step, and bytes that its cache holds."""
-
-    kind: Literal["bench-model"] = "bench-model"
-    environment: Environment
-    model: str
-    weights: str
-    method: str
-    run: str
-    batch: int
-    context: int
-    steps: int
-    step_ms: Spread
-    tokens_per_second: float
-    cache_bytes: int
-    peak_bytes: int
-
-
-class ContextBench(Record):
-    """The longest context whose cache fits beside the weights in a budget of GPU memory, reached by filling it."""
-
-    kind: Literal["bench-memory"] = "bench-memory"
-    environment: Environment
-    model: str
-    weights: str
-    method: str
-    budget_bytes: int
-    weight_bytes: int
-    context: int
-    cache_bytes: int
-    step_ms: float
 
 
 def random_model(name: str, weights: str = "bf16") -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from turboquant.bench_records import GPU_BENCHES, GpuBench
 from turboquant.methods import parse_method
 from turboquant.results import DecodeBench, Environment, ExperimentRecord, first_error
 
@@ -27,10 +28,11 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """What was read: experiment records with the file each came from, and decode benchmarks; the newest of each."""
+    """What was read: experiment records with the file each came from, and benchmarks; the newest of each."""
 
     records: tuple[tuple[ExperimentRecord, Path], ...] = ()
     benches: tuple[DecodeBench, ...] = ()
+    gpu: tuple[GpuBench, ...] = ()
 
     def of(self, experiment: str, file: str = "") -> list[ExperimentRecord]:
         """Return the records of an experiment that did not fail, from files whose names begin so."""
@@ -51,17 +53,21 @@ def read_results(places: Iterable[Path]) -> Results:
     """
     records: dict[str, tuple[ExperimentRecord, Path]] = {}
     benches: dict[tuple[object, ...], DecodeBench] = {}
+    gpu: dict[tuple[object, ...], GpuBench] = {}
     for path in _files(places):
         for found in _read_document(path) if path.suffix == ".json" else _read_lines(path):
             if isinstance(found, ExperimentRecord):
                 before = records.get(found.cell.key)
                 if before is None or _rank(before[0]) <= _rank(found):
                     records[found.cell.key] = (found, path)
+            elif not isinstance(found, DecodeBench):
+                if found.key not in gpu or gpu[found.key].environment.created <= found.environment.created:
+                    gpu[found.key] = found
             else:
                 key = (found.model.name, found.method, found.prompt_tokens, found.new_tokens, found.environment.device)
                 if key not in benches or benches[key].environment.created <= found.environment.created:
                     benches[key] = found
-    return Results(tuple(records.values()), tuple(benches.values()))
+    return Results(tuple(records.values()), tuple(benches.values()), tuple(gpu.values()))
 
 
 def _rank(record: ExperimentRecord) -> tuple[bool, str]:
@@ -80,7 +86,7 @@ def _files(places: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench]:
+def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench | GpuBench]:
     *lines, torn = path.read_bytes().split(b"\n")
     read = (_read_line(line, f"line {i} of {path}") for i, line in enumerate(lines, start=1) if line.strip())
     found = [record for record in read if record]
@@ -90,11 +96,13 @@ def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench]:
     return found
 
 
-def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | None:
+def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | GpuBench | None:
     """Read a line; benchmarks of other kinds, which no report shows, are None."""
     try:
         content = json.loads(line)
         kind = content.get("kind") if isinstance(content, dict) else None
+        if kind in GPU_BENCHES:
+            return GPU_BENCHES[kind].model_validate_json(line)
         if isinstance(kind, str) and kind.startswith("bench-") and kind != "bench-decode":
             return None
         return (DecodeBench if kind == "bench-decode" else ExperimentRecord).model_validate_json(line)

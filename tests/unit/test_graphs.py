@@ -17,6 +17,7 @@ from turboquant.kernels import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+TOLERANCE = 5e-2 if DEVICE == "cuda" else 2e-2  # bfloat16 has three bits less
 SPEC = "turboquant:bits=4,group_size=32,residual_length=32,sink_length=4"
 PROMPT, STEPS = 4 + 32 + 64 + 31, 3  # the second step fills the window
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*", "ignore::DeprecationWarning")
@@ -48,7 +49,7 @@ def test_replayed_steps_are_those_of_plain_calls_across_packings() -> None:
     for step in range(STEPS):
         logits = decoder.step(token).clone()
         expected = other(token, past_key_values=plain).logits[:, -1]
-        torch.testing.assert_close(logits, expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
         token = expected.argmax(dim=-1, keepdim=True)
         assert cache.get_seq_length() == plain.get_seq_length() == PROMPT + step + 1
     assert cache.layers[0].packed_length == plain.layers[0].packed_length > packed
@@ -56,7 +57,7 @@ def test_replayed_steps_are_those_of_plain_calls_across_packings() -> None:
     decoder.close()
     assert storage is cache.layers[0].packed_keys.storage
     again = model(token, past_key_values=cache).logits
-    torch.testing.assert_close(again, other(token, past_key_values=plain).logits, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(again, other(token, past_key_values=plain).logits, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.usefixtures("interpreted")

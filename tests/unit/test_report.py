@@ -296,6 +296,12 @@ def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> No
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", record_, record_.model_copy(update={"environment": older}))
         day, commit = record_.environment.created[:10], record_.environment.commit
+    elif name.startswith("gpu-"):
+        kind = {"gpu-attention": "bench-attention", "gpu-model": "bench-model", "gpu-context": "bench-memory"}[name]
+        newest = next(r for r in read_results([ROOT / "results"]).gpu if r.kind == kind)
+        older = newest.environment.model_copy(update={"created": "2020-01-01"})
+        write(tmp_path / "bench.jsonl", newest.model_copy(update={"environment": older}), newest)
+        day, commit = newest.environment.created[:10], newest.environment.commit
     else:
         write(tmp_path / f"{name}.jsonl", *grid(experiment=kinds.get(name, name)))
         day, commit = "2026-01-01", "abc123"

@@ -1,4 +1,4 @@
-"""`bench attention` and `bench encode`: one layer's kernels, without a model."""
+"""`bench attention` and `bench encode`: one layer's kernels. `bench model` and `bench memory`: random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,3 +73,50 @@ def bench_encode_command(
         for rows in batch or [1]:
             for count in tokens or [12_800]:
                 _write(bench_encode(name, chosen, batch=rows, tokens=count, repeats=repeats), output)
+
+
+ShapedOption = Annotated[str, typer.Option("--model", help="Shape of mistral-7b or smollm2-135m; weights are random.")]
+PrecisionOption = Annotated[str, typer.Option("--weights", help="bf16 or 4bit.")]
+
+
+def _check_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        fail("this benchmark needs a CUDA device; `bench decode` and `bench attention` run without one", 1)
+
+
+@bench.command("model")
+def bench_model_command(
+    model: ShapedOption = "mistral-7b",
+    weights: PrecisionOption = "4bit",
+    method: MethodsOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    context: Annotated[int, typer.Option(min=256, help="Tokens a row.")] = 32_768,
+    steps: Annotated[int, typer.Option(min=1, help="Timed decode steps.")] = 64,
+    output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-model.jsonl"),
+) -> None:
+    """Time decode steps of a whole model of a known shape on a GPU, called step by step and as a CUDA graph."""
+    chosen = read_methods(method, ["full", "turboquant:bits=4"])
+    check_writable(output)
+    _check_cuda()
+    from turboquant.model_bench import bench_model
+
+    _write(bench_model(model, weights, chosen, batch=batch, context=context, steps=steps), output)
+
+
+@bench.command("memory")
+def bench_memory_command(
+    model: ShapedOption = "mistral-7b",
+    weights: PrecisionOption = "4bit",
+    method: MethodsOption = None,
+    budget_gb: Annotated[float, typer.Option(min=1, help="GPU memory to stay within, GB.")] = 16,
+    output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-memory.jsonl"),
+) -> None:
+    """Find the longest context that fits a budget of GPU memory, by filling the cache and decoding."""
+    chosen = read_methods(method, ["full", "turboquant:bits=4"])
+    check_writable(output)
+    _check_cuda()
+    from turboquant.model_bench import bench_memory
+
+    _write(bench_memory(model, weights, chosen, budget_bytes=int(budget_gb * 1e9)), output)

@@ -70,7 +70,8 @@ def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as long as their
     registers hold what they compute on.
     """
-    tile, warps, programs = (64, 4, 3) if rows > 16 else (32, 1, 8)
+    dim = keys.rotation.matrix.shape[0]
+    tile, warps, programs = (64, 4, 3) if rows > 16 else (64 if dim <= 64 else 32, 1, 8)
     wanted = _multiprocessors(keys.scales.device) * programs // heads
     return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))))
 

@@ -17,6 +17,7 @@ from turboquant.kernels.rotations import parts
 
 SCALES = {"norm": 0, "matched": 1, "unbiased": 2}
 UNGROUPED_TOKENS = 64
+WARPS = 4
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -231,5 +232,5 @@ def encode(
         KEY_SCALE=SCALES[keys.scale], VALUE_SCALE=SCALES[values.scale],
         KEY_SIGNED=keys.rotation.signs is not None, VALUE_SIGNED=values.rotation.signs is not None,
         KEY_EXACT=key_matrix.exact, VALUE_EXACT=value_matrix.exact, CENTERED=keys.center is not None,
-        GROUP_MEANS=keys.means is not None, ASM=not INTERPRETED, num_warps=8,
+        GROUP_MEANS=keys.means is not None, ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """The README's tables, made from records: each stands between a marker with its name and an end marker."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from turboquant.report.tables import by_group, comparison_table, decode_table, front_table, needle_table
+from turboquant.bench_records import GpuBench
+from turboquant.report.gpu import attention_table, context_table, model_table
+from turboquant.report.tables import Table, by_group, comparison_table, decode_table, front_table, needle_table
 from turboquant.report.variance import variance_table
 from turboquant.summary import ReportError, Results, read_results, summarize
 
@@ -29,6 +31,14 @@ def _methods(results: Results) -> str:
     return "\n\n".join(front_table(group).markdown() for _, _, group in groups)
 
 
+def _gpu(table: Callable[[Sequence[GpuBench]], Table]) -> Callable[[Results], str]:
+    def filled(results: Results) -> str:
+        made = table(results.gpu)
+        return made.markdown() if made.rows else ""
+
+    return filled
+
+
 def _needle(results: Results) -> str:
     groups = by_group(summarize(results.of("needle")))
     return "\n\n".join(needle_table(group).markdown() for _, _, group in groups)
@@ -50,6 +60,9 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "variance": _variance,
     "validate": _comparison("validate"),
     "sweep": _comparison("perplexity", "sweep"),
+    "gpu-attention": _gpu(attention_table),
+    "gpu-model": _gpu(model_table),
+    "gpu-context": _gpu(context_table),
 }
 """What may stand in a README: a function for each name, which returns Markdown, or nothing if there are no records."""
 
