@@ -75,6 +75,14 @@ def recorded() -> None:
     if decode:
         st.subheader("Decoding alone: other methods and a longer prompt", anchor=False)
         table([measure.decode_row(bench) for bench in decode])
+    gpu = measure.recorded_gpu(state.RESULTS)
+    if gpu:
+        st.subheader("On a GPU", anchor=False)
+        st.markdown("Speed and memory only: models of a known shape with random weights say nothing about answers.")
+    for title, note, lines in gpu:
+        st.markdown(f"**{title}**")
+        st.dataframe(lines, hide_index=True, alt=f"{title}, recorded.")
+        st.caption(escape(note))
     if metrics:
         st.subheader("How fast heads are compared", anchor=False)
         st.markdown(

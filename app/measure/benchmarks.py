@@ -14,6 +14,7 @@ from app.config import AppConfig
 from app.measure import check_count
 from app.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from app.verdict import human_bytes
+from turboquant.bench_records import GPU_BENCHES
 from turboquant.methods import parse_method
 from turboquant.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
 
@@ -242,6 +243,32 @@ def recorded_metrics(folder: Path) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def recorded_gpu(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
+    """Recorded GPU benchmarks as tables: what they show, where they were measured, and their rows."""
+    from turboquant.report.gpu import attention_table, context_table, model_table
+
+    found = [
+        GPU_BENCHES[line["kind"]].model_validate(line)
+        for path in sorted(folder.glob("bench-*.jsonl"))
+        for line in _lines(path)
+        if line.get("kind") in GPU_BENCHES
+    ]
+    tables = (
+        ("One layer's decode attention, full in bfloat16 against compressed", attention_table(found)),
+        ("Decode steps of a 7B shape with random weights", model_table(found)),
+        ("The longest context in a budget of GPU memory", context_table(found)),
+    )
+    return [
+        (
+            title,
+            table.note,
+            [dict(zip(table.columns, (cell.strip("`") for cell in row), strict=True)) for row in table.rows],
+        )
+        for title, table in tables
+        if table.rows
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The Benchmarks page: recorded figures with their source, the library's medians, and runs that can be stopped."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +189,13 @@ def test_failed_cells_have_no_row() -> None:
     assert measure.rows([failed]) == []
     assert len(measure.table_rows(measure.rows(RECORDS))) == len(RECORDS)
     assert len(measure.recorded_metrics(state.RESULTS)) >= 2
+
+
+def test_recorded_gpu_results_are_on_the_page(tmp_path: Path) -> None:
+    found = measure.recorded_gpu(state.RESULTS)
+    assert [title.split()[0] for title, *_ in found] == ["One", "Decode", "The"]
+    for _, note, lines in found:
+        assert "H100" in note
+        assert "driver" in note
+        assert all("`" not in line["method"] for line in lines)
+    assert measure.recorded_gpu(tmp_path) == []
