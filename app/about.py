@@ -12,6 +12,7 @@ import torch
 from app import definitions
 from app.config import AppConfig
 from app.verdict import human_bytes
+from turboquant.ops.backend import attention_backend
 from turboquant.results import Environment, environment
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
@@ -241,6 +242,7 @@ def surroundings() -> dict[str, str]:
         "PyTorch": here.torch,
         "Transformers": here.transformers,
         "Streamlit": _version("streamlit"),
+        "Compressed attention by": attention_backend("cuda" if torch.cuda.is_available() else "cpu"),
     }
 
 

@@ -23,6 +23,7 @@ def test_surroundings_name_versions_but_neither_host_nor_folders() -> None:
     assert re.match(r"\d+\.\d+", found["PyTorch"])
     assert re.match(r"\d+\.\d+", found["Streamlit"])
     assert int(found["CPU threads"]) >= 1
+    assert re.match(r"(triton|numba) \d|torch", found["Compressed attention by"])
     said = " ".join(found.values())
     assert socket.gethostname() not in said
     assert "/" not in said

@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TypeVar
 
@@ -48,8 +50,5 @@ def guarded(name: str, run: Callable[[], T]) -> T | None:
 def attention_backend(device: torch.device | str) -> str:
     """Name what attends over packed tokens on a device: "triton <version>", "numba <version>" or "torch"."""
     if torch.device(device).type == "cuda" and gpu_kernels("attention") and "attention" not in _failed:
-        return f"triton {import_module('triton').__version__}"
-    try:
-        return f"numba {import_module('numba').__version__}"
-    except ImportError:
-        return "torch"
+        return f"triton {version('triton')}"
+    return f"numba {version('numba')}" if find_spec("numba") else "torch"
