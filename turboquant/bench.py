@@ -1,11 +1,9 @@
 """Timings, as records: sides alternated in one process, medians with their spread, machine and commit noted."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +14,7 @@ from turboquant.methods import METHODS, Method
 from turboquant.metrics import TOP, Pair, Span, compare_layer
 from turboquant.models import LoadedModel
 from turboquant.results import CacheReport, DecodeBench, Environment, Record, Settings, Spread, environment
-
-
-def _spread(values: list[float]) -> Spread:
-    p20, p80 = np.percentile(values, [20, 80])
-    return Spread(median=statistics.median(values), p20=float(p20), p80=float(p80))
+from turboquant.statistics import timing_spread
 
 
 def bench_prompt(loaded: LoadedModel, count: int) -> Tensor:
@@ -90,7 +84,7 @@ def bench_decode(
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )
-    full, own = (_spread(values) for values in speeds)
+    full, own = (timing_spread(values) for values in speeds)
     return DecodeBench(
         environment=environment(loaded.model.device),
         model=model_info(loaded),
@@ -101,8 +95,8 @@ def bench_decode(
         full_tokens_per_second=full,
         tokens_per_second=own,
         ratio=own.median / full.median,
-        full_prefill_ms=_spread(prefills[0]),
-        prefill_ms=_spread(prefills[1]),
+        full_prefill_ms=timing_spread(prefills[0]),
+        prefill_ms=timing_spread(prefills[1]),
         report=report,
     )
 
@@ -201,7 +195,7 @@ def bench_metrics(
     same = fast["served"] | {f"packed_{name}": value for name, value in fast["packed"].items()}
     for name, value in slow.items():
         torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-4)
-    own, loop = (_spread(values[1:]) for values in times)
+    own, loop = (timing_spread(values[1:]) for values in times)
     return MetricsBench(
         environment=environment(device),
         query_heads=heads,

@@ -36,7 +36,6 @@ class GraphDecoder:
 
     Raises:
         ValueError: If the cache holds other layers, packed nothing yet, or has padded rows.
-        RuntimeError: If there are no kernels for the model, or no CUDA device.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, max_tokens: int) -> None:
@@ -72,6 +71,7 @@ class GraphDecoder:
 
         Raises:
             ValueError: If the cache is full.
+            RuntimeError: If no kernels serve the model here. `close` makes the cache usable again.
         """
         if self.layers[0].get_seq_length() >= self.max_tokens:
             raise ValueError(f"the cache was given room for {self.max_tokens} tokens, and they are there")

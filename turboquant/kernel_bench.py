@@ -22,7 +22,9 @@ from turboquant.methods import Method
 from turboquant.ops.attention import PackedSegment, attend
 from turboquant.ops.backend import attention_backend
 from turboquant.ops.encode import encode
-from turboquant.results import Spread, environment
+from turboquant.results import environment
+from turboquant.statistics import timing_spread
+from turboquant.token_buffer import TokenBuffer
 
 COLD_BYTES = 2**28
 """Bytes that a side reads before it comes back to the same tensors; several times the L2 cache of today's GPUs."""
@@ -49,11 +51,6 @@ SHAPES = {
 
 
 Call = Callable[[], Any]
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    p20, median, p80 = np.percentile(values, [20, 50, 80])
-    return Spread(median=float(median), p20=float(p20), p80=float(p80))
 
 
 class _Side:
@@ -123,24 +120,6 @@ def _states(shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: t
     return torch.randn(batch, shape.kv_heads, tokens, shape.head_dim, dtype=dtype, device=device)
 
 
-class _Room:
-    """Packed tokens of a bench; as `layer.TokenBuffer`, without growing."""
-
-    def __init__(self) -> None:
-        self.storage: Any = None
-        self.length = 0
-
-    def append(self, new: Any) -> None:
-        """Hold these tokens."""
-        self.storage, self.length = new, new.tokens
-
-    def extend(self, like: Any) -> Any:
-        """Make room once."""
-        self.storage = like if self.storage is None else self.storage
-        self.length = like.tokens
-        return self.storage
-
-
 def packed_segment(
     method: Method, shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> PackedSegment:
@@ -152,10 +131,22 @@ def packed_segment(
     quantizers = None if method.foreign else method.quantizers(shape.head_dim, shape.head_dim, 0, device)
     if quantizers is None:
         raise ValueError(f"{method} has no packed tokens to attend to")
-    rooms = _Room(), _Room()
-    states = [_states(shape, batch, tokens, dtype, device) for _ in rooms]
-    encode((quantizers[0], states[0], rooms[0]), (quantizers[1], states[1], rooms[1]), None)
-    return PackedSegment(rooms[0].storage, rooms[1].storage, *quantizers)
+    keys, values = TokenBuffer(), TokenBuffer()
+    states = [_states(shape, batch, tokens, dtype, device) for _ in range(2)]
+    encode((quantizers[0], states[0], keys), (quantizers[1], states[1], values), None)
+    return PackedSegment(keys.view(), values.view(), *quantizers)
+
+
+def _served(calls: Sequence[Call], device: torch.device) -> _Side | None:
+    """Return the side, or None where torch's implementation does not serve the shape."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains at length why it does not
+            return _Side(calls, device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
 
 
 def _baselines(query: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, _Side]:
@@ -179,12 +170,11 @@ def _baselines(query: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str
                 with sdpa_kernel(backend):
                     return scaled_dot_product_attention(q, *pair, enable_gqa=grouped)
 
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch explains at length why a backend does not serve
-                    found[label] = _Side([partial(call, pair) for pair in sets], query.device)
-            except RuntimeError:
-                continue
+            side = _served([partial(call, pair) for pair in sets], query.device)
+            if side is not None:
+                found[label] = side
+    if not found:
+        raise ValueError("none of torch's attention implementations serves this shape here")
     return found
 
 
@@ -270,9 +260,9 @@ def bench_attention(
             bytes=size,
             full_bytes=full_bytes,
             copy_gb_per_second=copy / 1e9,
-            us=_spread(times["own"]),
+            us=timing_spread(times["own"]),
             full=fastest,
-            full_us=_spread(times["full"]),
+            full_us=timing_spread(times["full"]),
             full_all_us=medians,
             ratio=float(np.median(times["full"])) / median,
             floor_us=floor,
@@ -307,11 +297,15 @@ def bench_encode(
             pair = _states(heads, batch, count, dtype, device), _states(heads, batch, count, dtype, device)
             size = first.keys.nbytes + first.values.nbytes + 2 * states.nbytes
 
-            def call(segment: Any = first, pair: tuple[Tensor, Tensor] = pair) -> None:
-                rooms = _Room(), _Room()
-                rooms[0].storage, rooms[1].storage = segment.keys, segment.values
-                rooms[0].length = rooms[1].length = segment.keys.tokens  # the center is kept, as for later groups
-                encode((segment.key_quantizer, pair[0], rooms[0]), (segment.value_quantizer, pair[1], rooms[1]), None)
+            buffers = TokenBuffer(), TokenBuffer()
+            for buffer, packed in zip(buffers, (first.keys, first.values), strict=True):
+                buffer.storage = packed.empty(2 * count)  # written behind tokens held, so that the center is kept
+
+            def call(segment: Any = first, pair: Any = pair, buffers: Any = buffers, count: int = count) -> None:
+                for buffer in buffers:
+                    buffer.length = count
+                quantizers = segment.key_quantizer, segment.value_quantizer
+                encode((quantizers[0], pair[0], buffers[0]), (quantizers[1], pair[1], buffers[1]), None)
 
             calls.append(call)
         spent = _timed({"own": _Side(calls, device)}, repeats)["own"]
@@ -331,7 +325,7 @@ def bench_encode(
             repeats=repeats,
             bytes=size,
             copy_gb_per_second=copy / 1e9,
-            us=_spread(spent),
+            us=timing_spread(spent),
             gb_per_second=speed / 1e9,
             copy_fraction=speed / copy,
         )

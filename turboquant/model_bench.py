@@ -7,10 +7,9 @@ is held, and the decode steps that are timed are real.
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
@@ -23,7 +22,8 @@ from turboquant.bench_records import ContextBench, ModelBench
 from turboquant.cache import build_cache, cache_bytes, fill_cache
 from turboquant.graphs import GraphDecoder
 from turboquant.methods import Method
-from turboquant.results import Spread, environment
+from turboquant.results import environment
+from turboquant.statistics import timing_spread
 
 CHUNK = 2048
 """Tokens filled in at once."""
@@ -164,10 +164,9 @@ class _FullGraph:
 @torch.no_grad()
 def bench_model(
     name: str, weights: str, methods: Sequence[Method], *, batch: int = 1, context: int = 32_768, steps: int = 64
-) -> list[ModelBench]:
+) -> Iterator[ModelBench]:
     """Time decode steps after `context` tokens: each method called step by step, and compressed ones replayed too."""
     model = random_model(name, weights)
-    records = []
     for method in methods:
         for run in ("calls",) if method.name == "full" else ("calls", "graph"):
             gc.collect()
@@ -182,10 +181,10 @@ def bench_model(
                 times = _timed(decoder.step, steps)
             else:
                 times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), steps)
-            records.append(_record(name, weights, str(method), run, (batch, context), times, cache))
+            yield _record(name, weights, str(method), run, (batch, context), times, cache)
             del cache
             decoder = None
-    return [*records, _full_graph(model, name, weights, batch, context, steps)]
+    yield _full_graph(model, name, weights, batch, context, steps)
 
 
 def _full_graph(model: Any, name: str, weights: str, batch: int, context: int, steps: int) -> ModelBench:
@@ -203,7 +202,7 @@ def _full_graph(model: Any, name: str, weights: str, batch: int, context: int, s
 def _record(
     name: str, weights: str, method: str, run: str, sizes: tuple[int, int], times: list[float], cache: Cache
 ) -> ModelBench:
-    p20, median, p80 = (float(x) for x in np.percentile(times, [20, 50, 80]))
+    step_ms = timing_spread(times)
     return ModelBench(
         environment=environment("cuda"),
         model=f"{name} shape, random weights",
@@ -213,48 +212,45 @@ def _record(
         batch=sizes[0],
         context=sizes[1],
         steps=len(times),
-        step_ms=Spread(median=median, p20=p20, p80=p80),
-        tokens_per_second=1e3 * sizes[0] / median,
+        step_ms=step_ms,
+        tokens_per_second=1e3 * sizes[0] / step_ms.median,
         cache_bytes=cache_bytes(cache),
         peak_bytes=torch.cuda.max_memory_allocated(),
     )
 
 
 @torch.no_grad()
-def bench_memory(name: str, weights: str, methods: Sequence[Method], *, budget_bytes: int) -> list[ContextBench]:
+def bench_memory(name: str, weights: str, methods: Sequence[Method], *, budget_bytes: int) -> Iterator[ContextBench]:
     """Fill a cache until the GPU memory of the budget is used up, then decode; one record a method."""
-    records = []
+    total = torch.cuda.get_device_properties(0).total_memory
     for method in methods:
         gc.collect()
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
         model = random_model(name, weights)
         gc.collect()
         torch.cuda.empty_cache()
         weight_bytes = torch.cuda.memory_allocated()
-        total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
-        context, step_ms, held = _longest(model, method)
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        records.append(
-            ContextBench(
-                environment=environment("cuda"),
-                model=f"{name} shape, random weights",
-                weights=weights,
-                method=str(method),
-                budget_bytes=budget_bytes,
-                weight_bytes=weight_bytes,
-                context=context,
-                cache_bytes=held,
-                step_ms=step_ms,
-            )
+        try:
+            context, step_ms, held = _longest(model, method)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        yield ContextBench(
+            environment=environment("cuda"),
+            model=f"{name} shape, random weights",
+            weights=weights,
+            method=str(method),
+            budget_bytes=budget_bytes,
+            weight_bytes=weight_bytes,
+            context=context,
+            cache_bytes=held,
+            step_ms=step_ms,
         )
         del model
-    return records
 
 
 def _longest(model: Any, method: Method) -> tuple[int, float, int]:
-    """Grow by a sixteenth until memory runs out; the last length at which decode steps ran counts."""
+    """Grow by ever longer strides until memory runs out, then by shorter ones; the last length that decoded counts."""
     text: Any = model.config
     best = (0, 0.0, 0)
     tokens, stride = 16_384, 16_384

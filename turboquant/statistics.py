@@ -7,11 +7,17 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from turboquant.results import Record
+from turboquant.results import Record, Spread
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 """Bootstrap and permutation resamples; with fewer than 14 pairs every permutation is gone through."""
+
+
+def timing_spread(values: Sequence[float]) -> Spread:
+    """Return the median of repeated timings and their 20th and 80th percentile."""
+    p20, median, p80 = (float(value) for value in np.percentile(values, [20, 50, 80]))
+    return Spread(median=median, p20=p20, p80=p80)
 
 
 class Estimate(Record):

@@ -21,7 +21,7 @@ from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quantizer import Quantizer
 from turboquant.results import Record, Spread
 from turboquant.rotation import RotationKind, qjl_projection, qjl_scale, random_rotation
-from turboquant.statistics import Estimate, estimate
+from turboquant.statistics import Estimate, estimate, timing_spread
 
 TOLERANCE = 4.0
 """Standard errors, or what is as improbable with few seeds (1 in 16,000), between a measured value and its theory."""
@@ -290,20 +290,17 @@ def measure_throughput(
 
 def _throughput(run: Callable[[], object], x: Tensor, repeats: int) -> Throughput:
     wait = partial(torch.cuda.synchronize, x.device) if x.device.type == "cuda" else (lambda: None)
-    seconds = []
+    rates = []
     for _ in range(repeats + 1):
         wait()
         started = time.perf_counter()
         run()
         wait()
-        seconds.append(time.perf_counter() - started)
-    rates = x.shape[2] / torch.tensor(seconds[1:], dtype=torch.float64)
-    p20, median, p80 = torch.quantile(rates, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    spread = Spread(median=median, p20=p20, p80=p80)
+        rates.append(x.shape[2] / (time.perf_counter() - started))
     scale = 2 * x.shape[-1] / 1e9
     return Throughput(
-        vectors_per_second=spread,
-        gb_per_second=Spread(median=median * scale, p20=p20 * scale, p80=p80 * scale),
+        vectors_per_second=timing_spread(rates[1:]),
+        gb_per_second=timing_spread([scale * rate for rate in rates[1:]]),
     )
 
 

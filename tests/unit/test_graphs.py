@@ -87,3 +87,5 @@ def test_without_kernels_the_reason_is_named() -> None:
     decoder = GraphDecoder(model, cache, PROMPT + 1)
     with pytest.raises(RuntimeError, match="Triton or CUDA is missing"):
         decoder.step(token)
+    decoder.close()
+    assert all(layer.lengths is None for layer in cache.layers)

@@ -13,6 +13,7 @@ from turboquant.methods import parse_method
 from turboquant.ops import backend
 from turboquant.ops.attention import PackedSegment, _reference
 from turboquant.ops.encode import encode
+from turboquant.token_buffer import TokenBuffer
 
 pytest.importorskip("triton")
 
@@ -170,26 +171,6 @@ def test_small_and_large_values_keep_their_precision() -> None:
         )
 
 
-class Room:
-    """A place for packed tokens, as a layer's."""
-
-    def __init__(self) -> None:
-        self.storage: Any = None
-        self.length = 0
-
-    def append(self, new: Any) -> None:
-        new.copy_into(self.extend(new), 0)
-
-    def extend(self, like: Any) -> Any:
-        from turboquant.token_buffer import TokenBuffer
-
-        buffer = TokenBuffer()
-        buffer.storage, buffer.length = self.storage, self.length
-        view = buffer.extend(like)
-        self.storage, self.length = buffer.storage, buffer.length
-        return view
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("spec", "dim", "tokens"),
@@ -277,13 +258,13 @@ def test_a_kernel_that_fails_warns_once_and_the_reference_takes_its_place(monkey
     monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: backend.usable(tensor, name))
     keys, values = quantizers("turboquant:bits=4", 64)
     states = torch.randn(1, 1, 64, 64, device=DEVICE).half()
-    rooms = Room(), Room()
+    rooms = TokenBuffer(), TokenBuffer()
     with pytest.warns(RuntimeWarning, match="encode kernels do not run here"):
         encode((keys, states, rooms[0]), (values, states, rooms[1]), None)
     encode((keys, states, rooms[0]), (values, states, rooms[1]), None)  # without a second warning
     assert rooms[0].length == rooms[1].length == 128
     expected = keys.dequantize(keys.quantize(states))
-    torch.testing.assert_close(keys.dequantize(rooms[0].storage)[:, :, :64], expected)
+    torch.testing.assert_close(keys.dequantize(rooms[0].view())[:, :, :64], expected)
 
 
 def test_out_of_memory_is_not_taken_for_a_broken_kernel() -> None:

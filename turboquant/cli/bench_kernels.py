@@ -27,7 +27,7 @@ def _write(records: "Iterable[Record]", output: Path) -> None:
             typer.echo(record.model_dump_json())
     except ValueError as error:
         fail(error, 2)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # memory that runs out is a RuntimeError; finished records are written
         fail(error, 1)
 
 

@@ -18,10 +18,10 @@ WORKSPACE = 2**27
 """Bytes of dequantized keys (and of values) held at once."""
 
 
-@triton.jit(do_not_specialize=["first", "count", "tokens", "t_b", "t_h", "mt_b", "mt_h"])
+@triton.jit(do_not_specialize=["first", "count", "t_b", "t_h", "mt_b", "mt_h"])
 def dequantize_tile(
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, LUT, OUT,
-    first, count, tokens, factor,
+    first, count, factor,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def dequantize(view: KernelView, first: int, count: int, dtype: torch.dtype) -> 
     dequantize_tile[-(-count // tile), batch * heads](
         *place(view.planes[0]), *place(view.planes[-1]), *place(view.scales), *place(view.tops), *place(view.means),
         *place(view.mean_tops), none if view.center is None else view.center.contiguous(), lut, out,
-        first, count, view.tokens, dim**-0.5 / (255 if view.group_size else 1),
+        first, count, dim**-0.5 / (255 if view.group_size else 1),
         KV_HEADS=heads, D=dim, DP=triton.next_power_of_2(dim), BITS=view.bits, GROUP=view.group_size,
         CENTERED=view.center is not None, GROUP_MEANS=view.means is not None, BN=tile, num_warps=4,
     )  # fmt: skip
