@@ -1,6 +1,7 @@
-# make app    set up and serve the app on http://localhost:8501 (PORT=... changes the port)
-# make test   set up, then run the linters and every test
-# make setup  the part both share; a second run does nothing
+# make app      set up and serve the app on http://localhost:8501 (PORT=... changes the port)
+# make test     set up, then run the linters and the tests
+# make nightly  the tests that take minutes: fuzzing, endurance, faults
+# make setup    the part they share; a second run does nothing
 
 PYTHON ?= python3
 PORT ?= 8501
@@ -16,7 +17,7 @@ READY_DEV := $(VENV)/.ready-dev-$(call checksum,requirements.txt requirements-de
 # Otherwise quanto does so at first use, while the other test process waits for it; where it cannot, tests are skipped.
 COMPILE_QUANTO := from optimum.quanto.library.extensions import get_extension; get_extension("quanto_cpp").lib
 
-.PHONY: setup app test lint browser clean
+.PHONY: setup app test nightly lint browser clean
 
 setup: $(READY)
 
@@ -27,6 +28,9 @@ app: setup
 # the order that tests/conftest.py gives: the longest first.
 test: lint browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+nightly: $(READY_DEV) browser
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m nightly --timeout 3600 $(PYTEST_ARGS)
 
 lint: $(READY_DEV)
 	$(VENV)/bin/ruff check .
