@@ -52,6 +52,37 @@ class AttentionBench(_Bench):
     floor_fraction: float
 
 
+class ScoresBench(_Bench):
+    """Attention scores alone of one query token a row, in microseconds: float32 keys against packed ones.
+
+    `full_us` is the fastest of `full_all_us`, torch's products of float32 queries and keys; `ratio` is full over
+    compressed. `bytes` and `full_bytes` are what the keys take; scores are written in float32 by the full side and in
+    `dtype` by the other.
+    """
+
+    case: ClassVar[tuple[str, ...]] = ("shape", "method", "batch", "context")
+    kind: Literal["bench-scores"] = "bench-scores"
+    backend: str
+    shape: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    method: str
+    dtype: str
+    batch: int
+    context: int
+    sets: int
+    repeats: int
+    bytes: int
+    full_bytes: int
+    copy_gb_per_second: float
+    us: Spread
+    full: str
+    full_us: Spread
+    full_all_us: dict[str, float]
+    ratio: float
+
+
 class EncodeBench(_Bench):
     """Quantizing keys and values into a cache, `tokens` of each in every head, in microseconds.
 
@@ -111,9 +142,10 @@ class ContextBench(_Bench):
     step_ms: float
 
 
-GpuBench = AttentionBench | EncodeBench | ModelBench | ContextBench
+GpuBench = AttentionBench | ScoresBench | EncodeBench | ModelBench | ContextBench
 GPU_BENCHES: dict[str, type[GpuBench]] = {
     "bench-attention": AttentionBench,
+    "bench-scores": ScoresBench,
     "bench-encode": EncodeBench,
     "bench-model": ModelBench,
     "bench-memory": ContextBench,

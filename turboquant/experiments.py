@@ -137,24 +137,35 @@ def failed(cell: Cell, error: BaseException | str, device: torch.device | str = 
     return ExperimentRecord(cell=cell, environment=environment(device), error=text)
 
 
+def _allocated(device: torch.device) -> int | None:
+    """Bytes allocated on a GPU, whose peak is counted anew from here; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
 def _measure(
     experiment: Experiment[Any], cells: Sequence[Cell], loaded: LoadedModel, watch: Watch
 ) -> Iterator[ExperimentRecord]:
     by_method = {cell.method: cell for cell in cells}
     settings = experiment.settings.model_validate(cells[0].settings)
     methods = [parse_method(cell.method or "") for cell in cells]
-    started = time.perf_counter()
+    device, started = loaded.model.device, time.perf_counter()
+    held = _allocated(device)
     for method, found in experiment.run(loaded, methods, settings, watch):
         elapsed, started = time.perf_counter() - started, time.perf_counter()
+        peak = {} if held is None else {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(device) - held)}
         yield ExperimentRecord(
             cell=by_method.pop(str(method)),
             model=model_info(loaded),
-            metrics={name: _finite(value) for name, value in found.metrics.items()},
+            metrics={name: _finite(value) for name, value in {**peak, **found.metrics}.items()},
             cache=found.cache,
             timing={"elapsed": elapsed, **found.timing},
             detail=found.detail,
-            environment=environment(loaded.model.device),
+            environment=environment(device),
         )
+        _allocated(device)
     if watch.stopping():
         return
     for cell in by_method.values():

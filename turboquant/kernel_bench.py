@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from turboquant.bench_records import AttentionBench, EncodeBench
+from turboquant.bench_records import AttentionBench, EncodeBench, ScoresBench
 from turboquant.methods import Method
 from turboquant.ops.attention import PackedSegment, attend
 from turboquant.ops.backend import attention_backend
 from turboquant.ops.encode import encode
+from turboquant.ops.scores import scores
 from turboquant.results import environment
 from turboquant.statistics import timing_spread
 from turboquant.token_buffer import TokenBuffer
@@ -116,6 +118,15 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _shape(name: str, *sizes: int) -> Shape:
+    """Look up a shape, and refuse sizes below 1."""
+    if name not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
+    if min(sizes) < 1:
+        raise ValueError(f"sizes must be at least 1, got {', '.join(map(str, sizes))}")
+    return SHAPES[name]
+
+
 def _states(shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(batch, shape.kv_heads, tokens, shape.head_dim, dtype=dtype, device=device)
 
@@ -150,7 +161,10 @@ def _served(calls: Sequence[Call], device: torch.device) -> _Side | None:
 
 
 def _baselines(query: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str, _Side]:
-    """Torch's attention implementations that run here, with and without packing the queries of a KV head."""
+    """Torch's attention implementations that run here, with and without packing the queries of a KV head.
+
+    With several query tokens all but "flash causal" see every token: a little more work, where they are fast at all.
+    """
     batch, heads, rows, dim = query.shape
     kv_heads = sets[0][0].shape[1]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
@@ -158,21 +172,21 @@ def _baselines(query: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> dict[str
     if query.device.type != "cuda":
         backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)  # type: ignore[assignment]
     found: dict[str, _Side] = {}
-    for backend in backends:
-        for name, q, grouped in (("", query, True), (" packed", packed, False)):
-            if rows > 1 and not grouped:
-                continue  # packed rows of several tokens would need a mask
-            label = backend.name.lower().removesuffix("_attention") + name
+    variants = [("", query, True), (" packed", packed, False)][: 2 if rows == 1 else 1]  # packed tokens need a mask
+    for backend, (name, q, grouped) in product(backends, variants):
+        label = backend.name.lower().removesuffix("_attention") + name
 
-            def call(
-                pair: tuple[Tensor, Tensor], q: Tensor = q, grouped: bool = grouped, backend: Any = backend
-            ) -> Any:
-                with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(q, *pair, enable_gqa=grouped)
+        def call(pair: tuple[Tensor, Tensor], q: Tensor = q, grouped: bool = grouped, backend: Any = backend) -> Any:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, *pair, enable_gqa=grouped)
 
-            side = _served([partial(call, pair) for pair in sets], query.device)
-            if side is not None:
-                found[label] = side
+        side = _served([partial(call, pair) for pair in sets], query.device)
+        if side is not None:
+            found[label] = side
+    if rows > 1 and query.device.type == "cuda":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention  # the only one aligned to the lower right corner
+        side = _served([partial(flash, query, *pair, 0.0, True, False) for pair in sets], query.device)
+        found.update({"flash causal": side} if side is not None else {})
     if not found:
         raise ValueError("none of torch's attention implementations serves this shape here")
     return found
@@ -193,23 +207,19 @@ def bench_attention(
     query_tokens: int = 1,
     repeats: int = 20,
 ) -> Iterator[AttentionBench]:
-    """Time one layer's decode attention over `context` tokens a row, full and compressed, in turn.
+    """Time one layer's attention from the last `query_tokens` of `context` tokens a row, full and compressed, in turn.
 
-    The compressed cache holds sinks and window exactly, as the method asks, and the rest packed. On a GPU the dtype
-    is bfloat16, elsewhere float32.
+    The compressed cache holds sinks, window and the query tokens exactly, as the method asks, and the rest packed. On a
+    GPU the dtype is bfloat16, elsewhere float32.
 
     Raises:
         ValueError: If a size or the shape's name is out of range, or the context leaves nothing to pack.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    if min(batch, context, query_tokens, repeats) < 1:
-        raise ValueError(f"sizes must be at least 1, got {batch}, {context}, {query_tokens} and {repeats}")
-    heads, device = SHAPES[shape], _device()
+    heads, device = _shape(shape, batch, context, query_tokens, repeats), _device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for method in methods:
-        if not method.packed_length(context):
-            raise ValueError(f"{method} packs nothing of {context} tokens: give a longer context")
+        if not method.packed_length(context - query_tokens):
+            raise ValueError(f"{method} packs nothing of {context - query_tokens} tokens: give a longer context")
     copy = copy_bandwidth(device)
     query = torch.randn(batch, heads.query_heads, query_tokens, heads.head_dim, dtype=dtype, device=device)
     full_bytes = 2 * 2 * batch * heads.kv_heads * context * heads.head_dim
@@ -223,7 +233,7 @@ def bench_attention(
     fastest = min(medians, key=lambda name: medians[name])
     full = baselines[fastest]
     for method in methods:
-        packed_tokens = method.packed_length(context)
+        packed_tokens = method.packed_length(context - query_tokens)
         exact = context - packed_tokens
         size = 0
         calls: list[Call] = []
@@ -272,6 +282,65 @@ def bench_attention(
 
 
 @torch.no_grad()
+def bench_scores(
+    shape: str, methods: Sequence[Method], *, batch: int = 1, context: int = 32_768, repeats: int = 20
+) -> Iterator[ScoresBench]:
+    """Time the scores of one query token a row over `context` tokens, from float32 keys and from packed ones, in turn.
+
+    The comparison of the announcement of arXiv:2504.19874 ("up to 8 times at 4 bits on an H100").
+
+    Raises:
+        ValueError: If a size or the shape's name is out of range.
+    """
+    heads, device = _shape(shape, batch, context, repeats), _device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    copy = copy_bandwidth(device)
+    query = torch.randn(batch, heads.query_heads, 1, heads.head_dim, dtype=dtype, device=device)
+    rows = query.float().reshape(batch, heads.kv_heads, -1, heads.head_dim)
+    full_bytes = 4 * batch * heads.kv_heads * context * heads.head_dim
+    keys = [_states(heads, batch, context, torch.float32, device) for _ in range(_sets(full_bytes, device))]
+    products = {
+        "queries @ keys": [partial(torch.matmul, rows, one.mT) for one in keys],
+        "keys @ queries": [partial(torch.matmul, one, rows.mT) for one in keys],
+    }
+    baselines = {name: _Side(calls, device) for name, calls in products.items()}
+    medians = {name: float(np.median(values)) for name, values in _timed(baselines, repeats).items()}
+    fastest = min(medians, key=lambda name: medians[name])
+    for method in methods:
+        tokens = context // method.block_length * method.block_length
+        segments: list[PackedSegment] = []
+        while not segments or len(segments) < _sets(segments[0].keys.nbytes, device):
+            segments.append(packed_segment(method, heads, batch, tokens, dtype, device))
+        calls = [
+            partial(scores, query, one.keys, one.key_quantizer, heads.kv_heads, heads.head_dim**-0.5)
+            for one in segments
+        ]
+        times = _timed({"full": baselines[fastest], "own": _Side(calls, device)}, repeats)
+        yield ScoresBench(
+            environment=environment(device),
+            backend=attention_backend(device),
+            shape=shape,
+            query_heads=heads.query_heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            method=str(method),
+            dtype=str(dtype).removeprefix("torch."),
+            batch=batch,
+            context=tokens,
+            sets=len(segments),
+            repeats=repeats,
+            bytes=segments[0].keys.nbytes,
+            full_bytes=full_bytes,
+            copy_gb_per_second=copy / 1e9,
+            us=timing_spread(times["own"]),
+            full=fastest,
+            full_us=timing_spread(times["full"]),
+            full_all_us=medians,
+            ratio=float(np.median(times["full"])) / float(np.median(times["own"])),
+        )
+
+
+@torch.no_grad()
 def bench_encode(
     shape: str, methods: Sequence[Method], *, batch: int = 1, tokens: int = 12_800, repeats: int = 20
 ) -> Iterator[EncodeBench]:
@@ -280,11 +349,7 @@ def bench_encode(
     Raises:
         ValueError: If a size or the shape's name is out of range.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
-    if min(batch, tokens, repeats) < 1:
-        raise ValueError(f"sizes must be at least 1, got {batch}, {tokens} and {repeats}")
-    heads, device = SHAPES[shape], _device()
+    heads, device = _shape(shape, batch, tokens, repeats), _device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     copy = copy_bandwidth(device)
     for method in methods:

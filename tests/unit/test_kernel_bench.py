@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from turboquant import cli
 from turboquant.bench_records import GPU_BENCHES, AttentionBench, ModelBench
-from turboquant.kernel_bench import bench_attention, bench_encode, copy_bandwidth
+from turboquant.kernel_bench import bench_attention, bench_encode, bench_scores, copy_bandwidth
 from turboquant.methods import parse_method
 from turboquant.report.gpu import attention_table, context_table, model_table
 from turboquant.summary import read_results
@@ -40,6 +40,21 @@ def test_encode_records_count_vectors_and_bytes() -> None:
     assert record.gb_per_second == pytest.approx(record.bytes / record.us.median / 1e3)
 
 
+def test_scores_records_hold_packed_keys_against_float32_ones() -> None:
+    (record,) = bench_scores(SMALL, [parse_method("turboquant:bits=4")], context=300, repeats=2)
+    assert record.context == 256  # whole groups
+    assert record.full_bytes == 4 * 3 * 300 * 64
+    assert 3 * 256 * 32 < record.bytes < 1.2 * 3 * 256 * 32
+    assert record.ratio == pytest.approx(record.full_us.median / record.us.median)
+    assert record.full in record.full_all_us
+
+
+def test_a_chunk_of_queries_is_exact_in_the_cache() -> None:
+    """As in a chunked prefill: its own tokens are not packed yet."""
+    (record,) = bench_attention(SMALL, [parse_method("turboquant:bits=4")], context=512, query_tokens=128, repeats=2)
+    assert record.exact_tokens == 128 + 4 + 64 + (512 - 128 - 4 - 64) % 64
+
+
 def test_a_copy_has_a_speed() -> None:
     assert 1e8 < copy_bandwidth(torch.device("cpu")) < 1e13
 
@@ -48,8 +63,9 @@ def test_a_copy_has_a_speed() -> None:
     ("arguments", "message"),
     [
         (["attention", "--shape", "gpt-9"], "shape must be one of llama-3.1-8b"),
-        (["attention", "--shape", SMALL, "--context", "60"], "packs nothing of 60 tokens"),
+        (["attention", "--shape", SMALL, "--context", "60"], "packs nothing of 59 tokens"),
         (["encode", "--shape", SMALL, "--tokens", "0"], "sizes must be at least 1"),
+        (["scores", "--shape", "gpt-9"], "shape must be one of llama-3.1-8b"),
         (["encode", "--shape", SMALL, "--method", "full"], "no packed tokens"),
     ],
 )

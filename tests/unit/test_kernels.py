@@ -13,12 +13,14 @@ from turboquant.methods import parse_method
 from turboquant.ops import backend
 from turboquant.ops.attention import PackedSegment, _reference
 from turboquant.ops.encode import encode
+from turboquant.ops.scores import _reference as reference_scores
 from turboquant.token_buffer import TokenBuffer
 
 pytest.importorskip("triton")
 
 from turboquant.kernels import attention, prefill
 from turboquant.kernels import encode as encoder
+from turboquant.kernels import scores as scorer
 from turboquant.kernels.attention import Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,6 +154,25 @@ def test_lengths_on_the_device_bound_what_is_read() -> None:
     lengths = torch.tensor([128, 23], dtype=torch.int32, device=DEVICE)
     found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125, lengths=lengths)
     assert error(found, expected) < 2e-3
+
+
+SCORES = [case for case in CASES if "paper" not in case[0] and "qjl" not in case[0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "dim", "groups", "rows", "tokens"), SCORES)
+def test_scores_are_the_references(
+    spec: str, dim: int, groups: int, rows: int, tokens: int, dtype: torch.dtype
+) -> None:
+    for count in (tokens, 17 * 64) if spec == "turboquant:bits=3" else (tokens,):  # the latter takes two programs
+        packed = segment(spec, count, dim, dtype)
+        query = queries(2 * groups, rows, dim, dtype)
+        view = views(packed)[0]
+        assert scorer.unsupported(query, view) is None
+        found = scorer.scores(query, view, dim**-0.5)
+        expected = reference_scores(query, packed.keys, packed.key_quantizer, 2, dim**-0.5)
+        assert found.dtype == dtype
+        assert error(found, expected) < 2 * 2.0 ** (-10 if dtype == torch.float16 else -7)
 
 
 def test_small_and_large_values_keep_their_precision() -> None:

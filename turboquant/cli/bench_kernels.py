@@ -1,4 +1,4 @@
-"""`bench attention` and `bench encode`: one layer's kernels. `bench model` and `bench memory`: random weights."""
+"""`bench attention`, `scores` and `encode`: one layer's kernels. `bench model` and `memory`: random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +42,7 @@ def bench_attention_command(
     repeats: RepeatsOption = 20,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-attention.jsonl"),
 ) -> None:
-    """Time one layer's decode attention, the fastest full one of torch against compressed ones."""
+    """Time one layer's attention from the last tokens, the fastest full one of torch against compressed ones."""
     from turboquant.kernel_bench import bench_attention
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
@@ -52,6 +52,27 @@ def bench_attention_command(
             for tokens in context or [8192]:
                 options = {"batch": rows, "context": tokens, "query_tokens": query_tokens, "repeats": repeats}
                 _write(bench_attention(name, chosen, **options), output)
+
+
+@bench.command("scores")
+def bench_scores_command(
+    shape: ShapeOption = None,
+    method: MethodsOption = None,
+    bits: BitsOption = None,
+    batch: BatchOption = None,
+    context: Annotated[list[int] | None, typer.Option("--context", help="Tokens a row; one or several.")] = None,
+    repeats: RepeatsOption = 20,
+    output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-scores.jsonl"),
+) -> None:
+    """Time attention scores alone, float32 keys against packed ones."""
+    from turboquant.kernel_bench import bench_scores
+
+    chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
+    check_writable(output)
+    for name in shape or ["llama-3.1-8b"]:
+        for rows in batch or [1]:
+            for tokens in context or [8192]:
+                _write(bench_scores(name, chosen, batch=rows, context=tokens, repeats=repeats), output)
 
 
 @bench.command("encode")

@@ -1,0 +1,142 @@
+"""Attention scores alone, straight from packed keys: what a metric or a sparse attention asks, without the values.
+
+One launch: each program reads `SPAN` tokens of one KV head for all its query rows. The means of the span's groups are
+scored first, by one small dot, and stay in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turboquant.kernel_view import KernelView
+from turboquant.kernels import attention, levels
+from turboquant.kernels.levels import halves, load_table, quarters
+
+SPAN_GROUPS = 16
+"""Groups that a program reads: the rows of one dot."""
+
+
+@triton.jit(do_not_specialize=["tokens", "t_b", "t_h", "mt_b", "mt_h"])
+def score_keys(
+    Q, K, k_b, k_h, K1, k1_b, k1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, OUT,
+    LUT, TABLE, SHIFT, tokens, factor, scaling,
+    KV_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
+):  # fmt: skip
+    """Program (span, head): scores of the query rows, (rows, tokens) of each head."""
+    head = tl.program_id(1)
+    batch, kv_head = (head // KV_HEADS).to(tl.int64), head % KV_HEADS
+    SLICE: tl.constexpr = D // 2 if BITS == 4 else D // 4
+    ROW: tl.constexpr = D // 2 if BITS == 4 else D // 8 if BITS == 1 else D // 4
+    rows, token, j = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, KW)
+    real = rows < ROWS
+    Q += head * ROWS * D + rows[None, :] * D
+    within = (j[:, None] < SLICE) & real[None, :]
+    q0 = tl.load(Q + j[:, None], mask=within, other=0.0).to(tl.float16)
+    q1 = tl.load(Q + SLICE + j[:, None], mask=within, other=0.0).to(tl.float16)
+    if BITS != 4:
+        q2 = tl.load(Q + 2 * SLICE + j[:, None], mask=within, other=0.0).to(tl.float16)
+        q3 = tl.load(Q + 3 * SLICE + j[:, None], mask=within, other=0.0).to(tl.float16)
+    dims = tl.arange(0, DP)
+    if CENTERED or GROUP_MEANS:
+        q = tl.load(Q + dims[:, None], mask=(dims[:, None] < D) & real[None, :], other=0.0) * scaling
+    if CENTERED:
+        center = tl.load(CENTER + head * D + dims, mask=dims < D, other=0.0).to(tl.float32)
+        bias = tl.sum(q * center[:, None], 0)
+    first = tl.program_id(0) * SPAN
+    K += batch * k_b + kv_head * k_h
+    K1 += batch * k1_b + kv_head * k1_h
+    S += batch * s_b + kv_head * s_h
+    T += batch * t_b + kv_head * t_h
+    if GROUP_MEANS:
+        M += batch * m_b + kv_head * m_h
+        MT += batch * mt_b + kv_head * mt_h
+        group = first // GROUP + tl.arange(0, GROUPS)
+        there = group * GROUP < tokens
+        means = tl.load(M + group[:, None] * D + dims[None, :], mask=there[:, None] & (dims[None, :] < D), other=0).to(
+            tl.float16
+        )
+        q_high = q.to(tl.float16)
+        offsets = tl.dot(means, q_high) + tl.dot(means, (q - q_high.to(tl.float32)).to(tl.float16))
+        offsets *= (tl.load(MT + group, mask=there, other=0.0).to(tl.float32) / 127)[:, None]
+    ta, tb, tc, td = load_table(TABLE, token)
+    table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
+    shift = tl.load(SHIFT + j)[None, :]
+    OUT += head.to(tl.int64) * ROWS * tokens
+    for start in range(first, tl.minimum(first + SPAN, tokens), BN):
+        n = start + token
+        inside = n < tokens
+        if GROUP and SLICE == KW:  # codes are packed in whole groups
+            codes = tl.load(K + n[:, None] * ROW + (j % ROW)[None, :])
+        else:
+            codes = tl.load(
+                K + n[:, None] * ROW + (j % ROW)[None, :], mask=inside[:, None] & (j[None, :] < SLICE), other=0
+            )
+        if BITS == 4:
+            k0, k1 = halves(codes, LUT, table, ASM)
+            s = tl.dot(k0, q0) + tl.dot(k1, q1)
+        else:
+            high = codes
+            if BITS == 3:
+                at = K1 + n[:, None] * (D // 8) + (j % (D // 8))[None, :]
+                if GROUP and SLICE == KW:
+                    high = tl.load(at)
+                else:
+                    high = tl.load(at, mask=inside[:, None] & (j[None, :] < SLICE), other=0)
+            k0, k1, k2, k3 = quarters(codes, high, shift, LUT, table, BITS, ASM)
+            s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
+        scale = tl.load(S + n, mask=inside, other=0).to(tl.float32) * factor
+        if GROUP:
+            scale *= tl.load(T + n // GROUP, mask=inside, other=0.0).to(tl.float32)
+        s *= scale[:, None]
+        if CENTERED:
+            s += bias[None, :]
+        if GROUP_MEANS:
+            which = tl.arange(0, GROUPS) == (start - first) // GROUP
+            s += tl.sum(tl.where(which[:, None], offsets, 0.0), 0)[None, :]
+        place = OUT + rows[None, :].to(tl.int64) * tokens + n[:, None]
+        tl.store(place, s.to(OUT.dtype.element_ty), mask=inside[:, None] & real[None, :])
+
+
+def unsupported(query: Tensor, keys: KernelView | None) -> str | None:
+    """Return why the kernel cannot read these keys, or None where it can."""
+    if keys is not None and (keys.signs is not None or (keys.group_size and keys.group_size % 32)):
+        return "keys have a QJL stage, or groups that a tile of 32 tokens does not divide"
+    return attention.unsupported(query, keys, keys and _as_values(keys)) or (
+        None if attention.few_rows(query, keys.scales.shape[1]) else "too many query rows"  # type: ignore[union-attr]
+    )
+
+
+def _as_values(keys: KernelView) -> KernelView:
+    """Keys without what values never have, so that one function says what can be read."""
+    return KernelView(keys.planes, keys.bits, keys.codebook, keys.rotation, keys.scales, keys.group_size)
+
+
+def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
+    """Score packed keys; see `ops.scores.scores`."""
+    batch, heads, queries, dim = query.shape
+    kv_heads, count = keys.scales.shape[1], keys.tokens
+    rows = heads // kv_heads * queries
+    rotated = keys.rotation.apply(query.float()).contiguous()
+    out = torch.empty(batch, kv_heads, rows, count, dtype=query.dtype, device=query.device)
+    lut, table = levels.tables(keys.codebook, dim)
+
+    def place(tensor: Tensor | None) -> tuple[Tensor, int, int]:
+        return (lut, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
+
+    tile, group = 32, keys.group_size
+    span = SPAN_GROUPS * (group or 64)
+    score_keys[-(-count // span), batch * kv_heads](
+        rotated, *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
+        *place(keys.means), *place(keys.mean_tops),
+        lut if keys.center is None else keys.center.contiguous(), out, lut, table, levels.shifts(dim, query.device),
+        count, scaling * dim**-0.5 / (255 if group else 1), scaling,
+        KV_HEADS=kv_heads, ROWS=rows, D=dim, DP=triton.next_power_of_2(dim), BITS=keys.bits,
+        BM=max(8, triton.next_power_of_2(rows)), BN=tile, SPAN=span, GROUP=group, GROUP_MEANS=keys.means is not None,
+        CENTERED=keys.center is not None, GROUPS=SPAN_GROUPS,
+        ASM=levels.has_assembly(keys.bits, dim, attention.INTERPRETED),
+        KW=triton.next_power_of_2(dim // 2 if keys.bits == 4 else dim // 4), num_warps=1, num_stages=3,
+    )  # fmt: skip
+    return out.view(batch, heads, queries, count)
