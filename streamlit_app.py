@@ -8,17 +8,34 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import streamlit as st
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from app import state
+from app import logs, shutdown, state
 from app.components import result  # noqa: F401  (imports the charts before the first visitor needs them)
+from app.journal import exposition
+from turboquant import __version__
 
 
 @asynccontextmanager
 async def lifespan(_: st.App) -> AsyncIterator[dict[str, object]]:
-    """Start the engine, which loads the default model on its own thread."""
-    state.engine()
-    yield {}
+    """Start the engine, which loads the default model on its own thread; stop it before the web server stops."""
+    config = state.config()
+    logs.set_up(config)
+    logs.event("server_started", version=__version__, model=config.default_model, queue=config.max_queue)
+    engine = state.engine()
+    with shutdown.graceful(engine, config.stop_s):
+        yield {}
+        engine.close()
+        logs.event("server_stopped")
 
 
-state.config()
-app = st.App("app/main.py", lifespan=lifespan)
+def metrics(_: Request) -> Response:
+    """What the engine and the process do, for Prometheus."""
+    text, media_type = exposition(state.engine().journal)
+    return Response(text, media_type=media_type)
+
+
+routes = [Route("/metrics", metrics)] if state.config().metrics else []
+app = st.App("app/main.py", lifespan=lifespan, routes=routes)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
-from app.engine import Engine, Progress
+from app.contract import Progress
+from app.engine import Engine
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from app.library import import_library
 from turboquant.methods import parse_method

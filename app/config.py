@@ -18,6 +18,10 @@
 | TURBOQUANT_MAX_RUNS | runs kept for one visitor | 24 |
 | TURBOQUANT_MAX_CACHED | results kept for repeated settings, over all visitors; 0 keeps none | 64 |
 | TURBOQUANT_DISCONNECT_GRACE_S | seconds a run goes on after its tab was closed | 20 |
+| TURBOQUANT_STOP_S | seconds a run may take to end once the server is told to stop | 10 |
+| TURBOQUANT_LOG | what is logged: debug, info, warning, error; debug includes messages of exceptions | info |
+| TURBOQUANT_LOG_FORMAT | a line of the log: json, text | json |
+| TURBOQUANT_METRICS | serve metrics for Prometheus at /metrics | 1 |
 """
 
 import os
@@ -25,6 +29,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 WEIGHTS = ("auto", "fp32", "bf16", "8bit", "4bit")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("json", "text")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -53,6 +59,10 @@ class AppConfig:
     max_runs: int = 24
     max_cached: int = 64
     disconnect_grace_s: float = 20.0
+    stop_s: float = 10.0
+    log: str = "info"
+    log_format: str = "json"
+    metrics: bool = True
 
 
 def load_config(environ: Mapping[str, str] | None = None) -> AppConfig:
@@ -90,6 +100,10 @@ def load_config(environ: Mapping[str, str] | None = None) -> AppConfig:
         max_runs=_whole(env, "TURBOQUANT_MAX_RUNS", default.max_runs, 1, 1_000),
         max_cached=_whole(env, "TURBOQUANT_MAX_CACHED", default.max_cached, 0, 100_000),
         disconnect_grace_s=_seconds(env, "TURBOQUANT_DISCONNECT_GRACE_S", default.disconnect_grace_s),
+        stop_s=_seconds(env, "TURBOQUANT_STOP_S", default.stop_s),
+        log=_choice(env, "TURBOQUANT_LOG", LOG_LEVELS, default.log),
+        log_format=_choice(env, "TURBOQUANT_LOG_FORMAT", LOG_FORMATS, default.log_format),
+        metrics=_flag(env, "TURBOQUANT_METRICS", default=default.metrics),
     )
 
 

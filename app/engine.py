@@ -4,55 +4,28 @@ All work of every visitor goes through the one `Engine` of the process. Its work
 or runs a model, so two models are never resident at once and no global state races.
 """
 
+import contextlib
 import gc
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
+from app.contract import EngineStatus, Loader, ModelKey, Runner
+from app.endings import NO_MEMORY, NO_WORKER, SHUTDOWN, Ending, ending_of, let_go, out_of_memory
 from app.job_queue import JobQueue
 from app.jobs import Job, Request
+from app.journal import Journal, Refusal
+from app.logs import event
 from app.result_cache import ResultCache
 
-log = logging.getLogger(__name__)
-Progress = Callable[[float, str], None]
-ModelKey = tuple[str, str]
-
-
-class Loader(Protocol):
-    """Loads a model by name; raises with one clear sentence when it cannot."""
-
-    def __call__(self, name: str, *, weights: str, progress: Progress) -> Any:  # noqa: D102
-        ...
-
-
-class Runner(Protocol):
-    """Works on a job's pending items, adding a result for each, on the caller's thread.
-
-    It returns when none is left, when `cancelled()` has turned true, or between two items when `yielding()` has.
-    """
-
-    def __call__(  # noqa: D102
-        self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]
-    ) -> None: ...
-
-
-_NO_MEMORY = "Not enough memory for this run; try a shorter prompt, fewer new tokens or a smaller model."
-_NO_WORKER = "The worker that ran this has ended unexpectedly; a new one is at work. Start the run again."
-
-
-@dataclass(frozen=True)
-class _Ending:
-    """How a job ended; `unload` asks for the model's memory back."""
-
-    state: Literal["done", "stopped", "failed"]
-    error: str | None = None
-    unload: bool = False
+JOIN_S = 2.0
+"""How long the closing engine waits for its worker to notice, in seconds."""
 
 
 class EngineBusyError(RuntimeError):
@@ -61,19 +34,6 @@ class EngineBusyError(RuntimeError):
 
 class _CancelledLoadError(RuntimeError):
     """The only visitor who wanted this model has stopped waiting for it."""
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """The engine as the sidebar shows it. `fraction` is the load progress, 0 to 1."""
-
-    state: Literal["empty", "loading", "ready", "running"]
-    model: str | None = None
-    weights: str | None = None
-    device: str | None = None
-    text: str = ""
-    fraction: float | None = None
-    waiting: int = 0
 
 
 class Engine:
@@ -87,6 +47,9 @@ class Engine:
         grace_s: Seconds a job goes on after its session has disconnected.
         max_run_s: Seconds of work after which a job is stopped.
         max_cached: Results that are kept for repeated settings.
+
+    Attributes:
+        journal: Where jobs and models are logged and counted.
     """
 
     def __init__(
@@ -113,7 +76,9 @@ class Engine:
         self._loaded: Any = None
         self._key: ModelKey | None = None
         self._status = EngineStatus("empty")
-        self._closed = False
+        self._refusing = self._closed = False
+        self.journal = Journal()
+        self.journal.watch(self.status)
         self._start()
 
     # --- called by pages, from any thread
@@ -122,39 +87,52 @@ class Engine:
         """Queue a request; a job whose results are all known already ends at once.
 
         Raises:
-            EngineBusyError: The session has a live job, or the queue is full.
+            EngineBusyError: The session has a live job, the queue is full, or the server is being stopped.
         """
         job = Job(session, request)
         self._cache.fill(job)
         with self._wake:
-            held = self._jobs.get(session)
-            if held is not None and held.live:
-                raise EngineBusyError(
-                    f"A run is already at work in this tab ({held.request.title}); stop it or wait for it to end."
-                )
-            if not job.pending:
-                job.finish("done")
-            elif len(self._queue) >= self._max_queue:
-                wait = self._estimate(len(self._queue))
-                when = f"in about {wait:.0f} s" if wait else "in a moment"
-                raise EngineBusyError(f"{len(self._queue)} runs are waiting already; try again {when}.")
-            else:
-                self._queue.append(job)
+            self._check_room(session, job)
             self._jobs[session] = job
+            if job.pending:
+                self._queue.append(job)
+            self.journal.queued(job, len(self._queue))
             if not self._thread.is_alive() and not self._closed:
                 self._start()
             self._wake.notify_all()
-            return job
+        if not job.pending:
+            self._end(job, Ending("done"))
+        return job
+
+    def _check_room(self, session: str, job: Job) -> None:
+        held, waiting = self._jobs.get(session), len(self._queue)
+        if held is not None and held.live:
+            words = f"A run is already at work in this tab ({held.request.title}); stop it or wait for it to end."
+            raise self._refusal(job, "busy", words)
+        if self._refusing and job.pending:
+            raise self._refusal(job, "stopping", "The server is being stopped and takes no new runs; try again later.")
+        if job.pending and waiting >= self._max_queue:
+            wait = self._estimate(waiting)
+            when = f"in about {wait:.0f} s" if wait else "in a moment"
+            raise self._refusal(job, "full", f"{waiting} runs are waiting already; try again {when}.")
+
+    def _refusal(self, job: Job, reason: Refusal, words: str) -> EngineBusyError:
+        self.journal.refused(job.request.page, reason, len(self._queue))
+        return EngineBusyError(words)
 
     def cancel(self, job: Job, reason: str | None = None) -> None:
         """Stop a job: at once while it waits or its model loads, else at the next token, keeping what it has."""
         job.request_cancel(reason)
         with self._wake:
-            if job in self._queue:
+            waits = job in self._queue
+            if waits:
                 self._queue.remove(job)
-                job.finish("stopped")
-            elif job.view.state == "loading":
-                job.finish("stopped")
+        if waits or job.view.state == "loading":
+            self._end(job, Ending("stopped"))
+
+    def _end(self, job: Job, ending: Ending, error: BaseException | None = None) -> None:
+        if job.finish(ending.state, ending.error):
+            self.journal.ended(job, error, log_error=ending.log)
 
     def job(self, session: str) -> Job | None:
         """The newest job of a session."""
@@ -206,22 +184,36 @@ class Engine:
                 return
             job = self._jobs.pop(session, None)
         if job is not None and job.live:
-            log.info("Job %d is cancelled: its tab was closed", job.id)
-            self.cancel(job)
+            self.cancel(job, "the closing of its tab")
         self._cache.forget(session)
+
+    def drain(self, seconds: float) -> bool:
+        """Take no new job, stop those that wait, and stop the one at work unless it ends within `seconds`.
+
+        Returns when no job is live, or when the one at work does not react; True if there was one to stop or wait for.
+        """
+        with self._wake:
+            self._refusing, self._warm = True, None
+            waiting, current = [*self._queue], self._current
+        for job in waiting:
+            self.cancel(job, SHUTDOWN)
+        if current is not None and not current.wait(seconds):
+            self.cancel(current, SHUTDOWN)
+            current.wait(JOIN_S)
+        return current is not None or bool(waiting)
 
     def close(self) -> None:
         """Stop the worker and every job."""
         with self._wake:
-            self._closed = True
+            self._refusing = self._closed = True
             jobs = [*self._queue, *([self._current] if self._current else [])]
             timers = list(self._timers.values())
             self._wake.notify_all()
         for timer in timers:
             timer.cancel()
         for job in jobs:
-            self.cancel(job)
-        self._thread.join(timeout=10)
+            self.cancel(job, SHUTDOWN)
+        self._thread.join(timeout=JOIN_S)
         self._loaded = self._key = None
 
     # --- the worker thread
@@ -236,17 +228,18 @@ class Engine:
             try:
                 self._work()
             except BaseException as error:
-                log.error("The worker has ended and starts again", exc_info=error)
-                error.__traceback__ = None
-                self._recover()
+                with contextlib.suppress(MemoryError):
+                    event("worker_failed", level=logging.ERROR, error=error)
+                let_go(error)
+                self._recover(error)
 
-    def _recover(self) -> None:
+    def _recover(self, error: BaseException) -> None:
         with self._wake:
             job, self._current = self._current, None
         self._unload()
         if job is not None:
             job.end_turn()
-            job.finish("failed", _NO_WORKER)
+            self._end(job, Ending("failed", NO_MEMORY if out_of_memory(error) else NO_WORKER), error)
         with self._wake:
             self._status = self._resting()
 
@@ -274,7 +267,7 @@ class Engine:
         """Give a job its turn; whatever happens in it, the next one finds a working engine."""
         begun = time.monotonic()
         job.begin_turn()
-        ending = self._attempt(job, begun)
+        ending, error = self._attempt(job, begun)
         job.end_turn()
         self._seconds.append(time.monotonic() - begun)
         if ending is None:
@@ -283,57 +276,47 @@ class Engine:
                     job.advance("queued")
                     self._queue.append(job)
                     return
-            ending = _Ending("stopped")
+            ending = Ending("stopped")
         if ending.unload:
             self._unload()
-        job.finish(ending.state, ending.error)
+        self._end(job, ending, error)
 
-    def _attempt(self, job: Job, begun: float) -> _Ending | None:
-        """How the job ended, or None if it has let others go first.
+    def _attempt(self, job: Job, begun: float) -> tuple[Ending | None, BaseException | None]:
+        """How the job ended, or None if it has let others go first, and the exception that ended it, if one did.
 
-        No exception leaves, so nothing keeps its frames, and with them the model, alive.
+        No exception leaves; one of a job that asks for memory back has lost its frames, which hold model and tensors.
         """
         try:
             loaded = self._ensure((job.request.model, job.request.weights), job)
             if job.cancelled:
-                return _Ending("stopped")
+                return Ending("stopped"), None
             job.advance("running", "Reading the prompt" if job.request.sides else "Starting")
             self._set_status("running")
-            return self._work_on(loaded, job, begun)
+            self.journal.started(job, self.status().waiting)
+            return self._work_on(loaded, job, begun), None
         except BaseException as error:
             self._cache.keep(job)
             if isinstance(error, _CancelledLoadError) or job.cancelled:
-                return _Ending("stopped")
-            return self._failure(job, error)
+                return Ending("stopped"), None
+            ending = ending_of(error, job.id, self._is_expected)
+            if ending.unload:
+                let_go(error)
+            return ending, error
 
-    def _work_on(self, loaded: Any, job: Job, begun: float) -> _Ending | None:
+    def _work_on(self, loaded: Any, job: Job, begun: float) -> Ending | None:
         """Run a job until it has ended or others must have their turn."""
         while True:
             known = len(job.results)
             self._runner(loaded, job, lambda: self._stopped(job), lambda: self._must_yield(begun))
             self._cache.keep(job)
             if job.cancelled:
-                return _Ending("stopped")
+                return Ending("stopped")
             if not job.pending:
-                return _Ending("done")
+                return Ending("done")
             if len(job.results) == known:
-                return _Ending("failed", "The run gave no result and no reason; the server log may say more.")
+                return Ending("failed", "The run gave no result and no reason; the server log may say more.")
             if self._must_yield(begun):
                 return None
-
-    def _failure(self, job: Job, error: BaseException) -> _Ending:
-        if out_of_memory(error):
-            log.warning("Job %d ran out of memory: %s", job.id, error)
-            error.__traceback__ = None  # its frames hold the model and the half-made tensors
-            return _Ending("failed", _NO_MEMORY, unload=True)
-        if isinstance(error, SystemExit):
-            error.__traceback__ = None
-            return _Ending("failed", _NO_WORKER, unload=True)
-        if self._is_expected(error):
-            return _Ending("failed", str(error))
-        log.error("Job %d failed", job.id, exc_info=error)
-        name = type(error).__name__
-        return _Ending("failed", f"The run failed ({name}); the server log has the details under job {job.id}.")
 
     def _stopped(self, job: Job) -> bool:
         """Shall the job stop? It also does after the longest time this deployment gives a run."""
@@ -345,7 +328,7 @@ class Engine:
         try:
             self._ensure(key, None)
         except Exception as error:
-            log.warning("Could not warm up %s: %s", key[0], error)
+            let_go(error)
 
     def _ensure(self, key: ModelKey, job: Job | None) -> Any:
         """The model of `key`, loaded now if another one or none is resident; the other one goes first."""
@@ -361,8 +344,17 @@ class Engine:
                     raise _CancelledLoadError(key[0])
 
         progress(0.0, f"Loading {key[0]}")
-        self._loaded = self._loader(key[0], weights=key[1], progress=progress)
+        begun = time.monotonic()
+        try:
+            self._loaded = self._loader(key[0], weights=key[1], progress=progress)
+        except _CancelledLoadError:
+            raise
+        except BaseException as error:
+            self.journal.load_failed(key[0], error)
+            raise
         self._key = key
+        now = self._resting()
+        self.journal.loaded(key[0], now.weights or key[1], now.device or "", time.monotonic() - begun)
         return self._loaded
 
     def _unload(self) -> None:
@@ -388,10 +380,3 @@ class Engine:
             return EngineStatus("empty")
         weights, device = getattr(self._loaded, "weights", None), getattr(self._loaded, "device", None)
         return EngineStatus("ready", self._key[0], weights, device)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Did the machine or the accelerator run out of memory? PyTorch says so on the CPU only in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

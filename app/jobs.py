@@ -206,7 +206,7 @@ class Job:
     """A request with everything the worker has reported about it.
 
     `results` are by item and grow while it runs; `cached` names those that were there before. `stop_reason` says why it
-    stopped when nobody asked it to.
+    stopped when nobody asked it to; `generated` counts the tokens that were generated, over all sides.
     """
 
     session: str
@@ -221,6 +221,7 @@ class Job:
     stop_reason: str | None = None
     passed: int = 0
     worked_s: float = 0.0
+    generated: int = 0
 
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
@@ -349,6 +350,7 @@ class Job:
             side = replace(side, prefilled=True, cache_bytes=event.cache_bytes or side.cache_bytes)
         elif event.kind == "token":
             self.first_token = self.first_token or time.monotonic()
+            self.generated += event.tokens - side.tokens
             side = replace(side, text=event.text, tokens=event.tokens, cache_bytes=event.cache_bytes, prefilled=True)
         else:
             side = replace(side, done=True)
@@ -365,11 +367,12 @@ class Job:
             self._view = replace(self._view, state=state, phase=phase, fraction=fraction)
             self._changed.notify_all()
 
-    def finish(self, state: State, error: str | None = None) -> None:
-        """End the job once: later calls change nothing."""
+    def finish(self, state: State, error: str | None = None) -> bool:
+        """End the job once: later calls change nothing. Returns whether this one did."""
         with self._changed:
             if not self.live:
-                return
+                return False
             self.ended = time.monotonic()
             self._view = replace(self._view, state=state, phase="", fraction=None, error=error)
             self._changed.notify_all()
+            return True

@@ -11,7 +11,7 @@ from app import state
 from app.components.panes import escape
 from app.components.work import words
 from app.config import WEIGHTS
-from app.engine import EngineStatus
+from app.contract import EngineStatus
 from app.navigation import FOLDER, Entry
 from app.requests import (
     BIT_CHOICES,

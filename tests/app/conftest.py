@@ -14,7 +14,8 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from app import state
-from app.engine import Engine, Progress
+from app.contract import Progress
+from app.engine import Engine
 from app.jobs import CompareRequest, Job
 from tests.app.cells import Cells
 from tests.app.factory import comparison

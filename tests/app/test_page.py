@@ -10,7 +10,8 @@ from streamlit.testing.v1 import AppTest
 from app import state
 from app.components.sidebar import engine_words
 from app.config import AppConfig
-from app.engine import Engine, EngineStatus
+from app.contract import EngineStatus
+from app.engine import Engine
 from app.examples import BY_NAME
 from app.jobs import CompareRequest
 from app.requests import Choices

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app import backend
-from app.engine import Engine, Progress
+from app.contract import Progress
+from app.engine import Engine
 from app.jobs import CompareRequest
 from app.runs import Run, RunError, import_run, recorded_runs
 from tests.helpers import tiny_loaded
