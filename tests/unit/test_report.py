@@ -312,9 +312,29 @@ def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> No
     assert "2020" not in text
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/recipe.md"])
-def test_the_projects_own_tables_are_up_to_date(name: str) -> None:
-    assert fill_readme((ROOT / name).read_text(), ROOT / "results")[1] == []
+def test_the_projects_own_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = RUNNER.invoke(cli.app, ["report", "--check"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["readme"] == ["README.md", "docs/recipe.md", "docs/results.md"]
+
+
+def test_several_files_are_filled_or_none(tmp_path: Path) -> None:
+    records = write(tmp_path / "needle.jsonl", *grid(experiment="needle"))
+    first, second = tmp_path / "a.md", tmp_path / "b.md"
+    first.write_text(marked("needle"))
+    second.write_text(marked("nope"))
+    words = ["report", "--results", str(records), "--readme", str(first), str(second)]
+    result = RUNNER.invoke(cli.app, words)
+    assert result.exit_code == 1
+    assert f"{second}: it asks for the table 'nope'" in result.stderr
+    assert first.read_text() == marked("needle")
+    second.write_text(marked("needle", "needle"))
+    stale = RUNNER.invoke(cli.app, [*words, "--check"])
+    assert f"stale in {first}: the tables needle; stale in {second}: the tables needle, needle;" in stale.stderr
+    assert RUNNER.invoke(cli.app, words).exit_code == 0
+    assert "| found at 512, % (full) |" in first.read_text()
+    assert second.read_text().count("| found at 512, % (full) |") == 2
 
 
 def test_records_of_a_real_run_make_a_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`turboquant report`: tables and plots from any set of records, and the README's tables."""
+"""`turboquant report`: tables and plots from any set of records, and the tables of README and docs."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,15 @@ def report(
         Path | None, typer.Option(help="Write tables and plots to this one file, which stands alone.")
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Fill this file's tables (default: README.md, if nothing else is written).")
+        list[Path] | None,
+        typer.Option(
+            help="Fill the tables of these files (default, if nothing else is written: README.md and those of "
+            "docs/*.md that have any)."
+        ),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the tables are stale.")] = False,
 ) -> None:
-    """Aggregate records: the README's tables between their markers, or a report as Markdown and as HTML.
+    """Aggregate records: tables of README and docs between their markers, or a report as Markdown and as HTML.
 
     Without --results the folder results/ is read. Of several records of one cell the newest counts.
     """
@@ -38,7 +42,7 @@ def report(
     if markdown or html:
         summary |= _write(places, markdown, html)
     if readme or not (markdown or html):
-        summary |= _fill(readme or Path("README.md"), places, check)
+        summary |= _fill(readme or _own_files(), places, check)
     typer.echo(json.dumps(summary))
 
 
@@ -63,20 +67,37 @@ def _write(places: list[Path], markdown: Path | None, html: Path | None) -> dict
     }
 
 
-def _fill(readme: Path, places: list[Path], check: bool) -> dict[str, object]:
-    """Fill a README's tables, or check them; return which were stale."""
+def _own_files() -> list[Path]:
+    """README.md, and those files of docs/ that have a place for tables."""
+    docs = sorted(Path("docs").glob("*.md"))
+    return [Path("README.md"), *(path for path in docs if "<!-- results: " in _read(path))]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {error}", 2)
+
+
+def _fill(files: list[Path], places: list[Path], check: bool) -> dict[str, object]:
+    """Fill the tables of files, or check them; return which were stale. Nothing is written where one has an error."""
     from turboquant.report import ReportError, fill_readme
 
-    try:
-        before = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{readme} cannot be read: {error}", 2)
-    try:
-        after, stale = fill_readme(before, *places)
-    except ReportError as error:
-        fail(error, 1)
+    before = {path: _read(path) for path in files}
+    after: dict[Path, str] = {}
+    stale: dict[str, list[str]] = {}
+    for path, text in before.items():
+        try:
+            after[path], names = fill_readme(text, *places)
+        except ReportError as error:
+            fail(f"{path}: {error}", 1)
+        if names:
+            stale[str(path)] = names
     if check and stale:
-        fail(f"stale in {readme}: the tables {', '.join(stale)}; run `turboquant report`", 1)
-    if not check and after != before:
-        readme.write_text(after, encoding="utf-8")
-    return {"readme": str(readme), "stale": stale}
+        found = "; ".join(f"stale in {path}: the tables {', '.join(names)}" for path, names in stale.items())
+        fail(f"{found}; run `turboquant report`", 1)
+    for path, text in after.items():
+        if not check and text != before[path]:
+            path.write_text(text, encoding="utf-8")
+    return {"readme": list(map(str, files)), "stale": stale}

@@ -1,4 +1,4 @@
-"""The README's tables, made from records: each stands between a marker with its name and an end marker."""
+"""Tables of README and docs, made from records: each stands between a marker with its name and an end marker."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -64,11 +64,11 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "gpu-model": _gpu(model_table),
     "gpu-context": _gpu(context_table),
 }
-"""What may stand in a README: a function for each name, which returns Markdown, or nothing if there are no records."""
+"""What may stand in such a file: a function for each name; it returns Markdown, or nothing where there are no records."""
 
 
 def fill_readme(readme: str, *places: Path) -> tuple[str, list[str]]:
-    """Make a README's tables anew.
+    """Make the tables of a README or another Markdown file anew.
 
     Args:
         readme: Its text.
@@ -86,13 +86,13 @@ def fill_readme(readme: str, *places: Path) -> tuple[str, list[str]]:
     def fill(place: re.Match[str]) -> str:
         name = place["name"]
         if name not in README_TABLES:
-            raise ReportError(f"the README asks for the table {name!r}: choose from {', '.join(README_TABLES)}")
+            raise ReportError(f"it asks for the table {name!r}: choose from {', '.join(README_TABLES)}")
         if not place["end"]:
-            raise ReportError(f"the README's table {name!r} has no end: {END} is missing")
+            raise ReportError(f"its table {name!r} has no end: {END} is missing")
         table = README_TABLES[name](results)
         if not table:
             where = ", ".join(map(str, places))
-            raise ReportError(f"the README asks for the table {name!r}, and {where} has no records for it")
+            raise ReportError(f"it asks for the table {name!r}, and {where} has no records for it")
         text = f"{START.format(name=name)}\n{table}\n{END}"
         if text != place[0]:
             stale.append(name)
@@ -100,5 +100,5 @@ def fill_readme(readme: str, *places: Path) -> tuple[str, list[str]]:
 
     filled, count = _PLACE.subn(fill, readme)
     if not count:
-        raise ReportError(f"the README has no place for results: {START.format(name='decode')} ... {END} is missing")
+        raise ReportError(f"it has no place for results: {START.format(name='decode')} ... {END} is missing")
     return filled, stale
