@@ -171,13 +171,21 @@ def _build(gguf: Path, target: Path, progress: Progress) -> None:
 
 
 def _run_conversion(gguf: Path, work: Path, progress: Progress) -> None:
-    """Run `convert` in a child process: its memory is given back at once and its output stays out of ours."""
+    """Run `convert` in a child process: its memory is given back at once and its output stays out of ours.
+
+    The child reads its input, which is empty, until this process closes it or ends in whatever way, and then ends too.
+    """
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = "import sys; from turboquant.embedded import convert; convert(*sys.argv[1:])"
+    command = (
+        "import os, sys, threading; "
+        "threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start(); "
+        "from turboquant.embedded import convert; convert(*sys.argv[1:])"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", command, str(gguf), str(work)],
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
