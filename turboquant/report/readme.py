@@ -64,7 +64,7 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "gpu-model": _gpu(model_table),
     "gpu-context": _gpu(context_table),
 }
-"""What may stand in such a file: a function for each name; it returns Markdown, or nothing where there are no records."""
+"""What may stand in such a file: functions by name, which return Markdown, or nothing where there are no records."""
 
 
 def fill_readme(readme: str, *places: Path) -> tuple[str, list[str]]:
