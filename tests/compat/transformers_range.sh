@@ -1,0 +1,40 @@
+#!/bin/sh
+# Run what touches transformers with the oldest and the newest version that pyproject.toml allows, or with the versions
+# named: tests/compat/transformers_range.sh 5.17.0 5.20.0
+# Each version gets a throw-away environment over .venv (overlay.sh), so nothing but transformers and what it asks for
+# is installed. PYTEST_ARGS is passed on.
+set -eu
+cd "$(dirname "$0")/../.."
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# Caches, attention, generation, loading, probes, tasks and the command line; no pages, no kernels, no figures.
+tests="tests/unit/test_cache.py tests/unit/test_hf_layers.py tests/unit/test_hf_generate.py tests/unit/test_generate.py
+    tests/unit/test_attention.py tests/unit/test_models.py tests/unit/test_hub.py tests/unit/test_probe.py
+    tests/unit/test_session.py tests/unit/test_comparison.py tests/unit/test_scoring.py tests/unit/test_sizing_config.py
+    tests/unit/test_graphs.py tests/reference/test_smollm2.py"
+
+if [ $# = 0 ]; then
+    # "transformers>=A,<B": the newest release of series A, and the newest below B that there is.
+    range=$(sed -n 's/^ *"transformers>=\([0-9.]*\),<\([0-9.]*\)",$/\1 \2/p' pyproject.toml)
+    set -- "==${range% *}.*" "<${range#* }"
+else
+    for version in "$@"; do
+        shift
+        set -- "$@" "==$version"
+    done
+fi
+
+failed=""
+for wanted in "$@"; do
+    folder=$scratch/$(echo "$wanted" | tr -c '0-9\n' _)
+    tests/compat/overlay.sh "$folder" --upgrade "transformers$wanted"
+    version=$("$folder/bin/python" -c 'import transformers; print(transformers.__version__)')
+    echo "=== transformers $version"
+    # shellcheck disable=SC2086
+    OMP_NUM_THREADS=1 "$folder/bin/python" -m pytest -q $tests ${PYTEST_ARGS:-} || failed="$failed $version"
+done
+if [ -n "$failed" ]; then
+    echo "failed with transformers$failed" >&2
+    exit 1
+fi
