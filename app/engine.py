@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 
 from app.contract import EngineStatus, Loader, ModelKey, Runner
-from app.endings import NO_MEMORY, NO_WORKER, SHUTDOWN, Ending, ending_of, let_go, out_of_memory
+from app.endings import NO_MEMORY, NO_WORKER, SHUTDOWN, Ending, ending_of, let_go
 from app.job_queue import JobQueue
 from app.jobs import Job, Request
 from app.journal import Journal, Refusal
 from app.logs import event
 from app.result_cache import ResultCache
+from turboquant.faults import out_of_memory
 
 JOIN_S = 2.0
 """How long the closing engine waits for its worker to notice, in seconds."""

@@ -20,9 +20,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.contract import EngineStatus
-from app.endings import out_of_memory
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from app.logs import event
+from turboquant.faults import out_of_memory
 
 _SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800)
 Refusal = Literal["busy", "full", "stopping"]

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import Any
 
 from app.jobs import Job
+from turboquant.faults import UNMEASURED
 
 
 class ResultCache:
@@ -39,7 +40,7 @@ class ResultCache:
         done = [item for item in job.results if item not in job.cached]
         for item in done[:-1] if job.cancelled else done:
             key = _key(job, item)
-            if key is not None and getattr(job.results[item], "error", None) is None:
+            if key is not None and _whole(job.results[item]):
                 self._put(key, job.results[item])
 
     def _put(self, key: tuple[str, str], result: object) -> None:
@@ -54,6 +55,12 @@ class ResultCache:
         with self._lock:
             for key in [key for key in self._results if key[0] == session]:
                 del self._results[key]
+
+
+def _whole(result: Any) -> bool:
+    """Is there nothing in it that another run might still measure?"""
+    parts = result if isinstance(result, tuple) else (result,)
+    return not any(getattr(part, "error", None) or UNMEASURED in getattr(part, "notes", ()) for part in parts)
 
 
 def _key(job: Job, item: int) -> tuple[str, str] | None:

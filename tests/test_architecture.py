@@ -38,7 +38,7 @@ LAYERS = (
     ("kernel_view", "token_buffer"),
     ("quantizer", "packing", "rotation", "statistics"),
     ("bench_records",),
-    ("codebook", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
+    ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turboquant.cache import build_cache, cache_report
+from turboquant.faults import UNMEASURED, out_of_memory
 from turboquant.generate import (
     SIDES,
     CancelledError,
@@ -200,6 +201,7 @@ def answer_all(
         measured = Measured()
         if not (notes or cancelled()) and compressed.report.compressed_tokens:
             measured = _measure(question, number, emit, cancelled)
+            notes += measured.notes
         comparison = Comparison(
             environment=measured_on,
             model=model,
@@ -277,10 +279,11 @@ class Measured:
     heads: HeadMetrics | None = None
     tokens: TokenMetrics | None = None
     attention: AttentionDetail | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _measure(question: Question, number: int, emit: OnEvent, cancelled: Callable[[], bool]) -> Measured:
-    """Measure heads, then tokens; a cancel leaves None for what was not finished.
+    """Measure heads, then tokens; a cancel leaves None for what was not finished, and so does a lack of memory.
 
     Heads are compared through a method's quantizers; layers of another library have none, and no head figures.
     """
@@ -300,6 +303,10 @@ def _measure(question: Question, number: int, emit: OnEvent, cancelled: Callable
         return Measured(heads, tokens, attention)
     except CancelledError:
         return Measured(heads, None, attention)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return Measured(heads, None, attention, (UNMEASURED,))
 
 
 @torch.no_grad()

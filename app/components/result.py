@@ -14,6 +14,7 @@ from app.components.tokens import strip
 from app.examples import LONG_EXAMPLE
 from app.runs import Run
 from app.verdict import cosine, human_bytes, number, percent, verdict
+from turboquant.faults import UNMEASURED
 
 VIEWS = ("side by side", "diff", "focus")
 
@@ -150,7 +151,8 @@ def _metrics(run: Run, letter: str) -> None:
 def _quality(run: Run, letter: str) -> None:
     c = run.comparison
     if c.heads is None and c.tokens is None:
-        st.caption("Quality was not measured: the run was stopped before its measurement.")
+        if UNMEASURED not in c.notes:  # which stands above
+            st.caption("Quality was not measured: the run was stopped before its measurement.")
         return
     cards: list[tuple[str, str, str | None, str]] = []
     if c.heads:

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from app.endings import out_of_memory
 from app.engine import Engine, EngineBusyError
 from app.examples import EXAMPLES
 from app.jobs import CompareRequest, Job, PromptsRequest
 from tests.app.conftest import Bench, until
 from turboquant.comparison import Event
+from turboquant.faults import out_of_memory
 from turboquant.results import Settings
 
 SETTINGS = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
