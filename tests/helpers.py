@@ -5,15 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, cache_utils
 
 from turboquant.methods import Method
 from turboquant.models import LoadedModel, ModelSpec, tiny_model
 from turboquant.quantizer import PackedTensor, Quantizer
+
+# transformers 5.17, the oldest that is allowed, has no fp8 cache.
+HF_FP8 = pytest.param(
+    "hf-fp8",
+    marks=pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers has no fp8 cache yet"),
+)
 
 
 @dataclass(frozen=True)

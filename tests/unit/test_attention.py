@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import AttentionCalls, Lossless, tiny_loaded, tokens
+from tests.helpers import HF_FP8, AttentionCalls, Lossless, tiny_loaded, tokens
 from turboquant.cache import NothingCompressedError, QuantizedLayer, build_cache, layer_states
 from turboquant.experiments import Measurement, Watch
 from turboquant.generate import CancelledError, PromptError, QueryRecorder
@@ -233,7 +233,7 @@ def test_measured_and_formula_ratio_stand_side_by_side(loaded: LoadedModel) -> N
     assert found.cache.tokens == 640
 
 
-@pytest.mark.parametrize("spec", ["turboquant:bits=3", "hf-quanto:bits=4", "hf-fp8", "rtn:bits=4"])
+@pytest.mark.parametrize("spec", ["turboquant:bits=3", "hf-quanto:bits=4", HF_FP8, "rtn:bits=4"])
 def test_layers_with_a_window_are_passed_over_and_counted(spec: str) -> None:
     if spec.startswith("hf-quanto"):
         pytest.importorskip("optimum.quanto")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.helpers import Lossless, tiny_loaded
+from tests.helpers import HF_FP8, Lossless, tiny_loaded
 from turboquant.cache import NothingCompressedError, build_cache, cache_report
 from turboquant.experiments import Watch
 from turboquant.generate import CancelledError
@@ -82,7 +82,7 @@ def test_chunks_give_what_token_by_token_gives(tiny: LoadedModel, spec: str) -> 
         assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("spec", ["hf-quanto:bits=2,residual_length=32", "hf-hqq:bits=2,residual_length=32", "hf-fp8"])
+@pytest.mark.parametrize("spec", ["hf-quanto:bits=2,residual_length=32", "hf-hqq:bits=2,residual_length=32", HF_FP8])
 def test_caches_of_other_libraries(tiny: LoadedModel, spec: str) -> None:
     try:
         parse_method(spec).foreign_layer()

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from tests.helpers import Lossless, tokens
+from tests.helpers import HF_FP8, Lossless, tokens
 from turboquant.cache import build_cache
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.scoring import Score, read_context, score_continuation
 
-CONTEXT, CONTINUATION = tokens(1, 300, seed=1), tokens(1, 90, seed=2)
+CONTEXT, CONTINUATION = tokens(1, 180, seed=1), tokens(1, 40, seed=2)
 
 
 def through_cache(model, method: Method, chunk_tokens: int = 512, context=CONTEXT, continuation=CONTINUATION) -> Score:
@@ -25,17 +25,17 @@ def in_one_call(model) -> tuple[float, bool]:
     return float(likelihood), bool((logits.argmax(-1) == CONTINUATION[0]).all())
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 512])
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
 @pytest.mark.parametrize("method", [METHODS["full"](), Lossless()], ids=str)
 def test_without_loss_it_is_the_usual_figure_whatever_the_chunks(llama, method: Method, chunk_tokens: int) -> None:
     likelihood, greedy = in_one_call(llama)
     found = through_cache(llama, method, chunk_tokens)
     assert found.log_likelihood == pytest.approx(likelihood, abs=1e-3)
-    assert (found.greedy, found.tokens) == (greedy, 90)
-    assert found.on_packed == (90 if method.name == "lossless" else 0)
+    assert (found.greedy, found.tokens) == (greedy, 40)
+    assert found.on_packed == (40 if method.name == "lossless" else 0)
 
 
-@pytest.mark.parametrize("spec", ["turboquant:bits=2", "turboquant-paper:bits=2", "rtn:bits=2"])
+@pytest.mark.parametrize("spec", ["turboquant:bits=2", "rtn:bits=2"])
 def test_it_is_what_decoding_finds_in_the_cache(llama, spec: str) -> None:
     method = parse_method(spec)
     cache = build_cache(llama.config, method)
@@ -45,7 +45,7 @@ def test_it_is_what_decoding_finds_in_the_cache(llama, spec: str) -> None:
         expected += float(llama(last[None, None], past_key_values=cache).logits[0, -1].log_softmax(-1)[target])
     found = through_cache(llama, method)
     assert found.log_likelihood == pytest.approx(expected, abs=1e-3)
-    assert found.on_packed == 90
+    assert found.on_packed == 40
     assert abs(found.log_likelihood - in_one_call(llama)[0]) > 0.1
 
 
@@ -60,20 +60,20 @@ def test_the_first_token_is_predicted_from_packed_ones(llama) -> None:
 
 def test_tokens_scored_before_anything_is_packed_are_told_apart(llama) -> None:
     method = parse_method("turboquant:bits=4")  # packs from 132 tokens on
-    found = through_cache(llama, method, context=CONTEXT[:, :100])
-    assert (found.tokens, found.on_packed) == (90, 99 + 90 - 132)
+    found = through_cache(llama, method, context=CONTEXT[:, :120])
+    assert (found.tokens, found.on_packed) == (40, 119 + 40 - 132)
 
 
-@pytest.mark.parametrize("spec", ["full", "turboquant:bits=2", "hf-fp8"])
+@pytest.mark.parametrize("spec", ["full", "turboquant:bits=2", HF_FP8])
 def test_a_copy_of_what_was_read_serves_another_continuation(llama, spec: str) -> None:
     method = parse_method(spec)
     read = read_context(llama, method, CONTEXT[:, :-1], 64)
     for seed in (5, 6):
-        other = tokens(1, 70, seed=seed)
+        other = tokens(1, 20, seed=seed)
         copied = score_continuation(llama, method, copy.deepcopy(read), CONTEXT[:, -1:], other)
         assert copied == through_cache(llama, method, 64, continuation=other)
 
 
 def test_a_context_of_one_token_is_all_scored(llama) -> None:
     found = through_cache(llama, METHODS["full"](), context=CONTEXT[:, :1])
-    assert found.tokens == 90
+    assert found.tokens == 40

@@ -105,7 +105,7 @@ class TurboQuantLM(HFLM):
         method: As for `parse_method`. Several options need JSON, quotes or a dict around them, since the harness
             splits its arguments at commas: `--model_args '{"method": "turboquant:key_bits=4,value_bits=2"}'`.
         weights: Precision of the model, as in `load_model`.
-        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        device: "auto", "cpu", "cuda" or "cuda:<index>"; where there is no GPU, "cuda:0" too is the CPU.
         chunk_tokens: Tokens of a context that are read in one call, at least 1.
         allow_unpacked: Warn of tasks whose figures no packed token had a part in, instead of refusing them.
         **options: `batch_size` (only 1), and the arguments named in `OF_THE_HARNESS`, which go to the harness's class.
@@ -133,6 +133,8 @@ class TurboQuantLM(HFLM):
             self.method = parse_method(method) if isinstance(method, str) else method
         except ValueError as error:
             raise ModelArgumentError(str(error)) from error
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = "auto"  # the harness's command line asks for cuda:0 unless it is told otherwise
         loaded = load_model(pretrained, weights=weights, device=device) if isinstance(pretrained, str) else pretrained
         passed_on = {name: options[name] for name in OF_THE_HARNESS if name in options}
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", **passed_on)
