@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from turboquant.registry import ModelError, ModelSpec
+from turboquant import embedded
+from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec
 
 Progress = Callable[[float, str], None]
 
@@ -29,6 +30,15 @@ WANTED = (
     "chat_template*",
 )
 TIMEOUT_S = 10.0
+
+
+def available_models() -> list[str]:
+    """Names in `MODELS` whose files are on this machine; asks no network."""
+    return [
+        name
+        for name, spec in MODELS.items()
+        if (embedded.is_available() if name == EMBEDDED else cached_folder(spec) is not None)
+    ]
 
 
 def has_weights(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboquant import embedded, hub
+from turboquant.hub import available_models
 from turboquant.model_checks import (
     BYTES_PER_PARAMETER,
     check_architecture,
@@ -114,15 +115,6 @@ def load_model(
         compile_kernels()
     report(1.0, f"{spec.name} is ready")
     return LoadedModel(model, tokenizer, spec, found, str(target))
-
-
-def available_models() -> list[str]:
-    """Names in `MODELS` whose files are on this machine; asks no network."""
-    return [
-        name
-        for name, spec in MODELS.items()
-        if (embedded.is_available() if name == EMBEDDED else hub.cached_folder(spec) is not None)
-    ]
 
 
 def read_config(name: str) -> "PreTrainedConfig":

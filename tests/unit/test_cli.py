@@ -1,6 +1,9 @@
 """The command line: what newcomers type, what is wrong, what is recorded."""
 
+import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,31 @@ def test_bare_command_and_every_command_explain_themselves() -> None:
         result = RUNNER.invoke(cli.app, [*command, "--help"])
         assert result.exit_code == 0
         assert "Usage" in result.output
+
+
+def test_help_and_the_list_of_models_load_no_library() -> None:
+    """The help of each command there is comes at once: in a new process, all of them, without what takes seconds."""
+    code = """
+        import json, sys, typer
+        from turboquant.cli import app
+
+        def walk(command, words):
+            yield words
+            for name, inner in getattr(command, "commands", {}).items():
+                yield from walk(inner, [*words, name])
+
+        top = typer.main.get_command(app)
+        asked = [[*words, "--help"] for words in walk(top, [])] + [["models"]]
+        for words in asked:
+            assert not top.main(words, prog_name="turboquant", standalone_mode=False)
+        heavy = ("torch", "transformers", "numpy", "scipy", "numba", "streamlit", "plotly")
+        print(json.dumps([len(asked), [name for name in heavy if name in sys.modules]]))
+    """
+    done = subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    count, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert count > 15
+    assert loaded == []
 
 
 def test_lists_name_everything() -> None:

@@ -21,7 +21,8 @@ from turboquant.cli.app import (
 @app.command()
 def models() -> None:
     """List the models that have a name, and which of them are on this machine."""
-    from turboquant.models import MODELS, available_models
+    from turboquant.hub import available_models
+    from turboquant.registry import MODELS
 
     here = set(available_models())
     for name, spec in MODELS.items():
