@@ -195,8 +195,8 @@ class Tab:
         try:
             await asyncio.wait_for(wait(), seconds)
         except TimeoutError:
-            raise AssertionError(f"not within {seconds:.0f} s; the page says: {self.text[:2000]}") from None
-        assert condition(), f"the connection is gone; the page says: {self.text[:2000]}"
+            raise AssertionError(f"not within {seconds:.0f} s; the page says: {self.text[-1500:]}") from None
+        assert condition(), f"the connection is gone; the page says: {self.text[-1500:]}"
 
     async def sees(self, words: str, seconds: float = SECONDS) -> None:
         """Wait until the page says something."""

@@ -7,8 +7,9 @@ Each module of this package holds some commands; importing it registers them.
 
 import importlib
 import pkgutil
+import sys
 
-from turboquant.cli.app import app
+from turboquant.cli.app import app, say
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -17,5 +18,14 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a full disk ends it with one line and code 1, whatever was being written."""
+    try:
+        app()
+    except OSError as error:
+        from turboquant.faults import out_of_disk
+
+        if not out_of_disk(error):
+            raise
+        where = error.filename or "the output"
+        say(f"turboquant: {where} cannot be written: {error.strerror}; what was finished before is kept")
+        sys.exit(1)

@@ -140,7 +140,7 @@ class _Asking:
     code: int = 0
 
     def answer(self, prompt: str) -> bool:
-        """Answer one prompt; return False where it was refused or stopped."""
+        """Answer one prompt; return False where it was refused or stopped, or its record could not be kept."""
         from turboquant.comparison import PromptError
         from turboquant.results import append_record
 
@@ -152,12 +152,17 @@ class _Asking:
                 self.code = 2
                 return False
         _print_result(result, self.rows)
+        kept = True
         if self.output is not None:
-            append_record(result, self.output)
+            try:
+                append_record(result, self.output)
+            except OSError as error:
+                kept, reason = False, error.strerror or error
+                say(f"turboquant: {self.output} cannot be written: {reason}; the record follows on standard output")
         typer.echo(result.model_dump_json())
-        if stop.asked:
+        if stop.asked or not kept:
             self.code = 1
-        return not stop.asked
+        return kept and not stop.asked
 
     def command(self, line: str) -> None:
         """Carry out a command other than /exit."""
