@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,6 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 NEED_AN_EXTRA = {
     "turboquant.integrations.lm_eval": "lm_eval",
     "turboquant.plots": "plotly",
-    "turboquant.sweep.cluster": "ray",
 }
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, turboquant
@@ -144,7 +144,7 @@ def test_types_can_be_checked_from_outside(python: Path, tmp_path: Path) -> None
     mypy = (sys.executable, "-m", "mypy", "--config-file", "", "--python-executable", python, "--follow-imports=silent")
     done = subprocess.run([*mypy, stranger], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     said = done.stdout
-    assert 'Revealed type is "builtins.int"' in said, said + done.stderr
+    assert re.search(r'Revealed type is "(builtins\.)?int"', said), said + done.stderr
     assert 'Incompatible types in assignment (expression has type "int", variable has type "str")' in said
     assert 'Argument 2 to "build_cache" has incompatible type "str"; expected "Method"' in said
     assert "Found 2 errors" in said, said
