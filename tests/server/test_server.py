@@ -58,7 +58,7 @@ def test_log_metrics_and_a_stop_that_lets_the_run_end(server: Server) -> None:
         assert (done["turboquant_jobs_running"], done["turboquant_jobs_waiting"]) == (0, 0)
 
         long = await ask(server, f"long {PROMPT}", 8000)
-        await long.sees("token by token")
+        await long.sees("Both sides answer")
         queued = await ask(server, f"queued {PROMPT}", 8)
         await queued.until(lambda: "ahead of you" in queued.text)
         assert server.metrics()["turboquant_jobs_running"] == 1
@@ -90,7 +90,7 @@ def test_log_metrics_and_a_stop_that_lets_the_run_end(server: Server) -> None:
 def test_a_second_signal_ends_the_process_at_once(server: Server) -> None:
     async def visit() -> None:
         tab = await ask(server, PROMPT, 8000)
-        await tab.sees("token by token")
+        await tab.sees("Both sides answer")
         server.send(signal.SIGINT)
         begun = time.monotonic()
         while not server.events("server_stopping"):
