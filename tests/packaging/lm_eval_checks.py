@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.helpers import tiny_loaded
+from tests.helpers import HF_FP8, tiny_loaded
 from turboquant.cache import NothingCompressedError
 from turboquant.integrations.lm_eval import ModelArgumentError, TurboQuantLM
 
@@ -63,7 +63,7 @@ def test_with_the_full_cache_all_is_as_the_harness_has_it(loaded, usual: HFLM, c
     assert own.cache_use["task"].packed_tokens == 0
 
 
-@pytest.mark.parametrize("method", ["turboquant:bits=2", "turboquant-paper:bits=2", "kivi:bits=2", "hf-fp8"])
+@pytest.mark.parametrize("method", ["turboquant:bits=2", "turboquant-paper:bits=2", "kivi:bits=2", HF_FP8])
 def test_a_compressed_cache_changes_every_kind_of_result(loaded, usual: HFLM, method: str) -> None:
     own = TurboQuantLM(loaded, method=method, chunk_tokens=64)
     differences = [a[0] - b[0] for a, b in zip(own.loglikelihood(PAIRS), usual.loglikelihood(PAIRS), strict=True)]
