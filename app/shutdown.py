@@ -1,6 +1,7 @@
 """Stopping the server: the first signal lets the run at work end, the second ends the process at once."""
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,8 @@ from app.logs import event
 
 SHOW_S = 1.5
 """How long the pages have to show how their run ended before the connections close, in seconds."""
+CLOSE_S = 5.0
+"""How long the connections have to close before the process ends without them, in seconds."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Handler = Callable[[int, FrameType | None], object]
 
@@ -23,7 +26,7 @@ def graceful(engine: Engine, seconds: float) -> Iterator[None]:
 
     At the first signal the engine takes no new run, stops those that wait, and gives the one at work `seconds` to end
     before it is stopped with what it has. The pages stay connected meanwhile. Then the web server is told, by the
-    handlers that were there before. A second signal ends the process at once.
+    handlers that were there before, and has `CLOSE_S` seconds. A second signal ends the process at once.
 
     Does nothing outside the main thread, where Python delivers no signals.
     """
@@ -62,3 +65,6 @@ def _stop(engine: Engine, seconds: float, name: str, number: int, handler: objec
     finally:
         if callable(handler):
             handler(number, None)
+        time.sleep(CLOSE_S)
+        event("connections_left", level=logging.WARNING)
+        os.kill(os.getpid(), number)

@@ -45,9 +45,9 @@ class LoadBench(Record):
     `first_element` and `first_run` are from opening the socket to the first element and to the end of the page's first
     script run, with sessions arriving one after the other; `change` is from a widget's change to the end of its run;
     `burst` is the same with all sessions acting at once. `first_paint` and `heading` are a browser's, from navigation,
-    with all sessions open and runs at work; `idle_first_paint` is before the first of them came. `run` is from the click that was taken to the result on the page. `lost`
-    counts runs that were taken and whose result did not reach their own page. `rss_mib` is the server's memory with
-    the model loaded, then after each wave when its sessions have gone.
+    with sessions coming and runs at work; `idle_first_paint` is before the first session came. `run` is from the click
+    that was taken to the result on the page. `lost` counts runs that were taken and whose result did not reach their
+    own page. `rss_mib` is the server's memory with the model loaded, then after each wave when its sessions have gone.
     """
 
     kind: Literal["bench-load"] = "bench-load"

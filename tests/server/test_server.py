@@ -105,3 +105,21 @@ def test_a_second_signal_ends_the_process_at_once(server: Server) -> None:
     asyncio.run(visit())
     assert not [process for process in family if process.is_running()]
     assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.nightly
+def test_a_client_that_reads_nothing_does_not_keep_the_server_from_stopping(server: Server) -> None:
+    async def visit() -> None:
+        tab = await Tab(server.address).open()
+        await tab.until(lambda: tab.first_run_s)
+        assert tab._socket is not None
+        tab._socket.transport.pause_reading()
+        for _ in range(80):
+            await tab.rerun()
+            await asyncio.sleep(0.1)
+        server.send(signal.SIGTERM)
+        assert await asyncio.to_thread(server.wait, 9) == 128 + signal.SIGTERM
+        await tab.cut()
+
+    asyncio.run(visit())
+    assert "Traceback" not in server.log.read_text()
