@@ -29,7 +29,7 @@ def test_an_open_page_goes_on_with_the_next_server(tmp_path: Path, browser: Brow
         expect(page.get_by_label("Prompt")).to_have_value(PROMPT)
         expect(page).to_have_url(re.compile(r"(?=.*tokens=200)(?=.*bits=3)"))
         expect(page.get_by_test_id("stException")).to_have_count(0)
-        tokens = page.get_by_label("Max new tokens")
+        tokens = page.get_by_label("Max new tokens", exact=True)
         tokens.fill("4")
         tokens.press("Enter")
         main(page).get_by_role("button", name="Compare").click()
