@@ -119,9 +119,10 @@ def is_expected(error: BaseException) -> bool:
     """Is the error's message one sentence for the visitor?"""
     from turboquant.cache import NothingCompressedError
     from turboquant.comparison import PromptError
+    from turboquant.methods import NoSuchLayerError
     from turboquant.models import ModelError
 
-    return isinstance(error, ModelError | PromptError | NothingCompressedError)
+    return isinstance(error, ModelError | PromptError | NothingCompressedError | NoSuchLayerError)
 
 
 def build_engine(config: AppConfig) -> Engine:

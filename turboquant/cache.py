@@ -46,6 +46,9 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
         config: The model's config.
         method: From `parse_method`. `full` gives Hugging Face's own DynamicCache.
 
+    Raises:
+        NoSuchLayerError: If the method gives bits to a layer that the model does not have.
+
     Example:
         >>> from turboquant import build_cache, parse_method, tiny_model
         >>> model = tiny_model("llama")
@@ -55,6 +58,7 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
     plain = DynamicCache(config=config)
     if method.name == "full":
         return plain
+    method.check_layers(len(plain.layers))
     layers = [
         _compressed_layer(method, idx) if type(layer) is DynamicLayer else layer
         for idx, layer in enumerate(plain.layers)

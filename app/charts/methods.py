@@ -38,9 +38,12 @@ COLUMNS = (
 def family(method: str) -> str:
     """A method without its bits: what a line of the plot follows."""
     name, _, rest = method.partition(":")
-    options = [one for one in rest.split(",") if one and not one.startswith(("bits=", "key_bits=", "value_bits="))]
+    bits = ("bits=", "key_bits=", "value_bits=", "layers=")
+    options = [one for one in rest.split(",") if one and not one.startswith(bits)]
     if "key_bits=" in rest:
         options.insert(0, "keys and values apart")
+    if "layers=" in rest:
+        options.insert(0, "layers apart")
     return ", ".join([name, *options])
 
 

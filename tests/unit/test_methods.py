@@ -4,10 +4,15 @@ import contextlib
 from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.methods import METHODS, Method, parse_method
+from turboquant.cache import build_cache, cache_report
+from turboquant.methods import METHODS, Method, NoSuchLayerError, parse_method
+from turboquant.methods.layer_bits import read_layer_bits, write_layer_bits
+from turboquant.models import tiny_model
+from turboquant.sizing import SizingError, kv_bytes, read_config
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -53,6 +58,8 @@ def test_str_and_parse_are_inverse(  # noqa: PLR0913
     "spec",
     [
         "rtn:bits=3,group_size=64,rotation=hadamard",
+        "turboquant:bits=3,layers=0+2-3:2+5-999:4/3",
+        "turboquant-paper:key_bits=3,value_bits=2,layers=1:3",
         "kivi:key_bits=4,value_bits=2,residual_length=0,group_size=64",
         "polarquant:bits=3,sink_length=4,seed=7,rotation=hadamard",
         "qjl:key_bits=3,value_bits=4,double_layers=0,outliers=4",
@@ -96,12 +103,55 @@ def test_bits_is_a_shorthand() -> None:
         ("turboquant:center=yes", "center must be true or false, got 'yes'"),
         ("turboquant:residual_length=-1", "residual_length must be a whole number of tokens, 0 or more, got -1"),
         ("turboquant:seed=-1", "seed must be a whole number from 0 to"),
+        ("turboquant:layers=2", "layer 2 is given no bits: write them behind it, like 2:2"),
+        ("turboquant:layers=2:9", "bits of a layer must be a whole number from 1 to 8, got 9"),
+        ("turboquant:layers=5-2:3", "a range of layers runs upwards, got '5-2:3'"),
+        ("turboquant:layers=1:3+0-4:2", "layer 1 is given bits twice"),
+        ("turboquant:layers=1;2", "layers are written like 0.4-6:2.9:5/3 .layers, then bits., got '1;2'"),
+        ("turboquant:layers=1000:3", "layers are written like"),
+        ("rtn:layers=1:3", "unknown option of rtn 'layers'"),
         ("full:bits=4", "full has no options, got 'bits=4'"),
     ],
 )
 def test_what_is_wrong_is_named(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         parse_method(spec)
+
+
+@given(
+    st.dictionaries(st.integers(0, 999), st.tuples(st.integers(1, 8), st.integers(1, 8)), max_size=12),
+    st.integers(1, 8),
+    st.integers(1, 8),
+)
+def test_bits_of_layers_read_back(layers: dict[int, tuple[int, int]], key_bits: int, value_bits: int) -> None:
+    base = f"turboquant:key_bits={key_bits},value_bits={value_bits}"
+    method = parse_method(f"{base},layers={write_layer_bits(layers)}")
+    assert parse_method(str(method)) == method
+    assert [method.layer_kind(i) for i in range(1000)] == [layers.get(i, (key_bits, value_bits)) for i in range(1000)]
+    named = {layer for layer, bits in layers.items() if bits != (key_bits, value_bits)}
+    assert set(read_layer_bits(str(method).partition("layers=")[2])) == named  # nothing is said twice
+
+
+def test_layers_are_packed_in_their_own_bits_and_others_are_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    method = parse_method("turboquant:bits=2,residual_length=0,layers=1:4/3+3:8")
+    cache = build_cache(model.config, method)
+    model(torch.arange(3, 203)[None] % 250, past_key_values=cache)
+    widths = [
+        [sum(p.shape[-1] for p in t.storage.codes) for t in (layer.packed_keys, layer.packed_values)]
+        for layer in cache.layers
+    ]
+    dim = model.config.head_dim
+    assert [[8 * w // dim for w in pair] for pair in widths] == [[2, 2], [4, 3], [2, 2], [8, 8]]
+    report = cache_report(cache)
+    shape = read_config(model.config.to_dict())
+    estimate = kv_bytes(shape, method, 200, value_bytes=4)
+    assert (estimate.bytes, estimate.key_bytes) == (report.bytes, report.key_bytes)
+    assert report.payload_ratio == 16 * 8 / (2 + 2 + 4 + 3 + 2 + 2 + 8 + 8)
+    with pytest.raises(NoSuchLayerError, match="gives bits to layer 4, the model has layers 0 to 3"):
+        build_cache(model.config, parse_method("turboquant:layers=4:2"))
+    with pytest.raises(SizingError, match="layers 0 to 3"):
+        kv_bytes(shape, parse_method("turboquant:layers=4:2"), 200)
 
 
 @given(st.text(max_size=60))

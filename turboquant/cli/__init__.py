@@ -18,9 +18,20 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line; a full disk ends it with one line and code 1, whatever was being written."""
+    """Run the command line.
+
+    A full disk ends it with one line and code 1, whatever was being written; a method for other layers than the
+    model's, which only the loaded model tells, with code 2.
+    """
     try:
         app()
+    except ValueError as error:
+        from turboquant.methods import NoSuchLayerError
+
+        if not isinstance(error, NoSuchLayerError):
+            raise
+        say(f"turboquant: {error}")
+        sys.exit(2)
     except OSError as error:
         from turboquant.faults import out_of_disk
 

@@ -38,6 +38,10 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+class NoSuchLayerError(ValueError):
+    """A method names a layer that the model does not have."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """How a cache stores keys and values. Subclasses set `name` and register themselves by it.
@@ -84,6 +88,15 @@ class Method(ABC):
         """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
         ready = tokens - self.sink_length - self.residual_length
         return max(0, ready // self.block_length * self.block_length)
+
+    def layer_kind(self, layer_idx: int) -> object:
+        """Return what tells layers apart that are packed differently: equal for layers of equal bits."""
+        del layer_idx
+        return None
+
+    def check_layers(self, count: int) -> None:
+        """Raise NoSuchLayerError if the method names a layer that a model of `count` layers does not have."""
+        del count
 
     @property
     def payload_bits(self) -> float | None:

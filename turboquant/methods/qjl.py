@@ -150,11 +150,15 @@ class QJL(BitsMethod):
         """Return None: layers differ, so the bits of the signs and codes that are held are counted instead."""
         return None
 
+    def layer_kind(self, layer_idx: int) -> bool:
+        """Return whether the layer has twice the signs."""
+        return layer_idx < self.double_layers
+
     def quantizers(
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
     ) -> tuple[Quantizer[Any], Quantizer[Any]]:
         """Return the key and the value quantizer of one layer."""
         key_bits, value_bits = self.resolved_bits
-        blocks = key_bits * (2 if layer_idx < self.double_layers else 1)
+        blocks = key_bits * (2 if self.layer_kind(layer_idx) else 1)
         projection = sketch_matrix(blocks, check_dim(key_dim), self.seed, device)
         return SignSketch(projection, self.outliers), PerToken(value_dim, value_bits, VALUE_GROUP)

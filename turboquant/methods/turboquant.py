@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from turboquant.methods import BitsMethod, check_choice
+from turboquant.methods import BitsMethod, NoSuchLayerError, check_choice
+from turboquant.methods.layer_bits import Bits, read_layer_bits, write_layer_bits
 from turboquant.methods.scalar import SCALES, Scale, TurboQuantMSE, TurboQuantProd
 from turboquant.rotation import ROTATIONS, RotationKind, qjl_projection, qjl_scale, random_rotation
 
@@ -24,7 +25,10 @@ GROUP_SIZES = (0, 32, 64, 128)
 
 @dataclass(frozen=True)
 class TurboQuant(BitsMethod):
-    """The recommended recipe; every field can be changed, so the paper's choices can be tried one by one."""
+    """The recommended recipe; every field can be changed, so the paper's choices can be tried one by one.
+
+    `layers` gives some layers other bits, such as `0+4-6:2+9:5/3` (see `turboquant.methods.layer_bits`).
+    """
 
     name: ClassVar[str] = "turboquant"
     title: ClassVar[str] = "TurboQuant, recommended recipe"
@@ -41,6 +45,7 @@ class TurboQuant(BitsMethod):
     scale: Scale = "matched"
     value_scale: Scale = "unbiased"
     group_size: int = 64
+    layers: str = ""
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -50,6 +55,23 @@ class TurboQuant(BitsMethod):
         check_choice("scale", self.scale, SCALES)
         check_choice("value_scale", self.value_scale, SCALES)
         check_choice("group_size", self.group_size, GROUP_SIZES)
+        other = {layer: bits for layer, bits in read_layer_bits(self.layers).items() if bits != self.resolved_bits}
+        object.__setattr__(self, "layers", write_layer_bits(other))
+
+    def layer_kind(self, layer_idx: int) -> Bits:
+        """Return the key bits and value bits of one layer."""
+        return read_layer_bits(self.layers).get(layer_idx, self.resolved_bits)
+
+    def check_layers(self, count: int) -> None:
+        """Refuse bits for a layer that a model of `count` layers does not have."""
+        last = max(read_layer_bits(self.layers), default=0)
+        if last >= count:
+            raise NoSuchLayerError(f"{self.name} gives bits to layer {last}, the model has layers 0 to {count - 1}")
+
+    @property
+    def payload_bits(self) -> float | None:
+        """Mean of key and value bits; None where layers differ, so that the codes that are held are counted instead."""
+        return None if self.layers else super().payload_bits
 
     @property
     def block_length(self) -> int:  # type: ignore[override]
@@ -60,7 +82,7 @@ class TurboQuant(BitsMethod):
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
     ) -> tuple[TurboQuantMSE, TurboQuantMSE]:
         """Return the key and the value quantizer of one layer."""
-        key_bits, value_bits = self.resolved_bits
+        key_bits, value_bits = self.layer_kind(layer_idx)
         rotation = random_rotation(self.rotation, key_dim, self.seed, layer_idx, device)
         value_rotation = random_rotation(self.rotation, value_dim, self.seed, layer_idx, device)
         keys: TurboQuantMSE

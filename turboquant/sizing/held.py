@@ -106,12 +106,13 @@ def _layout(method: "Method", key_dim: int, value_dim: int, places: tuple[int, .
     """Pack zeros in the first layer of each kind the method makes; a second layer tells which tables are shared."""
     import torch
 
-    edge = getattr(method, "double_layers", 0)  # the first layers of QJL have twice the signs
-    layers, shared, own = [], dict[int, int](), 0
-    for part in ([i for i in places if i < edge], [i for i in places if i >= edge]):
-        if not part:
-            continue
+    kinds: dict[object, list[int]] = {}
+    for place in places:
+        kinds.setdefault(method.layer_kind(place), []).append(place)
+    layers, shared, own, kept = [], dict[int, int](), 0, []
+    for part in kinds.values():
         pairs = [method.quantizers(key_dim, value_dim, i, torch.device("cpu")) for i in part[:2]]
+        kept.append(pairs)  # a freed table's address may be given to the next
         first = pairs[0]
         assert first is not None
         layers.append((len(part), _weigh(first[0], key_dim), _weigh(first[1], value_dim)))
@@ -159,6 +160,7 @@ def kv_bytes(
         exact = tokens - packed_tokens
         places = tuple(i for i, kind in enumerate(shape.layers) if kind == "full")
         try:
+            method.check_layers(len(shape.layers))
             layout = _layout(method, shape.key_dim, shape.value_dim, places)
         except ValueError as error:  # the method's own rule about dims
             raise SizingError(f"{method.name} cannot hold this model's cache: {error}.") from None

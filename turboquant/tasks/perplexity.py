@@ -89,6 +89,16 @@ class _Reference:
     report: CacheReport
 
 
+@dataclass(frozen=True)
+class FullRun:
+    """Windows as the full cache has read them, for the methods that are measured against it; `seconds` it took."""
+
+    settings: PerplexitySettings
+    windows: Sequence[Window]
+    references: Sequence[_Reference]
+    seconds: float
+
+
 def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Window]:
     """Return the windows of all texts; each begins as the tokenizer begins a text.
 
@@ -243,6 +253,7 @@ def _measurement(
     nll_full = torch.stack([one.nll for one in references])
     loss_low, loss_high = block_interval((nll - nll_full).numpy(), BLOCK)
     kl_low, kl_high = block_interval(kl.numpy(), BLOCK)
+    same_low, same_high = block_interval(same.numpy(), BLOCK)
     return Measurement(
         metrics={
             "ppl_full": math.exp(float(nll_full.mean())),
@@ -255,6 +266,8 @@ def _measurement(
             "kl_high": kl_high,
             "kl_p99": float(kl.flatten().quantile(0.99)),
             "same_top_pct": 100 * float(same.mean()),
+            "same_top_low_pct": None if same_low is None else 100 * same_low,
+            "same_top_high_pct": None if same_high is None else 100 * same_high,
             "bits_per_value": report.bits_per_value,
             "packed_bits_per_value": packed_bits_per_value(report),
             "compressed_tokens": float(report.compressed_tokens),
@@ -296,21 +309,48 @@ def _by_position(kl: Tensor, same: Tensor, prefill: int) -> list[dict[str, float
     ]
 
 
+def read_full(loaded: LoadedModel, settings: PerplexitySettings, watch: Watch) -> FullRun:
+    """Read the windows with the full cache.
+
+    Raises:
+        PromptError: If a text is too short, or the context longer than the model's.
+        CancelledError: If the caller asked to stop.
+    """
+    windows = text_windows(loaded, settings)
+    began = time.perf_counter()
+    references = []
+    for i, window in enumerate(windows):
+        watch.progress(i / len(windows), f"full cache: {window.text}")
+        references.append(_reference(loaded, window, settings.prefill, watch))
+    return FullRun(settings, windows, references, time.perf_counter() - began)
+
+
 def run(
-    loaded: LoadedModel, methods: Sequence[Method], settings: PerplexitySettings, watch: Watch
+    loaded: LoadedModel,
+    methods: Sequence[Method],
+    settings: PerplexitySettings,
+    watch: Watch,
+    full: FullRun | None = None,
 ) -> Iterator[tuple[Method, Measurement]]:
     """Measure methods on the same windows; the full cache's run is shared.
+
+    Args:
+        loaded: The model.
+        methods: What to measure.
+        settings: What is read.
+        watch: Progress and cancelling.
+        full: The full cache's run over the same model and settings, where there is one from before.
 
     Raises:
         PromptError: If a text is too short, or the context longer than the model's.
         NothingCompressedError: If a method has packed nothing before the last position; the others come first.
         CancelledError: If the caller asked to stop.
     """
-    windows = text_windows(loaded, settings)
     idle = [one for one in methods if one.name != "full" and not one.packed_length(settings.context - 1)]
     wanted = [one for one in methods if one not in idle]
     if wanted:
-        yield from _measured(loaded, wanted, windows, settings, watch)
+        full = full or read_full(loaded, settings, watch.part(0, 1 / (len(wanted) + 1)))
+        yield from _measured(loaded, wanted, full, watch)
     if idle and not watch.stopping():
         raise NothingCompressedError(
             f"{idle[0]} packs none of {settings.context} tokens: give a longer context or a smaller window"
@@ -318,45 +358,30 @@ def run(
 
 
 def _measured(
-    loaded: LoadedModel,
-    methods: Sequence[Method],
-    windows: Sequence[Window],
-    settings: PerplexitySettings,
-    watch: Watch,
+    loaded: LoadedModel, methods: Sequence[Method], full: FullRun, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
-    began = time.perf_counter()
     share = 1 / (len(methods) + 1)
-    references = []
-    for i, window in enumerate(windows):
-        watch.progress(share * i / len(windows), f"full cache: {window.text}")
-        references.append(_reference(loaded, window, settings.prefill, watch))
-    full_seconds = time.perf_counter() - began
     for i, method in enumerate(methods):
         if watch.stopping():
             return
         part = watch.part(share * (i + 1), share * (i + 2))
         began = time.perf_counter()
         if method.name == "full":
-            results, report = [_unchanged(one) for one in references], references[-1].report
+            results, report = [_unchanged(one) for one in full.references], full.references[-1].report
         else:
-            results, report = _all_windows(loaded, windows, references, method, settings, part)
-        found = _measurement(windows, references, results, report, settings)
-        found.timing.update(full=full_seconds, method=time.perf_counter() - began)
+            results, report = _all_windows(loaded, full, method, part)
+        found = _measurement(full.windows, full.references, results, report, full.settings)
+        found.timing.update(full=full.seconds, method=time.perf_counter() - began)
         yield method, found
 
 
 def _all_windows(
-    loaded: LoadedModel,
-    windows: Sequence[Window],
-    references: Sequence[_Reference],
-    method: Method,
-    settings: PerplexitySettings,
-    watch: Watch,
+    loaded: LoadedModel, full: FullRun, method: Method, watch: Watch
 ) -> tuple[list[dict[str, Tensor]], CacheReport]:
     results = []
-    for i, (window, reference) in enumerate(zip(windows, references, strict=True)):
-        part = watch.part(i / len(windows), (i + 1) / len(windows))
-        agreement, report = _through_cache(loaded, window, reference, method, settings, part)
+    for i, (window, reference) in enumerate(zip(full.windows, full.references, strict=True)):
+        part = watch.part(i / len(full.windows), (i + 1) / len(full.windows))
+        agreement, report = _through_cache(loaded, window, reference, method, full.settings, part)
         results.append(agreement)
     if not report.compressed_tokens:
         raise NothingCompressedError(f"{method} packed none of {report.tokens} tokens")
