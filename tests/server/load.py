@@ -13,6 +13,7 @@ import asyncio
 import os
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,40 @@ def latency(seconds: Sequence[float]) -> Latency:
     p95 = statistics.quantiles(seconds, n=20, method="inclusive")[-1] if len(seconds) > 1 else seconds[0]
     rounded = [round(value, 3) for value in (statistics.median(seconds), p95, max(seconds))]
     return Latency(count=len(seconds), median=rounded[0], p95=rounded[1], worst=rounded[2])
+
+
+ROWS = {
+    "first_element": "page over the socket: first element",
+    "first_run": "page over the socket: end of its first run",
+    "change": "a changed setting",
+    "burst": "a changed setting, all sessions at once",
+    "run": "a run, from the click that was taken to the result",
+    "idle_first_paint": "browser: first paint, before the load",
+    "first_paint": "browser: first paint, under the load",
+    "heading": "browser: heading, under the load",
+}
+
+
+def table(record: LoadBench) -> str:
+    """The record as a table in Markdown."""
+    lines = ["| seconds | median | 95 % | worst | measured |", "|---|---|---|---|---|"]
+    for name, words in ROWS.items():
+        if times := getattr(record, name):
+            lines.append(f"| {words} | {times.median:.2f} | {times.p95:.2f} | {times.worst:.2f} | {times.count} |")
+    env, rss = record.environment, record.rss_mib
+    what = (
+        f"{record.waves} waves of {record.sessions} sessions, each wave arriving over {record.arrive_s:.0f} s; "
+        f"{record.runs} runs of {record.new_tokens} tokens were taken by a queue of {record.max_queue}, "
+        f"{record.refused} were refused in words and asked for again, {record.came_back} sessions lost their "
+        f"connection in a run and came back, {record.lost} results were lost. The server's memory was {rss[0]:.0f} MiB "
+        f"with the model loaded and {', '.join(f'{value:.0f}' for value in rss[1:])} MiB after the waves: "
+        f"{record.growth_mib_per_100_sessions} MiB for 100 sessions more."
+    )
+    where = (
+        f"Server and clients on {env.device}, load average {record.load_average} before it, "
+        f"{env.created[:10]}, commit {env.commit}."
+    )
+    return "\n".join([textwrap.fill(f"{what} {where}", 120), "", *lines])
 
 
 async def change(tab: Tab, label: str, value: float) -> float:
@@ -239,7 +274,11 @@ def main() -> None:
     parser.add_argument("--arrive-s", type=float, default=60.0, help="over how long a wave arrives")
     parser.add_argument("--visits", type=int, default=4, help="of a browser in each wave; 0 uses none")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="only print the newest record of this file as a table")
     given = parser.parse_args()
+    if given.table is not None:
+        print(table(LoadBench.model_validate_json(given.table.read_text().splitlines()[-1])))
+        return
     record, lost = measure(given.sessions, given.waves, given.arrive_s, given.visits)
     print(record.model_dump_json(indent=1), *lost, sep="\n")
     if given.output is not None:
