@@ -12,7 +12,7 @@ from types import FrameType
 from app.engine import Engine
 from app.logs import event
 
-SHOW_S = 1.5
+SHOW_S = 3.0
 """How long the pages have to show how their run ended before the connections close, in seconds."""
 CLOSE_S = 5.0
 """How long the connections have to close before the process ends without them, in seconds."""

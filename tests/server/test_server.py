@@ -31,7 +31,7 @@ def server(tmp_path: Path, tiny_folder: str) -> Iterator[Server]:
     environment = {
         "TURBOQUANT_MODELS": tiny_folder,
         "TURBOQUANT_MAX_NEW_TOKENS": "8192",
-        "TURBOQUANT_STOP_S": "3",
+        "TURBOQUANT_STOP_S": "5",
         "TURBOQUANT_MAX_QUEUE": "1",
     }
     with Server(tmp_path / "log.txt", environment) as server:
