@@ -155,8 +155,9 @@ def attend(
         exact_keys.shape[2], keys.tokens, scaling * decode.LOG2_E, rotation.factor, biases, splits,
         *query.stride()[:3], *_two(exact_keys), *_two(exact_values), *_two(keys.means), *_two(keys.mean_tops),
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows, BP=max(16, padded_rows),
-        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, BE=64 if dim <= 128 else 32, EARLY=early,
-        SIGNED=signs is not None, EXACT=rotation.exact, CENTERED=keys.center is not None,
+        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, EARLY=early,
+        BE=32 if dim > 128 else 128 if early and rows <= 16 else 64, SIGNED=signs is not None,
+        EXACT=rotation.exact, CENTERED=keys.center is not None,
         GROUP_MEANS=keys.means is not None, SKETCHED=keys.signs is not None, ON_DEVICE=lengths is not None,
         num_warps=4, num_stages=2 if dim <= 128 else 1,
     )  # fmt: skip
@@ -188,7 +189,8 @@ def attend(
         none if values.rotation.signs is None else values.rotation.signs, result, splits, back.factor,
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows,
         SP=triton.next_power_of_2(splits + 1), BS=min(128, triton.next_power_of_2(splits)), BLOCK=block,
-        SIGNED=values.rotation.signs is not None,         EXACT=back.exact, EARLY=early, launch_pdl=early, num_warps=8,
+        SIGNED=values.rotation.signs is not None, EXACT=back.exact, EARLY=early, launch_pdl=early,
+        num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
     return result.transpose(1, 2)
 
