@@ -11,7 +11,6 @@ from app import logs
 from app.config import AppConfig
 from app.logs import JsonLines, TextLines
 
-
 QUOTED = " ".join(["what", "the", "visitor", "wrote"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from turboquant.kernel_view import KernelView
 from turboquant.kernels import attention, levels
 from turboquant.kernels.levels import halves, load_table, quarters
+from turboquant.kernels.rotate import rotate
 
 SPAN_GROUPS = 16
 """Groups that a program reads: the rows of one dot."""
@@ -24,6 +25,7 @@ def score_keys(
     KV_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr,
     CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (span, head): scores of the query rows, (rows, tokens) of each head."""
     head = tl.program_id(1)
@@ -32,6 +34,11 @@ def score_keys(
     ROW: tl.constexpr = D // 2 if BITS == 4 else D // 8 if BITS == 1 else D // 4
     rows, token, j = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, KW)
     real = rows < ROWS
+    ta, tb, tc, td = load_table(TABLE, token)
+    table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
+    shift = tl.load(SHIFT + j)[None, :]
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     Q += head * ROWS * D + rows[None, :] * D
     within = (j[:, None] < SLICE) & real[None, :]
     q0 = tl.load(Q + j[:, None], mask=within, other=0.0).to(tl.float16)
@@ -61,9 +68,6 @@ def score_keys(
         q_high = q.to(tl.float16)
         offsets = tl.dot(means, q_high) + tl.dot(means, (q - q_high.to(tl.float32)).to(tl.float16))
         offsets *= (tl.load(MT + group, mask=there, other=0.0).to(tl.float32) / 127)[:, None]
-    ta, tb, tc, td = load_table(TABLE, token)
-    table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
-    shift = tl.load(SHIFT + j)[None, :]
     OUT += head.to(tl.int64) * ROWS * tokens
     for start in range(first, tl.minimum(first + SPAN, tokens), BN):
         n = start + token
@@ -119,7 +123,9 @@ def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
     batch, heads, queries, dim = query.shape
     kv_heads, count = keys.scales.shape[1], keys.tokens
     rows = heads // kv_heads * queries
-    rotated = keys.rotation.apply(query.float()).contiguous()
+    early = attention._launches_early(query.device)
+    rotated = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    rotate(query if query.stride(3) == 1 else query.contiguous(), keys.rotation, rotated, early)
     out = torch.empty(batch, kv_heads, rows, count, dtype=query.dtype, device=query.device)
     lut, table = levels.tables(keys.codebook, dim)
 
@@ -137,6 +143,7 @@ def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
         BM=max(8, triton.next_power_of_2(rows)), BN=tile, SPAN=span, GROUP=group, GROUP_MEANS=keys.means is not None,
         CENTERED=keys.center is not None, GROUPS=SPAN_GROUPS,
         ASM=levels.has_assembly(keys.bits, dim, attention.INTERPRETED),
-        KW=triton.next_power_of_2(dim // 2 if keys.bits == 4 else dim // 4), num_warps=1, num_stages=3,
+        KW=triton.next_power_of_2(dim // 2 if keys.bits == 4 else dim // 4), EARLY=early,
+        launch_pdl=early, num_warps=1, num_stages=3,
     )  # fmt: skip
     return out.view(batch, heads, queries, count)
