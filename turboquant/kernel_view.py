@@ -1,6 +1,7 @@
 """What a fused kernel reads of packed vectors, whatever class they are held in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -41,3 +42,14 @@ class KernelView:
     def tokens(self) -> int:
         """Tokens held."""
         return self.scales.shape[2]
+
+    def row(self, index: int) -> "KernelView":
+        """Return the view of one row of the batch."""
+        changes: dict[str, Any] = {"planes": tuple(plane[index : index + 1] for plane in self.planes)}
+        for name in BATCHED:
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else tensor[index : index + 1]
+        return replace(self, **changes)
+
+
+BATCHED = ("scales", "tops", "center", "means", "mean_tops", "signs", "error_norms")

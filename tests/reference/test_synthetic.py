@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import integrate, special
 
 from turboquant import synthetic
-from turboquant.codebook import lloyd_max
 from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.rotation import qjl_projection, qjl_scale, random_rotation
 from turboquant.statistics import Estimate
@@ -77,7 +76,7 @@ def wrong_quantizers(settings: SyntheticSettings, seed: int):
     wrong = qjl_scale("gaussian", settings.dim) * 0.97
     found["prod_orthogonal"] = TurboQuantProd(settings.dim, settings.bits, rotation, projection, wrong)
     shifted = TurboQuantMSE(settings.dim, settings.bits, rotation, "norm")
-    shifted.codebook = lloyd_max(settings.bits, settings.dim) * 1.1
+    shifted.codebook = shifted.codebook * 1.1
     found["mse"] = shifted
     return found
 

@@ -278,6 +278,26 @@ def test_prefill_on_a_packed_prefix(
     assert found.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("exact", [0, 9])
+def test_prefill_of_padded_rows(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WORKSPACE", 2**14)
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(prefill, "_attention", plain_attention)
+    dtype, rows, tokens, sinks = DTYPES[-1], 12, 1216, min(exact, 4)
+    packed = segment("turboquant:bits=4", tokens, 64, dtype, batch=4)
+    query = queries(4, rows, 64, dtype, batch=4)
+    states = exact_states(query, 2, exact + rows)
+    starts = torch.tensor([0, 70, 1100, tokens], device=DEVICE)
+    place = torch.arange(tokens + exact + rows, device=DEVICE)
+    mask = (place < sinks) | (place >= sinks + starts[:, None])
+    mask = mask[:, None, None] & (place <= place[-rows:, None])
+    expected = _reference(query, *states, packed, sinks, mask, 0.125)
+    found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], 0.125, starts)
+    for row, wanted in zip(found, expected, strict=True):
+        assert error(row, wanted) < 6e-3
+    assert found.transpose(1, 2).is_contiguous()
+
+
 # -- which implementation runs -----------------------------------------------------------------------------------------
 
 

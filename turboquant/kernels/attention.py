@@ -18,6 +18,8 @@ MAX_ROWS = 64
 DIMS = (64, 80, 96, 128, 256)
 BITS = (1, 2, 3, 4)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+REGISTERS, PROGRAMS = 168, 12
+"""Registers a thread of `split` where they suffice, and the programs of a warp that a multiprocessor then holds."""
 _MULTIPROCESSORS = 132  # where no device says
 
 
@@ -51,6 +53,7 @@ class Plan:
     warps: int
     stages: int
     splits: int
+    registers: int | None = None
 
 
 @lru_cache(maxsize=8)
@@ -67,13 +70,17 @@ def _launches_early(device: torch.device) -> bool:
 def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
 
-    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as long as their
-    registers hold what they compute on.
+    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest, and as many of
+    them as a multiprocessor holds when each has just the registers that it needs.
     """
     dim = keys.rotation.matrix.shape[0]
-    tile, warps, programs = (64, 4, 3) if rows > 16 else (64 if dim <= 64 else 32, 1, 8)
+    tile, warps, programs, registers = 32, 1, 8, None
+    if rows > 16:
+        tile, warps, programs = 64, 4, 3
+    elif rows <= 8 and dim in (64, 128) and keys.signs is None:
+        tile, programs, registers = 64 if dim == 64 else 32, PROGRAMS, REGISTERS
     wanted = _multiprocessors(keys.scales.device) * programs // heads
-    return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))))
+    return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))), registers)
 
 
 def _two(tensor: Tensor | None) -> tuple[int, int]:
@@ -120,85 +127,79 @@ def attend(
     launch = launch or plan(keys, batch * kv_heads, keys.tokens, rows)
     padded_rows = max(8, triton.next_power_of_2(rows))
     padded_dim, block = triton.next_power_of_2(dim), triton.next_power_of_2(dim) if dim <= 128 else 32
-    group = keys.group_size
+    group, splits, programs = keys.group_size, launch.splits, batch * kv_heads
     biases = keys.means.shape[2] if keys.means is not None else 1
-    splits = launch.splits
-    programs = batch * kv_heads
+    # Rotated queries are made in blocks, so that they are there sooner.
+    query_block = min(64, padded_dim)
+    bases = padded_dim // query_block
 
-    space = torch.empty(
-        programs * padded_rows * ((splits + 1) * (dim + 2) + biases), dtype=torch.float32, device=device
-    )
-    sizes = [programs * (splits + 1) * padded_rows] * 2 + [programs * padded_rows * biases]
-    maxima, sums, bias, output = space.split([*sizes, space.numel() - sum(sizes)])
+    # Exact tokens are read by the first parts, a few each.
+    exact_parts = 4 if splits >= 8 else 1
+    slots = splits + exact_parts
+
+    sizes = [programs * padded_rows * count for count in (slots, slots, biases, bases, slots * dim)]
+    space = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    maxima, sums, bias, base, output = space.split(sizes)
+    sketched = keys.signs is not None
     projected = torch.empty(
-        2 if keys.signs is not None else 1, programs, padded_rows, dim, dtype=torch.float16, device=device
-    )
+        3 if sketched else 2, programs, padded_rows, dim, dtype=torch.float16, device=device
+    )  # rotated queries in two parts, and sketched ones
     result = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=device)
     rotation, back = parts(keys.rotation, query.dtype), parts(values.rotation, query.dtype)
     projection = rotation if keys.projection is None else sketch(keys.projection, keys.rotation, query.dtype)
-    signs = keys.rotation.signs
     lut, table = levels.tables(keys.codebook, dim)
     value_lut, value_table = levels.tables(values.codebook, dim)
     sign_lut, sign_table = (lut, table) if keys.sign_levels is None else levels.tables(keys.sign_levels, 1)
     none = lut  # stands where a kernel reads nothing
     exact_keys, exact_values = (_rows(tensor) for tensor in (exact_keys, exact_values))
-
     early = _launches_early(device)
-    chunk = 64
-    workers = max(1, min(-(-biases // chunk), 2 * _multiprocessors(device) // programs))
-    decode.prepare[programs, 1 + workers](
-        query, exact_keys, exact_values, rotation.high, rotation.low, none if signs is None else signs,
-        projection.high, projection.low,
-        none if keys.means is None else keys.means, none if keys.mean_tops is None else keys.mean_tops,
-        none if keys.center is None else keys.center.contiguous(),
-        projected[0], projected[-1], bias, output, maxima, sums, none if lengths is None else lengths,
-        exact_keys.shape[2], keys.tokens, scaling * decode.LOG2_E, rotation.factor, biases, splits,
-        *query.stride()[:3], *_two(exact_keys), *_two(exact_values), *_two(keys.means), *_two(keys.mean_tops),
+    rest = projected.stride(0)
+    decode.prepare[programs, bases](
+        query, rotation.high, rotation.low, projection.high, projection.low,
+        none if keys.center is None else keys.center.contiguous(), projected[0], projected[-1], base,
+        scaling * decode.LOG2_E, rotation.factor, *query.stride()[:3], rest,
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows, BP=max(16, padded_rows),
-        GROUP=group, BLOCK=block, NG=chunk if keys.means is not None else 16, EARLY=early,
-        BE=32 if dim > 128 else 128 if early and rows <= 16 else 64, SIGNED=signs is not None,
-        EXACT=rotation.exact, CENTERED=keys.center is not None,
-        GROUP_MEANS=keys.means is not None, SKETCHED=keys.signs is not None, ON_DEVICE=lengths is not None,
-        num_warps=4, num_stages=2 if dim <= 128 else 1,
+        BLOCK=query_block, EXACT=rotation.exact, CENTERED=keys.center is not None,
+        SKETCHED=sketched, EARLY=early, num_warps=4,
     )  # fmt: skip
 
-    key_planes = (keys.planes[0], keys.planes[-1])
-    value_planes = (values.planes[0], values.planes[-1])
-    per_level = dim**-0.5
+    words = values.bits == 4 or dim > 64
+    key_planes, value_planes = (keys.planes[0], keys.planes[-1]), (values.planes[0], values.planes[-1])
+    if words:
+        value_planes = (value_planes[0].view(torch.int16), value_planes[1].view(torch.int16))
+    late = levels.late_bytes(dim, device)
+    per_level = dim**-0.5 / (255 if group else 1)
     decode.split[splits, programs](
-        projected[0], projected[-1], bias, *key_planes, keys.scales, none if keys.tops is None else keys.tops,
+        query, exact_keys, exact_values, projected[0], projected[-1], base, bias,
+        *key_planes, keys.scales, none if keys.tops is None else keys.tops,
+        none if keys.means is None else keys.means, none if keys.mean_tops is None else keys.mean_tops,
         none if keys.signs is None else keys.signs, none if keys.error_norms is None else keys.error_norms,
         *value_planes, values.scales, none if values.tops is None else values.tops,
         output, maxima, sums, none if lengths is None else lengths, none if starts is None else starts,
-        lut, table, value_lut, value_table, sign_lut, sign_table, levels.shifts(dim, device),
-        keys.tokens, biases, splits, per_level / (255 if group else 1), keys.gain,
-        per_level / (255 if group else 1),
-        *_two(key_planes[0]), *_two(key_planes[1]), *_two(keys.scales), *_two(keys.tops), *_two(keys.signs),
-        *_two(keys.error_norms),
+        lut, table, value_lut, value_table, sign_lut, sign_table, late,
+        levels.late_words(dim, device) if words else late,
+        exact_keys.shape[2], keys.tokens, biases, splits, rest, scaling * decode.LOG2_E,
+        per_level, keys.gain, per_level,
+        *query.stride()[:3], *_two(exact_keys), *_two(exact_values),
+        *_two(key_planes[0]), *_two(key_planes[1]), *_two(keys.scales), *_two(keys.tops), *_two(keys.means),
+        *_two(keys.mean_tops), *_two(keys.signs), *_two(keys.error_norms),
         *_two(value_planes[0]), *_two(value_planes[1]), *_two(values.scales), *_two(values.tops),
-        KV_HEADS=kv_heads, D=dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits, BM=padded_rows, BN=launch.tile,
-        GROUP=group, GROUP_MEANS=keys.means is not None, SKETCHED=keys.signs is not None,
-        ON_DEVICE=lengths is not None, PADDED=starts is not None,
-        KEY_ASM=_assembly(keys, dim), VALUE_ASM=levels.has_assembly(values.bits, dim, INTERPRETED),
-        STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim), SW=_width(1, dim),
-        EARLY=early, launch_pdl=early, num_warps=launch.warps,
+        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
+        BM=padded_rows, BN=launch.tile, BE=16, GROUP=group, GROUP_MEANS=keys.means is not None,
+        SKETCHED=sketched, ON_DEVICE=lengths is not None, PADDED=starts is not None, ASM=not INTERPRETED, WORDS=words,
+        STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim) // (2 if words else 1),
+        SW=_width(1, dim), BASES=bases, NG=16 if biases <= 16 * splits else 32, PARTS=exact_parts, EARLY=early,
+        launch_pdl=early, num_warps=launch.warps, maxnreg=launch.registers,
     )  # fmt: skip
 
     decode.merge[batch * queries * heads,](
-        output, maxima, sums, back.high, back.low,
-        none if values.rotation.signs is None else values.rotation.signs, result, splits, back.factor,
+        output, maxima, sums, back.high, back.low, result, splits, back.factor,
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows,
-        SP=triton.next_power_of_2(splits + 1), BS=min(128, triton.next_power_of_2(splits)), BLOCK=block,
-        SIGNED=values.rotation.signs is not None, EXACT=back.exact, EARLY=early, launch_pdl=early,
+        SP=triton.next_power_of_2(slots), BS=min(128, triton.next_power_of_2(splits)), BLOCK=block,
+        EXACT=back.exact, PARTS=exact_parts, EARLY=early, launch_pdl=early,
         num_warps=4 if splits <= 32 else 8,
     )  # fmt: skip
     return result.transpose(1, 2)
-
-
-def _assembly(keys: KernelView, dim: int) -> bool:
-    return all(
-        levels.has_assembly(bits, dim, INTERPRETED) for bits in (keys.bits, *([1] if keys.signs is not None else []))
-    )
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -85,17 +85,15 @@ def _half(x):
 
 @triton.jit
 def _encode(
-    X, x_t, MATRIX, MATRIX_LOW, SIGNS, CENTER, BOUNDS, LEVELS, tokens, first, head, batch, kv_head,
+    X, x_t, MATRIX, MATRIX_LOW, CENTER, BOUNDS, LEVELS, tokens, first, head, batch, kv_head,
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, TOPS, t_b, t_h, MEANS, m_b, m_h, MEAN_TOPS, mt_b, mt_h,
     factor,
     D: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    SIGNED: tl.constexpr, EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
+    EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n, d = first + tl.arange(0, T), tl.arange(0, D)
     there = n < tokens
     x = tl.load(X + n[:, None] * x_t + d[None, :], mask=there[:, None], other=0.0)
-    if SIGNED:
-        x = x * tl.load(SIGNS + d)[None, :].to(x.dtype)
     y = tl.dot(x, tl.load(MATRIX + d[None, :] * D + d[:, None]))
     if not EXACT:
         y += tl.dot(x, tl.load(MATRIX_LOW + d[None, :] * D + d[:, None]))
@@ -106,7 +104,7 @@ def _encode(
         mean = tl.sum(y, 0) / T
         top = _half(tl.max(tl.abs(mean), 0))
         wide = top.to(tl.float32)
-        steps = tl.floor(tl.where(wide > 0, mean / tl.maximum(wide, 1e-30) * 127, 0.0) + 0.5)
+        steps = tl.floor(mean * tl.where(wide > 0, 127 / tl.maximum(wide, 1e-30), 0.0) + 0.5)
         steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
         group = first // GROUP
         tl.store(MEANS + batch * m_b + kv_head * m_h + group * D + d, steps.to(tl.int8))
@@ -117,7 +115,7 @@ def _encode(
 
     HALF: tl.constexpr = 2 ** (BITS - 1)
     index, level = _nearest(unit, BOUNDS, LEVELS, BITS, T, D, ASM)
-    code = tl.where(unit > 0, HALF + index, HALF - 1 - index)
+    code = tl.where(unit >= 0, index, HALF + index).to(tl.uint8)  # sign and magnitude
     if SCALE == 1:
         norm = norm / tl.sqrt(tl.sum(level * level, 1))
     elif SCALE == 2:
@@ -135,12 +133,15 @@ def _encode(
     WIDTH: tl.constexpr = BITS if BITS != 3 else 2
     SLICES: tl.constexpr = 8 // WIDTH
     ROW: tl.constexpr = D // SLICES
-    low = tl.reshape(code & (2**WIDTH - 1), [T, SLICES, ROW]) << (tl.arange(0, SLICES) * WIDTH)[None, :, None]
+    low = (
+        tl.reshape(code & (2**WIDTH - 1), [T, SLICES, ROW])
+        << (tl.arange(0, SLICES) * WIDTH).to(tl.uint8)[None, :, None]
+    )
     row = tl.arange(0, ROW)
     at = P0 + batch * p0_b + kv_head * p0_h + n[:, None] * ROW + row[None, :]
     tl.store(at, tl.sum(low, 1).to(tl.uint8), mask=there[:, None])
     if BITS == 3:
-        high = tl.reshape(code >> 2, [T, 8, D // 8]) << tl.arange(0, 8)[None, :, None]
+        high = tl.reshape(code >> 2, [T, 8, D // 8]) << tl.arange(0, 8).to(tl.uint8)[None, :, None]
         column = tl.arange(0, D // 8)
         at = P1 + batch * p1_b + kv_head * p1_h + n[:, None] * (D // 8) + column[None, :]
         tl.store(at, tl.sum(high, 1).to(tl.uint8), mask=there[:, None])
@@ -148,13 +149,13 @@ def _encode(
 
 @triton.jit(do_not_specialize=["tokens", "kt_b", "kt_h", "kmt_b", "kmt_h", "vt_b", "vt_h"])
 def encode_pair(
-    K, V, k_b, k_h, k_t, v_b, v_h, v_t, KEY_MATRIX, KEY_LOW, KEY_SIGNS, VALUE_MATRIX, VALUE_LOW, VALUE_SIGNS, CENTER,
+    K, V, k_b, k_h, k_t, v_b, v_h, v_t, KEY_MATRIX, KEY_LOW, VALUE_MATRIX, VALUE_LOW, CENTER,
     KEY_BOUNDS, KEY_LEVELS, VALUE_BOUNDS, VALUE_LEVELS, tokens, key_factor, value_factor,
     K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
     V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h,
     KV_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
-    KEY_SIGNED: tl.constexpr, VALUE_SIGNED: tl.constexpr, KEY_EXACT: tl.constexpr, VALUE_EXACT: tl.constexpr,
+    KEY_EXACT: tl.constexpr, VALUE_EXACT: tl.constexpr,
     CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (group, head, 0 or 1): keys or values of one group of tokens."""
@@ -162,25 +163,26 @@ def encode_pair(
     batch, kv_head = (head // KV_HEADS).to(tl.int64), head % KV_HEADS
     if tl.program_id(2) == 0:
         _encode(
-            K + batch * k_b + kv_head * k_h, k_t, KEY_MATRIX, KEY_LOW, KEY_SIGNS, CENTER, KEY_BOUNDS, KEY_LEVELS,
+            K + batch * k_b + kv_head * k_h, k_t, KEY_MATRIX, KEY_LOW, CENTER, KEY_BOUNDS, KEY_LEVELS,
             tokens, first, head, batch, kv_head,
             K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_SIGNED, KEY_EXACT, CENTERED, GROUP_MEANS, ASM,
+            key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_EXACT, CENTERED, GROUP_MEANS, ASM,
         )  # fmt: skip
     else:
         _encode(
-            V + batch * v_b + kv_head * v_h, v_t, VALUE_MATRIX, VALUE_LOW, VALUE_SIGNS, CENTER, VALUE_BOUNDS,
+            V + batch * v_b + kv_head * v_h, v_t, VALUE_MATRIX, VALUE_LOW, CENTER, VALUE_BOUNDS,
             VALUE_LEVELS, tokens, first, head, batch, kv_head,
             V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_SIGNED, VALUE_EXACT, False, False, ASM,
+            value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_EXACT, False, False, ASM,
         )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _positive(levels: Tensor | None, bits: int) -> tuple[float, ...]:
-    """The upper half of a codebook or of its boundaries, as numbers: the kernel's arguments need no load."""
-    assert levels is not None
-    return tuple(levels.tolist()[2 ** (bits - 1) :]) or (0.0,)
+def _positive(codebook: Tensor, boundaries: Tensor | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The boundaries between positive levels, and those levels, as numbers: the kernel's arguments need no load."""
+    half = codebook.numel() // 2
+    assert boundaries is not None
+    return tuple(boundaries.tolist()[half:]) or (0.0,), tuple(codebook.tolist()[:half])
 
 
 def unsupported(states: Tensor, keys: KernelView | None, values: KernelView | None) -> str | None:
@@ -213,8 +215,8 @@ def encode(
     key_states, value_states = (x if x.stride(3) == 1 else x.contiguous() for x in (key_states, value_states))
     arguments: list[Tensor | int | float] = []
     key_matrix, value_matrix = (parts(view.rotation, key_states.dtype) for view in (keys, values))
-    for matrix, view in ((key_matrix, keys), (value_matrix, values)):
-        arguments += [matrix.high, matrix.low, matrix.high if view.rotation.signs is None else view.rotation.signs]
+    for matrix in (key_matrix, value_matrix):
+        arguments += [matrix.high, matrix.low]
     none = key_states  # stands where a kernel reads nothing
 
     def place(tensor: Tensor | None) -> list[Tensor | int | float]:
@@ -223,14 +225,13 @@ def encode(
     encode_pair[-(-tokens // each), batch * heads, 2](
         key_states, value_states, *key_states.stride()[:3], *value_states.stride()[:3], *arguments,
         none if keys.center is None else keys.center.contiguous(),
-        *(_positive(x, view.bits) for view in (keys, values) for x in (view.boundaries, view.codebook)), tokens,
+        *_positive(keys.codebook, keys.boundaries), *_positive(values.codebook, values.boundaries), tokens,
         key_matrix.factor, value_matrix.factor,
         *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
         *place(keys.means), *place(keys.mean_tops),
         *place(values.planes[0]), *place(values.planes[-1]), *place(values.scales), *place(values.tops),
         KV_HEADS=heads, D=dim, T=each, GROUP=group, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
         KEY_SCALE=SCALES[keys.scale], VALUE_SCALE=SCALES[values.scale],
-        KEY_SIGNED=keys.rotation.signs is not None, VALUE_SIGNED=values.rotation.signs is not None,
         KEY_EXACT=key_matrix.exact, VALUE_EXACT=value_matrix.exact, CENTERED=keys.center is not None,
         GROUP_MEANS=keys.means is not None, ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip

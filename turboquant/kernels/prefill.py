@@ -39,7 +39,7 @@ def _offset(M, MT, CENTER, group, d, inside, D: tl.constexpr, CENTERED: tl.const
 @triton.jit(do_not_specialize=["first", "count", "t_b", "t_h", "mt_b", "mt_h"])
 def dequantize_tile(
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER,
-    LUT, TABLE, SHIFT, OUT, o_b, o_h, first, count, factor,
+    LUT, TABLE, LATE, OUT, o_b, o_h, first, count, factor,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CENTERED: tl.constexpr,
     GROUP_MEANS: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def dequantize_tile(
         if BITS == 3:
             at = P1 + batch * p1_b + kv_head * p1_h + n[:, None] * (D // 8) + (j % (D // 8))[None, :]
             high = tl.load(at, mask=inside, other=0)
-        k0, k1, k2, k3 = quarters(codes, high, tl.load(SHIFT + j)[None, :], LUT, table, BITS, ASM)
+        k0, k1, k2, k3 = quarters(codes, high, tl.load(LATE + j)[None, :], LUT, table, BITS, ASM)
     x = k0.to(tl.float32) * scale[:, None] + _offset(M, MT, CENTER, group, j, known, D, CENTERED, GROUP_MEANS)
     target = OUT + place[:, None].to(tl.int64) * D + j[None, :]
     dtype = OUT.dtype.element_ty
@@ -108,11 +108,11 @@ def dequantize(view: KernelView, first: int, count: int, out: Tensor) -> Tensor:
     dequantize_tile[-(-count // TILE), batch * heads](
         *place(view.planes[0]), *place(view.planes[-1]), *place(view.scales), *place(view.tops), *place(view.means),
         *place(view.mean_tops), lut if view.center is None else view.center.contiguous(), lut, table,
-        levels.shifts(dim, out.device), out, *_two(out), first, count, dim**-0.5 / (255 if view.group_size else 1),
+        levels.late_bytes(dim, out.device), out, *_two(out), first, count, dim**-0.5 / (255 if view.group_size else 1),
         KV_HEADS=heads, D=dim, BITS=view.bits, GROUP=view.group_size, CENTERED=view.center is not None,
         GROUP_MEANS=view.means is not None, BN=TILE,
         KW=triton.next_power_of_2(dim // 2 if view.bits == 4 else dim // 4),
-        ASM=levels.has_assembly(view.bits, dim, INTERPRETED), num_warps=4,
+        ASM=not INTERPRETED, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -137,31 +137,58 @@ def attend(
     keys: KernelView,
     values: KernelView,
     scaling: float,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attend from a chunk of tokens to exact and packed ones; see `kernels.attention.attend`.
+
+    Rows that are padded are served one after the other.
 
     Returns:
         (batch, heads, queries, dim) in the dtype of the query, a view of a (batch, queries, heads, dim) tensor.
     """
+    query = query if query.stride(3) == 1 else query.contiguous()
+    if starts is None:
+        return _attend(query, exact_keys, exact_values, keys, values, scaling, 0)
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    for row, start in enumerate(starts.tolist()):
+        part = slice(row, row + 1)
+        states = (query[part], exact_keys[part], exact_values[part], keys.row(row), values.row(row))
+        out[part] = _attend(*states, scaling, start).transpose(1, 2)
+    return out.transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    keys: KernelView,
+    values: KernelView,
+    scaling: float,
+    start: int,
+) -> Tensor:
+    """Attend to the packed tokens from `start` on, and to the exact ones."""
     batch, _, count, dim = query.shape
     kv_heads, before = exact_keys.shape[1], exact_keys.shape[2] - count
-    query = query if query.stride(3) == 1 else query.contiguous()
     own, own_lse = _attention(query, exact_keys[:, :, before:], exact_values[:, :, before:], True, scaling)
     rotated = rotate(query, keys.rotation, torch.empty_like(query, memory_format=torch.contiguous_format))
-    part = max(1024, WORKSPACE // (2 * batch * kv_heads * dim)) // TILE * TILE
-    part = part // (keys.group_size or 1) * (keys.group_size or 1)
-    room = min(part, keys.tokens) + before
-    spaces = query.new_empty(2, batch, kv_heads, room, dim)
-    joined, joined_lse = None, own_lse
-    for first in range(0, keys.tokens, part):
-        tokens = min(part, keys.tokens - first)
+    unit = keys.group_size or 1
+    part = max(1024, WORKSPACE // (2 * batch * kv_heads * dim)) // TILE * TILE // unit * unit
+    spaces = query.new_empty(2, batch, kv_heads, min(part, keys.tokens) + before, dim)
+    joined: Tensor | None = None
+    joined_lse = own_lse
+    start = min(start, keys.tokens)  # a row that is all pads reads its exact tokens alone
+    for first in range(min(start, keys.tokens - unit) // unit * unit, keys.tokens, part):
+        tokens, skipped = min(part, keys.tokens - first), max(0, start - first)
         for space, view in zip(spaces, (keys, values), strict=True):
             dequantize(view, first, tokens, space)
-        if first == 0 and before:
+        if joined is None and before:
             rotate(exact_keys[:, :, :before], keys.rotation, spaces[0][:, :, tokens : tokens + before])
             rotate(exact_values[:, :, :before], values.rotation, spaces[1][:, :, tokens : tokens + before])
             tokens += before
-        output, lse = _attention(rotated, spaces[0][:, :, :tokens], spaces[1][:, :, :tokens], False, scaling)
+        if skipped == tokens:
+            return own
+        read = spaces[:, :, :, skipped:tokens]
+        output, lse = _attention(rotated, read[0], read[1], False, scaling)
         if joined is None:
             joined, joined_lse = output, lse
         else:

@@ -14,9 +14,8 @@ ROWS = 32
 
 @triton.jit
 def rotate_rows(
-    X, HIGH, LOW, SIGNS, OUT, count, heads, tokens, factor, x_b, x_h, x_t, o_b, o_h,
-    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr,
-    EXACT: tl.constexpr, EARLY: tl.constexpr,
+    X, HIGH, LOW, OUT, count, heads, tokens, factor, x_b, x_h, x_t, o_b, o_h,
+    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (rows): vectors in the order batch, head, token."""
     if EARLY:
@@ -26,8 +25,6 @@ def rotate_rows(
     token, head, batch = row % tokens, row // tokens % heads, (row // tokens // heads).to(tl.int64)
     place = batch * x_b + head.to(tl.int64) * x_h + token.to(tl.int64) * x_t
     x = tl.load(X + place[:, None] + dims[None, :], mask=real[:, None] & (dims[None, :] < D), other=0.0)
-    if SIGNED:
-        x = x * tl.load(SIGNS + dims, mask=dims < D, other=0.0)[None, :].to(x.dtype)
     target = batch * o_b + head.to(tl.int64) * o_h + token.to(tl.int64) * D
     for first in tl.static_range(0, DP, BLOCK):
         outer = first + tl.arange(0, BLOCK)
@@ -45,10 +42,9 @@ def rotate_rows(
 
 @triton.jit
 def join_rows(
-    Y, EXACT_OUT, Y_LSE, EXACT_LSE, HIGH, LOW, SIGNS, OUT, count, heads, tokens, factor,
+    Y, EXACT_OUT, Y_LSE, EXACT_LSE, HIGH, LOW, OUT, count, heads, tokens, factor,
     y_b, y_h, y_t, e_b, e_h, e_t, o_b, o_h, o_t,
-    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, SIGNED: tl.constexpr,
-    EXACT: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Program (rows): share * (y rotated back) + (1 - share) * exact, the share from the two log-sum-exps."""
     row, dims = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, DP)
@@ -75,8 +71,6 @@ def join_rows(
         if not EXACT:
             back += tl.dot(high, tl.load(LOW + matrix_at, mask=inside, other=0.0))
         back *= factor
-        if SIGNED:
-            back *= tl.load(SIGNS + outer, mask=outer < D, other=0.0)[None, :]
         kept = real[:, None] & (outer[None, :] < D)
         exact = tl.load(EXACT_OUT + exact_at[:, None] + outer[None, :], mask=kept, other=0.0).to(tl.float32)
         joined = exact + share[:, None] * (back - exact)
@@ -97,10 +91,9 @@ def rotate(x: Tensor, rotation: Rotation, out: Tensor, early: bool = False) -> T
     matrix = parts(rotation, x.dtype)
     count, rows = batch * heads * tokens, ROWS if batch * heads * tokens > 4096 else 16
     rotate_rows[-(-count // rows),](
-        x, matrix.high, matrix.low, matrix.high if rotation.signs is None else rotation.signs, out,
+        x, matrix.high, matrix.low, out,
         count, heads, tokens, matrix.factor, *x.stride()[:3], *out.stride()[:2],
-        D=dim, DP=triton.next_power_of_2(dim), BR=rows, BLOCK=_block(dim), SIGNED=rotation.signs is not None,
-        EXACT=matrix.exact, EARLY=early, num_warps=4,
+        D=dim, DP=triton.next_power_of_2(dim), BR=rows, BLOCK=_block(dim), EXACT=matrix.exact, EARLY=early, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -123,10 +116,9 @@ def join(y: Tensor, y_lse: Tensor, exact: Tensor, exact_lse: Tensor, rotation: R
     matrix = parts(rotation, exact.dtype)
     count = batch * heads * tokens
     join_rows[-(-count // ROWS),](
-        y, exact, y_lse.contiguous(), exact_lse.contiguous(), matrix.high, matrix.low,
-        matrix.high if rotation.signs is None else rotation.signs, out, count, heads, tokens, matrix.factor,
+        y, exact, y_lse.contiguous(), exact_lse.contiguous(), matrix.high, matrix.low, out, count, heads, tokens,
+        matrix.factor,
         *y.stride()[:3], *exact.stride()[:3], *out.stride()[:3],
-        D=dim, DP=triton.next_power_of_2(dim), BR=ROWS, BLOCK=_block(dim), SIGNED=rotation.signs is not None,
-        EXACT=matrix.exact, num_warps=4,
+        D=dim, DP=triton.next_power_of_2(dim), BR=ROWS, BLOCK=_block(dim), EXACT=matrix.exact, num_warps=4,
     )  # fmt: skip
     return out

@@ -19,8 +19,12 @@ class Parts:
     exact: bool
 
 
-def split_matrix(matrix: Tensor, dtype: torch.dtype) -> Parts:
-    """Return the parts of a matrix; a Hadamard matrix is +1 and -1 times a factor, which 16 bits hold exactly."""
+def _split(matrix: Tensor, signs: Tensor | None, dtype: torch.dtype) -> Parts:
+    """Return the parts of a matrix whose columns have these signs.
+
+    A Hadamard matrix is +1 and -1 times a factor, which 16 bits hold exactly.
+    """
+    matrix = matrix if signs is None else matrix * signs
     whole = matrix * matrix.shape[0] ** 0.5
     if bool((whole.abs() - 1).abs().max() < 1e-5):
         signs = whole.round().to(dtype)
@@ -31,11 +35,11 @@ def split_matrix(matrix: Tensor, dtype: torch.dtype) -> Parts:
 
 @lru_cache(maxsize=256)
 def parts(rotation: Rotation, dtype: torch.dtype) -> Parts:
-    """Return the parts of a rotation's matrix, without its signs."""
-    return split_matrix(rotation.matrix, dtype)
+    """Return the parts of the matrix W with which a rotation maps x to W x."""
+    return _split(rotation.matrix, rotation.signs, dtype)
 
 
 @lru_cache(maxsize=256)
 def sketch(projection: Tensor, rotation: Rotation, dtype: torch.dtype) -> Parts:
-    """Return the parts of QJL's projection after the rotation, as one matrix, without the rotation's signs."""
-    return split_matrix((projection @ rotation.matrix).contiguous(), dtype)
+    """Return the parts of QJL's projection after the rotation, as one matrix."""
+    return _split((projection @ rotation.matrix).contiguous(), rotation.signs, dtype)

@@ -11,17 +11,20 @@ from torch import Tensor
 
 from turboquant.kernel_view import KernelView
 from turboquant.kernels import attention, levels
+from turboquant.kernels.decode import _scale
 from turboquant.kernels.levels import halves, load_table, quarters
 from turboquant.kernels.rotate import rotate
 
-SPAN_GROUPS = 16
-"""Groups that a program reads: the rows of one dot."""
+MAX_GROUPS = 16
+"""The most groups that a program reads: the rows of one dot."""
+REGISTERS, PROGRAMS = 128, 16
+"""Registers a thread where they suffice, and the programs of a warp that a multiprocessor then holds."""
 
 
 @triton.jit(do_not_specialize=["tokens", "t_b", "t_h", "mt_b", "mt_h"])
 def score_keys(
     Q, K, k_b, k_h, K1, k1_b, k1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, OUT,
-    LUT, TABLE, SHIFT, tokens, factor, scaling,
+    LUT, TABLE, LATE, tokens, factor, scaling,
     KV_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr,
     CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
@@ -36,7 +39,7 @@ def score_keys(
     real = rows < ROWS
     ta, tb, tc, td = load_table(TABLE, token)
     table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
-    shift = tl.load(SHIFT + j)[None, :]
+    late = tl.load(LATE + j)[None, :]
     if EARLY:
         tl.extra.cuda.gdc_wait()
     Q += head * ROWS * D + rows[None, :] * D
@@ -61,7 +64,7 @@ def score_keys(
         M += batch * m_b + kv_head * m_h
         MT += batch * mt_b + kv_head * mt_h
         group = first // GROUP + tl.arange(0, GROUPS)
-        there = group * GROUP < tokens
+        there = group * GROUP < tl.minimum(tokens, first + SPAN)
         means = tl.load(M + group[:, None] * D + dims[None, :], mask=there[:, None] & (dims[None, :] < D), other=0).to(
             tl.float16
         )
@@ -69,7 +72,7 @@ def score_keys(
         offsets = tl.dot(means, q_high) + tl.dot(means, (q - q_high.to(tl.float32)).to(tl.float16))
         offsets *= (tl.load(MT + group, mask=there, other=0.0).to(tl.float32) / 127)[:, None]
     OUT += head.to(tl.int64) * ROWS * tokens
-    for start in range(first, tl.minimum(first + SPAN, tokens), BN):
+    for start in tl.range(first, tl.minimum(first + SPAN, tokens), BN):
         n = start + token
         inside = n < tokens
         if GROUP and SLICE == KW:  # codes are packed in whole groups
@@ -89,12 +92,9 @@ def score_keys(
                     high = tl.load(at)
                 else:
                     high = tl.load(at, mask=inside[:, None] & (j[None, :] < SLICE), other=0)
-            k0, k1, k2, k3 = quarters(codes, high, shift, LUT, table, BITS, ASM)
+            k0, k1, k2, k3 = quarters(codes, high, late, LUT, table, BITS, ASM)
             s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
-        scale = tl.load(S + n, mask=inside, other=0).to(tl.float32) * factor
-        if GROUP:
-            scale *= tl.load(T + n // GROUP, mask=inside, other=0.0).to(tl.float32)
-        s *= scale[:, None]
+        s *= _scale(S, T, n, tokens, factor, GROUP)[:, None]
         if CENTERED:
             s += bias[None, :]
         if GROUP_MEANS:
@@ -133,17 +133,20 @@ def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
         return (lut, 0, 0) if tensor is None else (tensor, tensor.stride(0), tensor.stride(1))
 
     tile, group = 32, keys.group_size
-    span = SPAN_GROUPS * (group or 64)
+    size = group or 64
+    share = batch * kv_heads * count // (size * PROGRAMS * attention._multiprocessors(query.device))
+    span = size * min(MAX_GROUPS, max(1, share))
     score_keys[-(-count // span), batch * kv_heads](
         rotated, *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
         *place(keys.means), *place(keys.mean_tops),
-        lut if keys.center is None else keys.center.contiguous(), out, lut, table, levels.shifts(dim, query.device),
+        lut if keys.center is None else keys.center.contiguous(), out, lut, table, levels.late_bytes(dim, query.device),
         count, scaling * dim**-0.5 / (255 if group else 1), scaling,
         KV_HEADS=kv_heads, ROWS=rows, D=dim, DP=triton.next_power_of_2(dim), BITS=keys.bits,
         BM=max(8, triton.next_power_of_2(rows)), BN=tile, SPAN=span, GROUP=group, GROUP_MEANS=keys.means is not None,
-        CENTERED=keys.center is not None, GROUPS=SPAN_GROUPS,
-        ASM=levels.has_assembly(keys.bits, dim, attention.INTERPRETED),
+        CENTERED=keys.center is not None, GROUPS=MAX_GROUPS,
+        ASM=not attention.INTERPRETED,
         KW=triton.next_power_of_2(dim // 2 if keys.bits == 4 else dim // 4), EARLY=early,
-        launch_pdl=early, num_warps=1, num_stages=3,
+        launch_pdl=early, num_warps=1, num_stages=3, 
+        maxnreg=REGISTERS if rows <= 8 and dim in (64, 128) else None,
     )  # fmt: skip
     return out.view(batch, heads, queries, count)

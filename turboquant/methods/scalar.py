@@ -64,10 +64,16 @@ class PackedProd(PackedMSE):
 
 
 @lru_cache(maxsize=64)
-def _shared_codebook(bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return levels and boundaries, one object for all layers; 0 bits have the one level 0."""
+def _shared_codebook(bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the level of each code, the boundaries between levels, and the code of each level in ascending order.
+
+    Codes are sign and magnitude: the highest bit is set for negative levels, the others count from the least magnitude
+    up. One object for all layers; 0 bits have the one level 0.
+    """
     levels = (lloyd_max(bits, dim) if bits else torch.zeros(1)).to(device)
-    return levels, boundaries(levels)
+    half = 2**bits // 2
+    order = torch.cat([torch.arange(half, 2**bits), torch.arange(half).flip(0)]).to(device)
+    return levels[order], boundaries(levels), order.argsort().to(torch.uint8)
 
 
 @lru_cache(maxsize=8)
@@ -107,7 +113,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         self.dim, self.bits = dim, check_bits(bits, lowest=0)
         self.rotation, self.scale, self.center = rotation, scale, center
         self.group_size, self.token_group = group_size, group_size or 1
-        self.codebook, self.boundaries = _shared_codebook(bits, dim, rotation.matrix.device)
+        self.codebook, self.boundaries, self.codes = _shared_codebook(bits, dim, rotation.matrix.device)
 
     def _encode(self, x: Tensor, like: PackedMSE | None, valid: Tensor | None) -> tuple[PackedMSE, Tensor]:
         """Return the packed vectors and the error that is left, in the rotated space."""
@@ -120,7 +126,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
                 packed, y = self._without_group_means(packed, y, valid)
         norms = y.norm(dim=-1, keepdim=True)
         unit = y / norms.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = torch.bucketize(unit, self.boundaries, out_int32=True).to(torch.uint8)
+        codes = self.codes[torch.bucketize(unit, self.boundaries, out_int32=True, right=True)]
         levels = self.codebook[codes.int()]
         if self.bits and self.scale == "matched":
             norms = norms / levels.norm(dim=-1, keepdim=True)
@@ -250,8 +256,8 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         )
 
     def tables(self) -> tuple[Tensor, ...]:
-        """Return rotation, codebook and boundaries."""
-        return (*self.rotation.tensors, self.codebook, self.boundaries)
+        """Return rotation, codebook, boundaries and the codes of levels."""
+        return (*self.rotation.tensors, self.codebook, self.boundaries, self.codes)
 
 
 class TurboQuantProd(TurboQuantMSE):
@@ -336,7 +342,7 @@ class TurboQuantProd(TurboQuantMSE):
         )
 
     def tables(self) -> tuple[Tensor, ...]:
-        """Return rotation, codebook, boundaries, projection and the two signs."""
+        """Return what `TurboQuantMSE` does, the projection and the two signs."""
         return (*super().tables(), self.projection, self.sign_levels)
 
 

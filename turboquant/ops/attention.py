@@ -142,9 +142,9 @@ def _fused(
     if kernels.few_rows(query, exact[0].shape[1]):
         return guarded("attention", lambda: kernels.attend(query, *exact, *views, scaling, starts))
     prefill = usable(query, "prefill")
-    if prefill is None or starts is not None or views[0].signs is not None:
+    if prefill is None or views[0].signs is not None:
         return None
-    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scaling))
+    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scaling, starts))
 
 
 def _reference(
