@@ -18,8 +18,8 @@ MAX_ROWS = 64
 DIMS = (64, 80, 96, 128, 256)
 BITS = (1, 2, 3, 4)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-REGISTERS, PROGRAMS = 168, 12
-"""Registers a thread of `split` where they suffice, and the programs of a warp that a multiprocessor then holds."""
+LONG = 2**18 - 2**11
+"""Tokens, over all KV heads, from which parts are long enough for larger tiles."""
 _MULTIPROCESSORS = 132  # where no device says
 
 
@@ -54,6 +54,7 @@ class Plan:
     stages: int
     splits: int
     registers: int | None = None
+    """The most a thread may have; None leaves it to the compiler."""
 
 
 @lru_cache(maxsize=8)
@@ -70,17 +71,17 @@ def _launches_early(device: torch.device) -> bool:
 def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
 
-    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest, and as many of
-    them as a multiprocessor holds when each has just the registers that it needs.
+    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as long as their
+    registers hold what they compute on; at 2 bits long parts are read faster in larger tiles.
     """
     dim = keys.rotation.matrix.shape[0]
-    tile, warps, programs, registers = 32, 1, 8, None
+    tile, warps, stages, programs = 64 if dim <= 64 else 32, 1, 3, 8
     if rows > 16:
         tile, warps, programs = 64, 4, 3
-    elif rows <= 8 and dim in (64, 128) and keys.signs is None:
-        tile, programs, registers = 64 if dim == 64 else 32, PROGRAMS, REGISTERS
+    elif dim == 128 and keys.bits <= 2 and heads * tokens >= LONG:
+        tile, stages = 64, 2
     wanted = _multiprocessors(keys.scales.device) * programs // heads
-    return Plan(tile, warps, 3, max(1, min(wanted, -(-tokens // (2 * tile)))), registers)
+    return Plan(tile, warps, stages, max(1, min(wanted, -(-tokens // (2 * tile)))))
 
 
 def _two(tensor: Tensor | None) -> tuple[int, int]:
