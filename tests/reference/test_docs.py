@@ -1,6 +1,7 @@
 """README and docs/*.md: their code runs, their commands and methods exist, their links lead somewhere."""
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -34,8 +35,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def load(name: str, *, progress: object = None, **options: str) -> Any:
         return load_once(name, **options)
 
+    monkeypatch.setattr(turboquant, "load_model", load)  # before the module it comes from, so that it comes back
     monkeypatch.setattr("turboquant.models.load_model", load)
-    monkeypatch.setattr(turboquant, "load_model", load)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -89,7 +90,7 @@ def check_library(variables: dict[str, Any], printed: str) -> None:
     kl = [float(value) for value in re.findall(r"^turboquant:bits=\d KL ([\d.]+)", printed, flags=re.MULTILINE)]
     assert 0 < kl[0] < kl[1]
     assert variables["found"].tokens.mean_kl > 0
-    assert float(variables["error"]) == pytest.approx(turboquant.expected_mse(4, 128), rel=0.05)
+    assert float(variables["lost"]) == pytest.approx(turboquant.expected_mse(4, 128), rel=0.05)
     assert "3 layers compressed" in printed
     assert printed.count("bits must be a whole number from 1 to 8") == 1
 
@@ -232,3 +233,32 @@ def test_the_guide_has_every_page_and_says_of_each_figure_what_the_app_says() ->
     assert not wanted - found, "docs/guide.md lacks these rows:\n" + "\n".join(wanted - found)
     assert not found - wanted, "docs/guide.md has rows that the app has not:\n" + "\n".join(found - wanted)
     assert {entry.name for entry in ENTRIES} <= anchors(page)
+
+
+def test_the_guide_quotes_recorded_figures() -> None:
+    from turboquant.results import Comparison, read_records
+
+    guide = " ".join((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split())
+    found = {record.cell.method: record.metrics for record in read_records(ROOT / "results" / "methods.jsonl")}
+
+    def quoted(method: str, name: str, form: str) -> list[str]:
+        return [f"{found[f'{method}:bits={bits}'][name]:{form}}" for bits in (4, 3, 2)]
+
+    for method, name, form, unit in (
+        ("turboquant", "kl_mean", ".4f", "nats"),
+        ("turboquant", "same_top_pct", ".1f", "%"),
+        ("turboquant-paper", "kl_mean", ".2f", ""),
+    ):
+        first, second, third = quoted(method, name, form)
+        assert f"{first}, {second} and {third} {unit}".strip() in guide
+    held, packed = (found["turboquant:bits=4"][name] for name in ("bits_per_value", "packed_bits_per_value"))
+    assert f"at 2,048 tokens it is {held:.1f} bits, and each further token costs {packed:.1f}" in guide
+    recorded = json.loads((ROOT / "assets" / "runs" / "01-summary-4-bits.json").read_text())
+    run = Comparison.model_validate(recorded["comparison"])
+    report = run.compressed.report
+    assert f"holds {report.bits_per_value:.1f} bits a value, {report.compression_ratio:.2f} times less" in guide
+    assert run.heads is not None
+    assert run.tokens is not None
+    risk = run.heads.packed.heads_at_risk_pct, run.heads.served.heads_at_risk_pct
+    assert f"{risk[0]:.0f} % of heads are at risk over packed tokens, {risk[1]:.0f} % as served" in guide
+    assert f"the mean KL is {run.tokens.mean_kl:.3f}" in guide
