@@ -12,7 +12,7 @@ trap 'rm -rf "$scratch"' EXIT
 tests="tests/unit/test_cache.py tests/unit/test_hf_layers.py tests/unit/test_hf_generate.py tests/unit/test_generate.py
     tests/unit/test_attention.py tests/unit/test_models.py tests/unit/test_hub.py tests/unit/test_probe.py
     tests/unit/test_session.py tests/unit/test_comparison.py tests/unit/test_scoring.py tests/unit/test_sizing_config.py
-    tests/unit/test_graphs.py tests/unit/test_perplexity.py tests/reference/test_smollm2.py tests/reference/test_pipeline.py"
+    tests/unit/test_graphs.py tests/unit/test_perplexity.py tests/reference/test_smollm2.py tests/reference/test_docs.py"
 
 if [ $# = 0 ]; then
     # "transformers>=A,<B": the newest release of series A, and the newest below B that there is.

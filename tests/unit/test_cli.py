@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_help_and_the_list_of_models_load_no_library() -> None:
     count, loaded = json.loads(done.stdout.splitlines()[-1])
     assert count > 15
     assert loaded == []
+
+
+def test_help_takes_less_than_a_second() -> None:
+    """Counted in seconds of the processor, so that it holds while other work shares the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "turboquant", "--help"], capture_output=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_lists_name_everything() -> None:
