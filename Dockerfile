@@ -45,7 +45,7 @@ embedded_folder(lambda fraction, text: print(text)); \
 compile_kernels()"
 
 COPY --chown=user . .
-RUN python -m compileall -q app pages streamlit_app.py
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && python -m compileall -q app pages
 
 # What records name as the commit they were measured at.
 ARG COMMIT=

@@ -148,8 +148,9 @@ def table(record: ImageBench) -> str:
     what = (
         f"Image `{record.image}` with PyTorch {record.image_torch}: {total:,} MiB on disk{packed}. "
         f"A Compare here is {record.new_tokens} new tokens on each side with {record.threads} threads of PyTorch. "
-        f"The server held {rss[0]:,} MiB after the first and {rss[1]:,} MiB after the second, {record.peak_mib:,} MiB at most. Run offline, as uid 1000, on "
-        f"{env.device}, load average {record.load_average} before it, {env.created[:10]}, commit {env.commit}."
+        f"The server held {rss[0]:,} MiB after the first and {rss[1]:,} MiB after the second, {record.peak_mib:,} MiB "
+        f"at most. Run offline, as uid 1000, on {env.device}, load average {record.load_average} before it, "
+        f"{env.created[:10]}, commit {env.commit}."
     )
     parts = {"Debian and Python (made with debootstrap)": record.base_mib, **record.parts_mib}
     lines = [textwrap.fill(what, 120), "", "| part of the image | MiB |", "|---|---|"]
