@@ -45,7 +45,8 @@ embedded_folder(lambda fraction, text: print(text)); \
 compile_kernels()"
 
 COPY --chown=user . .
-RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && python -m compileall -q app pages
+RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
+    && python -m compileall -q app pages turboquant streamlit_app.py
 
 # What records name as the commit they were measured at.
 ARG COMMIT=

@@ -39,12 +39,12 @@ fi
 # What the Dockerfile installs: torch with what it needs, the rest as the lock has it, and what builds hqq (an sdist).
 torch=$(sed -n 's/^ARG TORCH=//p' Dockerfile)
 uv=$(sed -n 's/.*pip install --no-cache-dir \(uv==[0-9.]*\).*/\1/p' Dockerfile)
-wanted=$(cat requirements.lock Dockerfile | cksum)
-if [ "$(cat "$work/wheels/.made-for" 2>/dev/null)" != "$wanted ${TORCH:-}" ]; then
+wanted="${TORCH:-$torch} $uv $(cksum <requirements.lock)"
+if [ "$(cat "$work/wheels/.made-for" 2>/dev/null)" != "$wanted" ]; then
     "$python" -m pip download --quiet --no-deps --require-hashes --dest "$work/wheels" -r requirements.lock
     "$python" -m pip download --quiet --dest "$work/wheels" --find-links "$work/wheels" \
         "torch==${TORCH:-$torch}" "$uv" setuptools wheel
-    echo "$wanted ${TORCH:-}" >"$work/wheels/.made-for"
+    echo "$wanted" >"$work/wheels/.made-for"
 fi
 
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"

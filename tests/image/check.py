@@ -22,6 +22,7 @@ from tests.image.container import Container, Running
 from turboquant.results import Environment, Record, append_record, environment
 
 WORK = Path("/var/tmp/turboquant-image")
+COMMAND = [sys.executable, "-m", "tests.image.check"]
 ALONE = "TURBOQUANT_IMAGE_CHECK_ALONE"
 PROMPT = "When does the tide turn, and when can the boats leave the harbour of Arnsey? " * 6
 TOKENS = 16
@@ -109,7 +110,8 @@ def measure(work: Path, image: str, threads: int, archive: bool) -> ImageBench:
             peak = running.peak_mib()
             running.stop()
             assert not running.passes_its_health_check()
-        assert not written(container, running.begun), "the image writes what it could have brought along"
+        late = written(container, running.begun)
+        assert not late, f"written at run time, though the image could have brought it along: {late}"
     model_s = datetime.fromisoformat(loaded["time"]).timestamp() - running.begun
     return ImageBench(
         environment=environment(),
@@ -173,7 +175,7 @@ def main() -> None:
         print(table(ImageBench.model_validate_json(given.table.read_text().splitlines()[-1])))
         return
     if os.environ.pop(ALONE, None) is None:
-        words = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-m", "tests.image.check"]
+        words = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *COMMAND]
         os.execvpe("unshare", ["unshare", "--net", *words, *sys.argv[1:]], {**os.environ, ALONE: "1"})
     record = measure(given.work, given.image, given.threads, given.archive)
     print(record.model_dump_json(indent=1))

@@ -14,6 +14,7 @@ import os
 import tempfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -63,8 +64,9 @@ class MemoryLimit:
         return int((self._folder / "memory.max_usage_in_bytes").read_text()) // 2**20
 
     def rss_mib(self) -> int:
-        """What is charged now without page cache."""
-        return _line(self._folder / "memory.stat", "total_rss") // 2**20
+        """What is charged now and in use: memory of processes and files that they map, such as the model's weights."""
+        stat = self._folder / "memory.stat"
+        return (_line(stat, "total_rss") + _line(stat, "total_mapped_file")) // 2**20
 
     def kills(self) -> int:
         """How many processes were killed for memory."""
@@ -91,9 +93,9 @@ def _line(file: Path, name: str) -> int:
 class Start(Record):
     """One server under the limit, MiB and seconds.
 
-    `rss_mib` is the memory of all its processes without page cache: with the model loaded, after each Compare.
-    `peak_mib` is the most that was charged to the limit, page cache included. `compare_s` are from the press to the
-    result on the page.
+    `rss_mib` is the resident memory of all its processes: with the model loaded, after each Compare. `peak_mib` is the
+    most that was charged to the limit, with page cache, which is given up when room is needed. `compare_s` are from the
+    press to the result on the page.
     """
 
     converts: bool
@@ -121,13 +123,17 @@ class MemoryLimitBench(Record):
 
 async def compares(server: Server, limit: MemoryLimit, tokens: int) -> tuple[list[float], list[int]]:
     """A short Compare, then the longest that the settings allow: seconds, and memory after each."""
+
+    def done(runs: int) -> bool:
+        return len(server.events("job_done")) == runs
+
     seconds, memory = [], []
     tab = await Tab(server.address, tokens=tokens).open()
     await tab.until(lambda: tab.first_run_s)
     for index, prompt in enumerate((WORDS * 6, (WORDS * 200)[: int(SETTINGS["TURBOQUANT_MAX_PROMPT_CHARS"])]), 1):
         begun = time.monotonic()
         await tab.press("Compare", tab.text_area("Prompt", prompt))
-        await tab.until(lambda index=index: len(server.events("job_done")) == index, 900)
+        await tab.until(partial(done, index), 900)
         await tab.until(lambda: "Measured here" in tab.text, 60)
         seconds.append(round(time.monotonic() - begun, 1))
         memory.append(limit.rss_mib())
