@@ -105,7 +105,7 @@ class Running:
         except OSError:
             return False
 
-    def until(self, condition: Callable[[], object], seconds: float = 180) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 300) -> None:
         """Wait for something, as long as the server runs."""
         end = time.monotonic() + seconds
         while not condition():
@@ -113,10 +113,14 @@ class Running:
             assert time.monotonic() < end, self._log.read_text()
             time.sleep(0.05)
 
-    def event(self, name: str) -> dict[str, Any] | None:
-        """An event of the log."""
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of that name in the log."""
         lines = [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
-        return next((line for line in lines if line.get("event") == name), None)
+        return [line for line in lines if line.get("event") == name]
+
+    def has_done(self, runs: int) -> bool:
+        """Have so many runs ended well?"""
+        return len(self.events("job_done")) == runs
 
     def passes_its_health_check(self) -> bool:
         """Run the image's health check in the container."""
@@ -136,4 +140,4 @@ class Running:
         """What `docker stop` sends, and a good end."""
         self.server.terminate()
         self._run.wait(30)
-        assert self.event("server_stopped"), self._log.read_text()
+        assert self.events("server_stopped"), self._log.read_text()

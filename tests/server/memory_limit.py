@@ -26,10 +26,12 @@ from turboquant.results import Environment, Record, append_record, environment
 LIMIT_MIB = 2575  # 2.7 GB
 SETTINGS = {
     "TURBOQUANT_LOCK_MODEL": "1",
-    "TURBOQUANT_MAX_NEW_TOKENS": "128",
-    "TURBOQUANT_MAX_PROMPT_CHARS": "8000",
-    "TURBOQUANT_MAX_CONTEXT_TOKENS": "2048",
+    "TURBOQUANT_MAX_NEW_TOKENS": "64",
+    "TURBOQUANT_MAX_PROMPT_CHARS": "4000",
+    "TURBOQUANT_MAX_CONTEXT_TOKENS": "1024",
     "TURBOQUANT_MAX_QUEUE": "4",
+    "TURBOQUANT_MAX_RUNS": "8",
+    "TURBOQUANT_MAX_CACHED": "16",
 }
 """What docs/operator.md recommends there."""
 WORDS = "When does the tide turn, and when can the boats leave the harbour of Arnsey? "
@@ -154,8 +156,10 @@ def start(limit_mib: int, cache: Path, tokens: int) -> tuple[Start, list[int]]:
             assert server.healthy(), log.read_text()
             time.sleep(0.2)
         model_s, loaded = time.monotonic() - begun, limit.rss_mib()
-        seconds, memory = asyncio.run(compares(server, limit, tokens))
-        assert not limit.kills()
+        try:
+            seconds, memory = asyncio.run(compares(server, limit, tokens))
+        finally:
+            assert not limit.kills(), f"{limit_mib} MiB are not enough: the kernel killed a process"
         taken = Start(
             converts=converts,
             model_s=round(model_s, 1),
@@ -166,7 +170,7 @@ def start(limit_mib: int, cache: Path, tokens: int) -> tuple[Start, list[int]]:
         return taken, [event["prompt_tokens"] for event in server.events("job_done")]
 
 
-def measure(limit_mib: int = LIMIT_MIB, tokens: int = 128) -> MemoryLimitBench:
+def measure(limit_mib: int = LIMIT_MIB, tokens: int = int(SETTINGS["TURBOQUANT_MAX_NEW_TOKENS"])) -> MemoryLimitBench:
     """Start twice on a cache folder that is empty at first."""
     average = os.getloadavg()[1]
     with tempfile.TemporaryDirectory() as cache:

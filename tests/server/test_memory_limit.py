@@ -32,10 +32,10 @@ def test_the_limit_is_one(limit: MemoryLimit) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_compares_end_in_the_memory_of_community_cloud(limit: MemoryLimit) -> None:
-    record = measure(tokens=16)
+    record = measure()
     print(record.model_dump_json(indent=1))
     assert [start.converts for start in record.starts] == [True, False]
-    assert record.prompt_tokens[1] > 1500
+    assert record.prompt_tokens[1] > 700
     assert max(max(start.rss_mib) for start in record.starts) < record.limit_mib
 
 
