@@ -150,7 +150,7 @@ def table(record: ImageBench) -> str:
     packed = f"; as one gzip archive {record.archive_mib:,} MiB" if record.archive_mib else ""
     what = (
         f"Image `{record.image}` with PyTorch {record.image_torch}: {total:,} MiB on disk{packed}. "
-        f"A Compare here is {record.new_tokens} new tokens on each side with {record.threads} threads of PyTorch. "
+        f"A Compare here is {record.new_tokens} new tokens on each side; PyTorch threads: {record.threads}. "
         f"The server held {rss[0]:,} MiB after the first and {rss[1]:,} MiB after the second, {record.peak_mib:,} MiB "
         f"at most. Run offline, as uid 1000, on {env.device}, load average {record.load_average} before it, "
         f"{env.created[:10]}, commit {env.commit}."
