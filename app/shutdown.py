@@ -40,6 +40,7 @@ def graceful(engine: Engine, seconds: float) -> Iterator[None]:
         if told.is_set():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+            os._exit(128 + number)  # the first process of a container: the kernel keeps the signal from it
         told.set()
         name = signal.Signals(number).name
         handler = handlers[signal.Signals(number)]

@@ -25,7 +25,12 @@ MAX_RECORDS = 2_000
 
 @st.cache_resource(show_spinner=False)
 def config() -> AppConfig:
-    """The settings of this deployment."""
+    """The settings of this deployment.
+
+    Streamlit makes environment variables of the top level of `secrets.toml`, the only way to set one on Community
+    Cloud, but only when somebody asks for secrets.
+    """
+    st.secrets.load_if_toml_exists()
     return load_config()
 
 

@@ -195,7 +195,7 @@ def _commit() -> str | None:
         root = Path(__file__).resolve().parents[1]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("TURBOQUANT_COMMIT")
+        return os.environ.get("TURBOQUANT_COMMIT") or None
 
 
 def _version(package: str) -> str:

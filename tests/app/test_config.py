@@ -54,12 +54,16 @@ def test_a_locked_model_is_the_only_one_on_offer() -> None:
     assert not config.allow_any_model
 
 
-def test_every_setting_stands_in_the_table_and_in_the_readme() -> None:
+def test_every_setting_stands_in_the_table_and_in_the_operators_guide_with_its_default() -> None:
     read = set(re.findall(r'"(TURBOQUANT_\w+)"', Path(config_module.__file__).read_text()))
     table = set(re.findall(r"^\| (TURBOQUANT_\w+) \|", str(config_module.__doc__), flags=re.MULTILINE))
-    readme = set(re.findall(r"`(TURBOQUANT_\w+)`", (ROOT / "README.md").read_text()))
+    guide = (ROOT / "docs" / "operator.md").read_text()
+    shown = dict(re.findall(r"^\| `(TURBOQUANT_\w+)` \| .+ \| (.+) \|$", guide, flags=re.MULTILINE))
     assert read == table
-    assert read <= readme
+    assert read <= set(shown)
+    for name in read - {"TURBOQUANT_MODELS"}:
+        default = getattr(AppConfig(), name.removeprefix("TURBOQUANT_").lower())
+        assert shown[name] == (default if isinstance(default, str) else f"{default:g}"), name
 
 
 def test_the_default_model_must_be_on_offer() -> None:

@@ -1,11 +1,13 @@
 """A real server, seen from outside: what it logs, what it counts, how it stops."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers import tiny_loaded
@@ -28,11 +30,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def server(tmp_path: Path, tiny_folder: str) -> Iterator[Server]:
+    """With settings from the environment and, as on Community Cloud, from the secrets."""
+    secrets = tmp_path / "secrets.toml"
+    secrets.write_text('TURBOQUANT_MAX_QUEUE = "1"\n')
     environment = {
         "TURBOQUANT_MODELS": tiny_folder,
         "TURBOQUANT_MAX_NEW_TOKENS": "8192",
         "TURBOQUANT_STOP_S": "5",
-        "TURBOQUANT_MAX_QUEUE": "1",
+        "STREAMLIT_SECRETS_FILES": str(secrets),
     }
     with Server(tmp_path / "log.txt", environment) as server:
         yield server
@@ -104,6 +109,29 @@ def test_a_second_signal_ends_the_process_at_once(server: Server) -> None:
     family = server.family()
     asyncio.run(visit())
     assert not [process for process in family if process.is_running()]
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace needs root")
+def test_a_second_signal_ends_the_first_process_of_a_container(tmp_path: Path, tiny_folder: str) -> None:
+    """The kernel keeps a signal without a handler from the first process of a PID namespace."""
+    environment = {"TURBOQUANT_MODELS": tiny_folder, "TURBOQUANT_MAX_NEW_TOKENS": "8192"}
+    alone = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    with Server(tmp_path / "log.txt", environment, before=alone) as server:
+
+        async def visit() -> None:
+            tab = await ask(server, PROMPT, 8000)
+            await tab.sees("Both sides answer")
+            (first,) = psutil.Process(server.pid).children()
+            first.send_signal(signal.SIGTERM)
+            while not server.events("server_stopping"):
+                await asyncio.sleep(0.05)
+            first.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(server.wait, 3) == 128 + signal.SIGTERM
+            await tab.close()
+
+        asyncio.run(visit())
     assert "Traceback" not in server.log.read_text()
 
 
