@@ -60,11 +60,14 @@ def spoiled(path: tuple[Any, ...], value: Any) -> str:
 
 def accepted(path: tuple[Any, ...], value: Any) -> Run | None:
     """The run, with all its exports made; None where it was refused in words."""
+    refused = ""
     try:
         run = import_run(spoiled(path, value))
     except RunError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 500
+        refused = str(error)
+    if refused:
+        assert "\n" not in refused
+        assert len(refused) < 500
         return None
     for make in (run.to_json, run.to_markdown, run.to_csv, run.heads_csv):
         make().encode()
@@ -87,7 +90,9 @@ def test_a_hostile_value_is_refused_or_exported(path: tuple[Any, ...]) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", PAGES)
-def test_a_hostile_value_anywhere_is_refused_or_shown(page: AppTest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_hostile_value_anywhere_is_refused_or_shown(
+    page: AppTest, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     shown, failed = 0, []
     for path in PLACES:
         for words, value in HOSTILE.items():
