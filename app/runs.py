@@ -262,7 +262,7 @@ def _check_heads(h: HeadMetrics) -> None:
         raise RunError("The file is no run: a per-head table does not fit heads.layer_indices.")
     if len({len(row) for table in tables for row in table}) > 1:
         raise RunError("The file is no run: the per-head tables differ in their number of heads.")
-    if any(len(step) not in (0, len(h.positions)) for step in steps) or len(h.packed_tokens) != len(h.positions):
+    if any(len(step) != len(h.positions) for step in steps) or len(h.packed_tokens) != len(h.positions):
         raise RunError("The file is no run: a per-step list does not fit heads.positions.")
 
 

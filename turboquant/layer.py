@@ -270,9 +270,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def exact(
-        self,
-    ) -> tuple[Float[Tensor, "batch kv_heads tokens dim"], Float[Tensor, "batch kv_heads tokens value_dim"]]:
+    def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:
         """Return keys and values held exactly: sinks, then window."""
         return self._exact(self.exact_keys), self._exact(self.exact_values)
 
@@ -313,9 +311,8 @@ class QuantizedLayer(CacheLayerMixin):
         if self.packed_length and (kept - self.sink_length) // group * group <= self._padded_front:
             # No whole group is left behind sinks and pads: give up the packed order.
             keys, values = (states[:, :, :kept].clone() for states in self.dense())
-            padding = self.padding
             self.reset()
-            self.is_initialized, self.padding = True, padding
+            self.is_initialized = True
             self.exact_keys, self.exact_values, self.exact_length = keys, values, kept
             return
         from_window = min(-tokens_to_remove, self.exact_length - self.sink_length)

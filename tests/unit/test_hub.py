@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import turboquant
+from tests.helpers import enlarge, file_system
 from turboquant.models import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -129,3 +130,15 @@ def test_each_refusal_is_one_sentence(endpoint: str, tmp_path: Path) -> None:
     assert str(gated).startswith("org/gated needs a licence: accept it on its model page")
     assert "never loaded" in str(pickled)
     assert "check the name, or set HF_TOKEN" in str(missing)
+
+
+@pytest.mark.nightly
+def test_a_full_disk_for_the_hubs_files(endpoint: str, tmp_path: Path) -> None:
+    """The sentence names the folder that can be changed; with room the next load works."""
+    with file_system(tmp_path / "home", "200k") as home:
+        assert load(endpoint, home, "org/tiny") == [
+            "Cannot store org/tiny (No space left on device): free some disk space or set HF_HOME to another folder."
+        ]
+        enlarge(home, "64m")
+        loaded: Any = load(endpoint, home, "org/tiny")[0]
+        assert loaded[:2] == [COMMIT, "fp32"]
