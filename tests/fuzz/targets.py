@@ -115,6 +115,7 @@ def seeds(name: str) -> list[bytes]:
         presets: list[dict[str, Any]] = [
             json.loads(path.read_text())["config"] for path in sorted((ROOT / "assets" / "models").glob("*.json"))
         ]
+        presets.append({"model_type": "llama"})  # all else is left to transformers' defaults
         return [json.dumps(preset).encode() for preset in presets]
     links = ["bits=2&key_bits=3&value_bits=same&recipe=kivi&tokens=64&seed=1&temperature=0.7&chat=false"]
     links += ["model=org/name&residual=0&sinks=4&rotation=7&weights=bf16&second=rtn:bits=4&prompt=what+is+it%3F"]
