@@ -15,8 +15,6 @@ SOURCES = [*(ROOT / "app" / "components").glob("*.py"), *(ROOT / "pages").glob("
 NAMED = {key for path in SOURCES for key in re.findall(r"key=\"([a-z_]+)\"", path.read_text())}
 MADE = {"prompt", "run", "example", "heads_run", "heads_head", "heads_position", "mem_keys", "mem_values"}
 KEYS = sorted(NAMED | MADE)
-    {key for path in SOURCES for key in re.findall(r"key=\"([a-z_]+)\"", path.read_text())} | {"prompt", "run"}
-)
 HOSTILE = ["", "-1", "0", "NaN", "1e999", "9" * 30, "true", "None", "[]", "<b>x</b>", "\x00", "\u202e", "x" * 5000]
 USABLE = ["1", "3", "0.5", "turboquant:bits=3", "kivi", "smollm2-135m", "2K", "1,2,3", "compare", "layer 1", "same"]
 VALUES = st.sampled_from(HOSTILE + USABLE) | st.text(max_size=12) | st.integers().map(str) | st.floats().map(str)
