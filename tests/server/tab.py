@@ -53,7 +53,11 @@ class Tab:
         self._opened = time.monotonic()
         names = ["streamlit", "none", self.session] if self.session else ["streamlit", "none"]
         self._socket = await connect(
-            self._url, subprotocols=[Subprotocol(name) for name in names], max_size=None, open_timeout=SECONDS
+            self._url,
+            subprotocols=[Subprotocol(name) for name in names],
+            max_size=None,
+            open_timeout=SECONDS,
+            ping_interval=None,  # a browser answers pings and sends none
         )
         self._reader = asyncio.create_task(self._read(self._socket))
         await self.rerun()
