@@ -48,7 +48,8 @@ class LoadBench(Record):
     `burst` is the same with all sessions acting at once. `first_paint` and `heading` are a browser's, from navigation,
     with sessions coming and runs at work; `idle_first_paint` is before the first session came. `run` is from the click
     that was taken to the result on the page. `lost` counts runs that were taken and whose result did not reach their
-    own page, `dropped` connections that nobody cut. `rss_mib` is the server's memory with the model loaded, then after each wave when its sessions have gone.
+    own page, `dropped` connections that nobody cut. `rss_mib` is the server's memory with the model loaded, then after
+    each wave when its sessions have gone.
     """
 
     kind: Literal["bench-load"] = "bench-load"
