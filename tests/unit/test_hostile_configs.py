@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from turboquant.hub import has_weights
 from turboquant.models import ModelError, load_model
 
 
@@ -35,3 +36,26 @@ def test_hostile_configurations_are_refused_in_a_sentence(tmp_path: Path, text: 
         load_model(str(tmp_path), weights="fp32", device="cpu")
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "",
+        "[" * 100_000,
+        "3",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/hostname"}}',
+    ],
+    ids=range(9),
+)
+def test_an_index_that_names_no_files_of_the_folder_has_no_weights(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert not has_weights(folder)
