@@ -12,6 +12,7 @@ MANY = settings(FEW, max_examples=1200, stateful_step_count=30, derandomize=Fals
 hugging_face = pytest.mark.skipif(not (HAVE_FP8 and HAVE_HQQ and HAVE_QUANTO), reason="a backend is missing")
 
 
+@pytest.mark.timeout(900)  # a failure is made small before it is shown
 @pytest.mark.parametrize("machine", [CacheMachine, pytest.param(ForeignMachine, marks=hugging_face)])
 def test_any_sequence_of_operations(machine: type[CacheMachine]) -> None:
     run_state_machine_as_test(machine, settings=FEW)
