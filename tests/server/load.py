@@ -27,6 +27,7 @@ from turboquant.results import Environment, Record, append_record, environment
 SESSION_TTL_S = 10
 RUN_EVERY = 5
 TOKENS = 4
+PATIENCE_S = 600.0
 CHROMIUM = Path("/usr/bin/chromium")
 TEXT = "asks when the tide turns and when the boats can leave the harbour of Arnsey. " * 8
 
@@ -146,7 +147,7 @@ async def change(tab: Tab, label: str, value: float, seen: Seen) -> float:
     await tab.rerun(tab.number(label, value))
     while True:
         try:
-            await tab.until(lambda: tab.runs > runs, 180)
+            await tab.until(lambda: tab.runs > runs, PATIENCE_S)
         except AssertionError:
             if tab.connected:
                 raise
@@ -160,7 +161,7 @@ async def taken(tab: Tab, prompt: str) -> bool:
     """Press Compare; whether the run was taken, not refused in words."""
     runs = tab.runs
     await tab.press("Compare", tab.text_area("Prompt", prompt))
-    await tab.until(lambda: tab.has("button", "Stop this run") or tab.runs > runs)
+    await tab.until(lambda: tab.has("button", "Stop this run") or tab.runs > runs, PATIENCE_S)
     return "runs are waiting already" not in tab.text
 
 
@@ -178,7 +179,7 @@ async def compare(tab: Tab, name: str, cut: bool, seen: Seen) -> None:
         await tab.open()
         seen.came_back += 1
     try:
-        await tab.until(lambda: "Measured here" in tab.text and name in tab.text, 600)
+        await tab.until(lambda: "Measured here" in tab.text and name in tab.text, PATIENCE_S)
     except AssertionError as error:
         seen.lost.append(f"{name}: {error}")
         return
@@ -191,7 +192,7 @@ async def compare(tab: Tab, name: str, cut: bool, seen: Seen) -> None:
 async def visitor(address: str, wave: int, number: int, seen: Seen) -> Tab:
     """One session up to the end of what it came for; its tab is still open."""
     tab = await Tab(address, tokens=TOKENS).open()
-    await tab.until(lambda: tab.first_run_s)
+    await tab.until(lambda: tab.first_run_s, PATIENCE_S)
     seen.first_element.append(tab.first_element_s or 0.0)
     seen.first_run.append(tab.first_run_s or 0.0)
     seen.change.append(await change(tab, "Seed", 1 + number, seen))

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 SECONDS = 60.0
+OPEN_S = 300.0
 
 
 class Tab:
@@ -56,7 +57,7 @@ class Tab:
             self._url,
             subprotocols=[Subprotocol(name) for name in names],
             max_size=None,
-            open_timeout=SECONDS,
+            open_timeout=OPEN_S,
             ping_interval=None,  # a browser answers pings and sends none
         )
         self._reader = asyncio.create_task(self._read(self._socket))
