@@ -8,7 +8,7 @@ from tests.property.cache_machine import CacheMachine, ForeignMachine
 from tests.unit.test_hf_layers import HAVE_FP8, HAVE_HQQ, HAVE_QUANTO
 
 FEW = settings(max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=[*HealthCheck])
-MANY = settings(FEW, max_examples=1200, stateful_step_count=30, derandomize=False, database=None, print_blob=True)
+MANY = settings(FEW, max_examples=900, stateful_step_count=30, derandomize=False, database=None, print_blob=True)
 hugging_face = pytest.mark.skipif(not (HAVE_FP8 and HAVE_HQQ and HAVE_QUANTO), reason="a backend is missing")
 
 
