@@ -7,6 +7,7 @@ is read as well. Whatever is imported is marked as imported: a file cannot claim
 import csv
 import io
 import json
+import math
 import uuid
 import zipfile
 from collections.abc import Collection, Iterable
@@ -201,6 +202,7 @@ def _read(data: str | bytes) -> Run:
         raise RunError("The file is not JSON.") from None
     if not isinstance(content, dict):
         raise RunError("The file is JSON, but no run: it must be an object with a comparison in it.")
+    _check_numbers(content)
     try:
         if "comparison" in content:
             run = Run.model_validate_json(json.dumps(content))
@@ -208,6 +210,8 @@ def _read(data: str | bytes) -> Run:
             run = Run(comparison=Comparison.model_validate_json(json.dumps(content)))
     except (ValidationError, ValueError) as error:
         raise RunError(_first_error(error)) from None
+    except RecursionError:
+        raise RunError("The file is JSON, but no run: it is nested too deeply.") from None
     _check(run.comparison)
     return run
 
@@ -220,6 +224,19 @@ def _first_error(error: ValueError) -> str:
     count = error.error_count()
     more = f" ({count - 1} more like it)" if count > 1 else ""
     return f"The file is JSON, but no run: {where}: {first['msg'].rstrip('.')}{more}."
+
+
+def _check_numbers(content: object) -> None:
+    """Refuse numbers that nothing here can have counted or measured: what is not finite travels as null."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"The file is JSON, but no run: its numbers must be finite, got {value}.")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise RunError("The file is JSON, but no run: its whole numbers must be below 2**63 in size.")
 
 
 def _check(c: Comparison) -> None:
@@ -238,15 +255,14 @@ def _check(c: Comparison) -> None:
 
 
 def _check_heads(h: HeadMetrics) -> None:
-    values = [getattr(part, name) for part in (h.served, h.packed) for name in type(part).model_fields]
-    lists = [value for value in values if isinstance(value, list)]
-    tables = [value for value in lists if value and isinstance(value[0], list)]
-    steps = [value for value in lists if value not in tables]
+    named = [(name, getattr(part, name)) for part in (h.served, h.packed) for name in type(part).model_fields]
+    tables = [value for name, value in named if name.startswith("per_head_")]
+    steps = [value for name, value in named if name.startswith("per_step_")]
     if any(len(table) != len(h.layer_indices) for table in tables):
         raise RunError("The file is no run: a per-head table does not fit heads.layer_indices.")
     if len({len(row) for table in tables for row in table}) > 1:
         raise RunError("The file is no run: the per-head tables differ in their number of heads.")
-    if any(len(step) not in (0, len(h.positions)) for step in steps) or len(h.packed_tokens) != len(h.positions):
+    if any(len(step) != len(h.positions) for step in steps) or len(h.packed_tokens) != len(h.positions):
         raise RunError("The file is no run: a per-step list does not fit heads.positions.")
 
 

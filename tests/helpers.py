@@ -1,6 +1,10 @@
 """What several tests share: a method that packs without loss, a small model with a tokenizer, a walk over storages."""
 
+import shutil
+import subprocess
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,6 +110,25 @@ def _contents(item: Any) -> list[Any]:
         return list(item)
     walked = ("turboquant", "transformers.cache_utils", "optimum.quanto", "hqq")
     return list(vars(item).values()) if type(item).__module__.startswith(walked) and hasattr(item, "__dict__") else []
+
+
+@contextmanager
+def file_system(place: Path, size: str) -> Iterator[Path]:
+    """A new folder with a file system of its own of that size ("12k"); the test is skipped where none can be."""
+    place.mkdir()
+    mount = shutil.which("mount")
+    command = [str(mount), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def enlarge(place: Path, size: str) -> None:
+    """Give a `file_system` another size."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
 
 class AttentionCalls:

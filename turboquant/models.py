@@ -17,6 +17,7 @@ from turboquant.hub import available_models
 from turboquant.model_checks import (
     BYTES_PER_PARAMETER,
     check_architecture,
+    check_config_file,
     check_memory,
     read_weights,
     skeleton_of,
@@ -206,9 +207,12 @@ def _folder_with_config(spec: ModelSpec, progress: Progress) -> Path:
 def _config(folder: Path, spec: ModelSpec) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
+    check_config_file(folder / "config.json", spec)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever its class makes of values that nobody has checked
         raise ModelError(
             f"{spec.name} has a configuration that this version of transformers does not know: choose another model."
         ) from error
@@ -291,7 +295,7 @@ def _library_errors(spec: ModelSpec, device: torch.device) -> Iterator[None]:
         raise ModelError(
             f"{spec.name} cannot be loaded: a package is missing ({_first_line(error)}); run `make setup`."
         ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error

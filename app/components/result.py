@@ -216,9 +216,38 @@ def _inside(pairs: Sequence[tuple[str, Run]]) -> None:
         )
 
 
+Shown = tuple[str, Chart, str, str | None]
+"""A chart with its title, its key on the page and its definition."""
+
+
 def _charts(run: Run, *, second: bool) -> None:
+    shown = _recorded(run.id, run) if run.origin == "recorded" else _latest(run)
+    for start in range(0, len(shown), 2):
+        for column, (title, chart, key, words) in zip(
+            st.columns(2, gap="medium"), shown[start : start + 2], strict=True
+        ):
+            with column:
+                figures.show(title, _in_second(chart) if second else chart, key, help=words)
+
+
+@st.cache_resource(show_spinner=False)
+def _recorded(run_id: str, _run: Run) -> list[Shown]:
+    """The charts of a recorded run, which every visitor sees first: making them is most of the work of the page."""
+    del run_id
+    return _made(_run)
+
+
+def _latest(run: Run) -> list[Shown]:
+    """The charts of this tab's run; they are made again only when another run is shown."""
+    kept: tuple[Run, list[Shown]] | None = st.session_state.get("charts")
+    if kept is None or kept[0] is not run:
+        kept = st.session_state["charts"] = (run, _made(run))
+    return kept[1]
+
+
+def _made(run: Run) -> list[Shown]:
     c = run.comparison
-    shown: list[tuple[str, Chart, str, str | None]] = []
+    shown: list[Shown] = []
     if c.tokens and c.tokens.kl:
         shown += [
             ("KL per token", tokens.kl_per_token(c), "kl", definitions.KL),
@@ -229,16 +258,11 @@ def _charts(run: Run, *, second: bool) -> None:
             ("Heads at risk, step by step", heads.risk_per_step(c), "risk_steps", definitions.AT_RISK),
             ("Risk map: layer by query head", heads.risk_map(c), "risk_map", definitions.RISK_MAP),
         ]
-    shown += [
+    return [
+        *shown,
         ("KV bytes over time", memory.bytes_per_step(c), "bytes_steps", definitions.KV_BYTES),
         ("What the bytes are", memory.bytes_by_part(c), "bytes_parts", definitions.KV_BYTES),
     ]
-    for start in range(0, len(shown), 2):
-        for column, (title, chart, key, words) in zip(
-            st.columns(2, gap="medium"), shown[start : start + 2], strict=True
-        ):
-            with column:
-                figures.show(title, _in_second(chart) if second else chart, key, help=words)
 
 
 def _in_second(chart: Chart) -> Chart:

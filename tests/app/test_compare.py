@@ -1,6 +1,7 @@
 """The Compare page with two compressed settings, its views, cached results, and links to runs."""
 
 import html
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,11 +9,11 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from app import state
-from app.components import diff
+from app.components import diff, result
 from app.engine import Engine
 from app.jobs import PromptsRequest
 from app.runs import Run
-from tests.app.conftest import Bench, until
+from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from tests.app.test_page import ask, request, texts
 
@@ -126,3 +127,30 @@ def test_work_of_another_page_leaves_the_result_alone(page: AppTest, engine: Eng
     assert "Prompts is at work in this tab" in texts(page)
     assert page.button(key="compare").disabled
     assert page.metric
+
+
+def test_charts_are_made_once_for_a_run(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are most of the work of the page: those of a recorded run serve every visitor, a tab's own its next run."""
+    made: list[str] = []
+    make = result._made
+
+    def counted(run: Run) -> Any:
+        made.append(run.id)
+        return make(run)
+
+    monkeypatch.setattr(result, "_made", counted)
+    shipped = Run(id="shipped", origin="recorded", comparison=comparison())
+    monkeypatch.setattr(state, "recordings", lambda: [shipped])
+    for visitor in (page.run(), AppTest.from_file(MAIN, default_timeout=30).run()):
+        visitor.number_input(key="seed").set_value(3).run()
+        assert len(visitor.get("plotly_chart")) == 6
+    assert made == ["shipped"]
+    tab = AppTest.from_file(MAIN, default_timeout=30)
+    tab.session_state["runs"] = store = state.RunStore(4)
+    for name in ("second", "first"):  # the newest is shown first
+        store.add(Run(id=name, comparison=comparison()))
+    tab.run()
+    tab.number_input(key="seed").set_value(3).run()
+    tab.selectbox(key=state.SHOWN).set_value("second").run()
+    assert not tab.exception
+    assert made == ["shipped", "first", "second"]

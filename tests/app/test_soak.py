@@ -1,66 +1,47 @@
 """Many runs and hostile input against the real engine: memory stays flat, nothing of one visitor reaches another."""
 
-import gc
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app import backend
-from app.contract import Progress
 from app.engine import Engine
 from app.jobs import CompareRequest
 from app.runs import Run, RunError, import_run, recorded_runs
-from tests.helpers import tiny_loaded
-from turboquant.results import Settings
+from tests.app.soak import METHOD, SETTINGS, SoakBench, measure, sentence, small_engine
+from tests.server.process import ROOT
 
-SETTINGS = Settings(max_new_tokens=3)
-METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"
-RUNS = 200
-MAX_GROWTH_MIB = 40
-
-
-def load(name: str, *, weights: str, progress: Progress) -> Any:
-    """A small model with random weights for every name."""
-    del weights
-    progress(0.5, name)
-    return tiny_loaded("llama", chat_template=None)
+MAX_GROWTH_MIB = 200
+RECORDS = ROOT / "results" / "soak.jsonl"
 
 
 @pytest.fixture
 def small() -> Iterator[Engine]:
-    engine = Engine(load, backend.run, is_expected=backend.is_expected, grace_s=0.05, max_queue=20, max_cached=8)
+    engine = small_engine()
     yield engine
     engine.close()
 
 
-def resident_mib() -> float:
-    gc.collect()
-    return float(psutil.Process(os.getpid()).memory_info().rss) / 2**20
-
-
 def test_two_hundred_runs_leave_memory_flat(small: Engine) -> None:
-    """Each by another visitor who leaves; two models take turns."""
-    after_warm_up = 0.0
-    for i in range(RUNS):
-        prompt = f"Visitor {i} asks about the tide and the boats. " * 2
-        request = CompareRequest(f"model-{i // 50 % 2}", "auto", prompt, (METHOD,), SETTINGS)
-        job = small.submit(f"visitor-{i}", request)
-        assert job.wait(60)
-        assert job.view.state == "done", job.view.error
-        assert job.results[0][0].compressed.report.compressed_tokens > 0
-        small.disconnect(f"visitor-{i}")
-        del job
-        if i == RUNS // 4:
-            after_warm_up = resident_mib()
-    growth = resident_mib() - after_warm_up
-    print(f"{RUNS - RUNS // 4} runs grew the process by {growth:.1f} MiB from {after_warm_up:.0f} MiB")
-    assert growth < MAX_GROWTH_MIB
+    record = measure(small, 200)
+    assert record.growth_mib_per_1000_runs < MAX_GROWTH_MIB, record.rss_mib
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_thousands_of_runs_leave_memory_flat(small: Engine) -> None:
+    record = measure(small, 2000)
+    print(sentence(record))
+    assert record.growth_mib_per_1000_runs < MAX_GROWTH_MIB / 10
+
+
+def test_the_words_are_those_of_the_newest_record() -> None:
+    record = SoakBench.model_validate_json(RECORDS.read_text().splitlines()[-1])
+    page = " ".join((ROOT / "docs" / "endurance.md").read_text().split())
+    assert sentence(record) in page
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

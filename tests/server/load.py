@@ -27,6 +27,7 @@ from turboquant.results import Environment, Record, append_record, environment
 SESSION_TTL_S = 10
 RUN_EVERY = 5
 TOKENS = 4
+PATIENCE_S = 600.0
 CHROMIUM = Path("/usr/bin/chromium")
 TEXT = "asks when the tide turns and when the boats can leave the harbour of Arnsey. " * 8
 
@@ -48,7 +49,8 @@ class LoadBench(Record):
     `burst` is the same with all sessions acting at once. `first_paint` and `heading` are a browser's, from navigation,
     with sessions coming and runs at work; `idle_first_paint` is before the first session came. `run` is from the click
     that was taken to the result on the page. `lost` counts runs that were taken and whose result did not reach their
-    own page. `rss_mib` is the server's memory with the model loaded, then after each wave when its sessions have gone.
+    own page, `dropped` connections that nobody cut. `rss_mib` is the server's memory with the model loaded, then after
+    each wave when its sessions have gone.
     """
 
     kind: Literal["bench-load"] = "bench-load"
@@ -62,6 +64,7 @@ class LoadBench(Record):
     new_tokens: int
     refused: int
     came_back: int
+    dropped: int
     lost: int
     first_element: Latency
     first_run: Latency
@@ -89,6 +92,7 @@ class Seen:
     heading: list[float] = field(default_factory=list)
     refused: int = 0
     came_back: int = 0
+    dropped: int = 0
     lost: list[str] = field(default_factory=list)
 
 
@@ -122,7 +126,8 @@ def table(record: LoadBench) -> str:
         f"{record.waves} waves of {record.sessions} sessions, each wave arriving over {record.arrive_s:.0f} s; "
         f"{record.runs} runs of {record.new_tokens} tokens were taken by a queue of {record.max_queue}, "
         f"{record.refused} were refused in words and asked for again, {record.came_back} sessions lost their "
-        f"connection in a run and came back, {record.lost} results were lost. The server's memory was {rss[0]:.0f} MiB "
+        f"connection in a run and came back, {record.dropped} connections broke under the load and were opened again, "
+        f"{record.lost} results were lost. The server's memory was {rss[0]:.0f} MiB "
         f"with the model loaded and {', '.join(f'{value:.0f}' for value in rss[1:])} MiB after the waves: "
         f"{record.growth_mib_per_100_sessions} MiB for 100 sessions more."
     )
@@ -133,19 +138,30 @@ def table(record: LoadBench) -> str:
     return "\n".join([textwrap.fill(f"{what} {where}", 120), "", *lines])
 
 
-async def change(tab: Tab, label: str, value: float) -> float:
-    """Change a number and wait for the run's end; returns the seconds."""
+async def change(tab: Tab, label: str, value: float, seen: Seen) -> float:
+    """Change a number and wait for the run's end; returns the seconds.
+
+    Where the connection is lost meanwhile, it is opened again, as a browser does by itself, and the seconds go on.
+    """
     begun, runs = time.monotonic(), tab.runs
     await tab.rerun(tab.number(label, value))
-    await tab.until(lambda: tab.runs > runs)
-    return time.monotonic() - begun
+    while True:
+        try:
+            await tab.until(lambda: tab.runs > runs, PATIENCE_S)
+        except AssertionError:
+            if tab.connected:
+                raise
+            seen.dropped += 1
+            await tab.open()
+        else:
+            return time.monotonic() - begun
 
 
 async def taken(tab: Tab, prompt: str) -> bool:
     """Press Compare; whether the run was taken, not refused in words."""
     runs = tab.runs
     await tab.press("Compare", tab.text_area("Prompt", prompt))
-    await tab.until(lambda: tab.has("button", "Stop this run") or tab.runs > runs)
+    await tab.until(lambda: tab.has("button", "Stop this run") or tab.runs > runs, PATIENCE_S)
     return "runs are waiting already" not in tab.text
 
 
@@ -163,7 +179,7 @@ async def compare(tab: Tab, name: str, cut: bool, seen: Seen) -> None:
         await tab.open()
         seen.came_back += 1
     try:
-        await tab.until(lambda: "Measured here" in tab.text and name in tab.text, 600)
+        await tab.until(lambda: "Measured here" in tab.text and name in tab.text, PATIENCE_S)
     except AssertionError as error:
         seen.lost.append(f"{name}: {error}")
         return
@@ -176,10 +192,10 @@ async def compare(tab: Tab, name: str, cut: bool, seen: Seen) -> None:
 async def visitor(address: str, wave: int, number: int, seen: Seen) -> Tab:
     """One session up to the end of what it came for; its tab is still open."""
     tab = await Tab(address, tokens=TOKENS).open()
-    await tab.until(lambda: tab.first_run_s)
+    await tab.until(lambda: tab.first_run_s, PATIENCE_S)
     seen.first_element.append(tab.first_element_s or 0.0)
     seen.first_run.append(tab.first_run_s or 0.0)
-    seen.change.append(await change(tab, "Seed", 1 + number))
+    seen.change.append(await change(tab, "Seed", 1 + number, seen))
     if number % RUN_EVERY == 0:
         await compare(tab, f"visitor-{wave}-{number}-", number % (2 * RUN_EVERY) == 0, seen)
     return tab
@@ -217,7 +233,7 @@ async def wave(server: Server, index: int, sessions: int, arrive_s: float, visit
             seen.first_paint.append(paint)
             seen.heading.append(heading)
     tabs = await asyncio.gather(*tasks)
-    seen.burst += await asyncio.gather(*(change(tab, "Seed", 1000 + i) for i, tab in enumerate(tabs)))
+    seen.burst += await asyncio.gather(*(change(tab, "Seed", 1000 + i, seen) for i, tab in enumerate(tabs)))
     seen.lost += ["a page shows an exception" for tab in tabs if tab.exceptions]
     await asyncio.gather(*(tab.close() for tab in tabs))
     await asyncio.sleep(SESSION_TTL_S + 25)  # and the 20 s for which a closed tab's run goes on
@@ -238,7 +254,10 @@ def measure(sessions: int, waves: int, arrive_s: float, visits: int) -> tuple[Lo
         for index in range(waves):
             asyncio.run(wave(server, index, sessions, arrive_s, visits, seen))
             memory.append(server.rss_mib())
-            print(f"wave {index + 1} of {waves}: {memory[-1]:.0f} MiB, {len(seen.run)} runs, {seen.refused} refused")
+            print(
+                f"wave {index + 1} of {waves}: {memory[-1]:.0f} MiB, {len(seen.run)} runs, {seen.refused} refused",
+                flush=True,
+            )
         queue = server.events("server_started")[0]["queue"]
     if "Traceback" in log.read_text():
         seen.lost.append(f"the log has a traceback: {log}")
@@ -257,6 +276,7 @@ def measure(sessions: int, waves: int, arrive_s: float, visits: int) -> tuple[Lo
         new_tokens=TOKENS,
         refused=seen.refused,
         came_back=seen.came_back,
+        dropped=seen.dropped,
         lost=len(seen.lost),
         rss_mib=[round(value, 1) for value in memory],
         growth_mib_per_100_sessions=None if growth is None else round(growth, 1),

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 SECONDS = 60.0
+OPEN_S = 300.0
 
 
 class Tab:
@@ -53,7 +54,11 @@ class Tab:
         self._opened = time.monotonic()
         names = ["streamlit", "none", self.session] if self.session else ["streamlit", "none"]
         self._socket = await connect(
-            self._url, subprotocols=[Subprotocol(name) for name in names], max_size=None, open_timeout=SECONDS
+            self._url,
+            subprotocols=[Subprotocol(name) for name in names],
+            max_size=None,
+            open_timeout=OPEN_S,
+            ping_interval=None,  # a browser answers pings and sends none
         )
         self._reader = asyncio.create_task(self._read(self._socket))
         await self.rerun()

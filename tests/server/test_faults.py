@@ -18,7 +18,7 @@ import pytest
 from app.backend import run as run_job
 from app.engine import Engine
 from app.jobs import CompareRequest
-from tests.helpers import tiny_loaded
+from tests.helpers import enlarge, file_system, tiny_loaded
 from tests.server.process import ROOT, Server
 from tests.server.tab import Tab
 from turboquant.faults import UNMEASURED, out_of_disk, out_of_memory
@@ -31,14 +31,8 @@ METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 12 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(place)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    with file_system(tmp_path / "disk", "12k") as place:
+        yield place
 
 
 def python(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -125,7 +119,7 @@ def test_a_full_disk_for_records(small_disk: Path) -> None:
     full = python(*command)
     assert full.returncode == 1
     assert full.stderr.splitlines()[-1] == f"turboquant: {output} cannot be written: No space left on device"
-    subprocess.run(["mount", "-o", "remount,size=200k", str(small_disk)], check=True)
+    enlarge(small_disk, "200k")
     more = python(*command)
     assert "1 of 3 records are in" in more.stderr
     assert json.loads(more.stdout.splitlines()[-1])["records"] == 3

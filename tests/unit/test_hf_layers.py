@@ -1,6 +1,5 @@
 """Hugging Face's own quantized layers beside the plain cache: every operation is right, or clearly refused."""
 
-import copy
 import os
 import shutil
 import subprocess
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import DynamicCache, cache_utils
 
 from tests.helpers import reachable_storages, tiny_loaded
@@ -106,88 +103,6 @@ def test_bits_of_a_value(llama, spec: str, bits: int) -> None:
     report = cache_report(cache)
     assert (report.compressed_tokens, report.exact_tokens) == (256, 0)
     assert report.bits_per_value == pytest.approx(bits, rel=1e-3)
-
-
-OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("update"), st.integers(1, 30)),
-        st.tuples(st.just("reorder"), st.permutations([0, 1, 2])),
-        st.tuples(st.just("select"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
-        st.tuples(st.just("crop"), st.integers(1, 70)),
-        st.tuples(st.just("repeat"), st.none()),
-        st.tuples(st.just("copy"), st.none()),
-        st.tuples(st.just("reset"), st.none()),
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-class Both:
-    """A quantized layer and the plain states that it stands for."""
-
-    def __init__(self, spec: str) -> None:
-        self.layer: Any = parse_method(spec).foreign_layer()
-        self.true = torch.empty(3, 2, 0, 64)
-        self.generator = torch.Generator().manual_seed(1)
-        self.returned: tuple[torch.Tensor, ...] = ()
-
-    def update(self, count: int) -> None:
-        new = torch.randn(3, 2, count, 64, generator=self.generator)
-        new[..., 0] = 3  # one range for all calls, so that the fp8 scale of the first one fits the others
-        self.true = torch.cat([self.true, new], dim=2)
-        self.returned = self.layer.update(new, new)
-
-    def _changed(self, true: torch.Tensor) -> None:
-        self.true, self.returned = true, ()
-
-    def crop(self, count: int) -> None:
-        self.layer.crop(-count)
-        self._changed(self.true[:, :, : max(0, self.true.shape[2] - count)])
-
-    def reorder(self, rows: list[int]) -> None:
-        self.layer.reorder_cache(torch.tensor(rows))
-        self._changed(self.true[rows])
-
-    def select(self, rows: list[int]) -> None:
-        self.layer.batch_select_indices(torch.tensor(rows))
-        self._changed(self.true[rows])
-
-    def repeat(self) -> None:
-        self.layer.batch_repeat_interleave(2)
-        self.layer.batch_select_indices(torch.tensor([0, 3, 4]))  # one of each pair: the rows as they were
-
-    def copy(self) -> None:
-        first, self.layer = self.layer, copy.deepcopy(self.layer)
-        first.reset()
-
-    def reset(self) -> None:
-        self.layer.reset()
-        self._changed(self.true[:, :, :0])
-
-
-@pytest.mark.parametrize(
-    ("spec", "tolerance"),
-    [
-        given_backend("hf-quanto:residual_length=16", 0.13),
-        given_backend("hf-hqq:bits=8,residual_length=16", 0.02),
-        given_backend("hf-hqq:bits=4,residual_length=0,axis_key=0", 0.2),
-        given_backend("hf-fp8", 0.04),
-    ],
-)
-@given(operations=OPERATIONS)
-def test_any_sequence_of_operations_tracks_plain_tensors(spec: str, tolerance: float, operations) -> None:
-    """After every step the layer holds what a plain one would, within the error of its backend."""
-    both = Both(spec)
-    both.update(31)
-    for name, value in operations:
-        getattr(both, name)(*([] if value is None else [value]))
-        assert both.layer.get_seq_length() == both.true.shape[2]
-        if not both.true.shape[2]:
-            both.update(31)
-        for dense in (*both.layer.dense(), *both.returned):
-            assert dense.shape == both.true.shape
-            assert (dense - both.true).norm() < tolerance * both.true.norm()
 
 
 @pytest.mark.parametrize("spec", ALL)

@@ -17,6 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import turboquant
+from tests.helpers import enlarge, file_system
 from turboquant.models import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,10 +103,11 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def load(endpoint: str, home: Path, *names: str) -> list[object]:
+def load(endpoint: str, home: Path, *names: str, **settings: str) -> list[object]:
     """Load models in a process of its own (the hub client reads its environment when it is imported)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "TURBOQUANT_CACHE": str(home)}
+    environment |= settings
     environment["PYTHONPATH"] = str(Path(turboquant.__path__[0]).parent)
     command = [sys.executable, "-c", CLIENT, *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -129,3 +131,15 @@ def test_each_refusal_is_one_sentence(endpoint: str, tmp_path: Path) -> None:
     assert str(gated).startswith("org/gated needs a licence: accept it on its model page")
     assert "never loaded" in str(pickled)
     assert "check the name, or set HF_TOKEN" in str(missing)
+
+
+@pytest.mark.nightly
+def test_a_full_disk_for_the_hubs_files(endpoint: str, tmp_path: Path) -> None:
+    """The sentence names the folder that can be changed; with room the next load works."""
+    with file_system(tmp_path / "home", "200k") as home:
+        assert load(endpoint, home, "org/tiny", PYTHONWARNINGS="ignore:Not enough free disk space") == [
+            "Cannot store org/tiny (No space left on device): free some disk space or set HF_HOME to another folder."
+        ]
+        enlarge(home, "64m")
+        loaded: Any = load(endpoint, home, "org/tiny")[0]
+        assert loaded[:2] == [COMMIT, "fp32"]

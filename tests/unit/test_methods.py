@@ -111,6 +111,9 @@ def test_bits_is_a_shorthand() -> None:
         ("turboquant:layers=1000:3", "layers are written like"),
         ("rtn:layers=1:3", "unknown option of rtn 'layers'"),
         ("full:bits=4", "full has no options, got 'bits=4'"),
+        ("x" * 5000, f"unknown method '{'x' * 40}': choose from"),
+        (f"turboquant:{'y' * 5000}=1", f"unknown option of turboquant '{'y' * 40}'"),
+        (f"turboquant:rotation={'z' * 5000}", f"rotation must be one of hadamard, qr, got '{'z' * 40}'"),
     ],
 )
 def test_what_is_wrong_is_named(spec: str, message: str) -> None:

@@ -18,6 +18,8 @@ from turboquant.codebook import check_bits
 from turboquant.quantizer import Quantizer
 
 METHODS: dict[str, type["Method"]] = {}
+SHOWN_CHARS = 40
+"""Characters of a wrong value that an error repeats."""
 
 
 def check_length(value: object, name: str) -> None:
@@ -35,7 +37,8 @@ def check_count(name: str, value: object) -> None:
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        shown = value[:SHOWN_CHARS] if isinstance(value, str) else value
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown!r}")
 
 
 class NoSuchLayerError(ValueError):
@@ -163,6 +166,7 @@ def _text(value: object) -> str:
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> ValueError:
+    name = name[:SHOWN_CHARS]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}choose from {', '.join(known)}")
@@ -172,11 +176,11 @@ def _value(method_name: str, key: str, text: str, default: object) -> object:
     """Read one value, by the type of the field's default (None means a whole number)."""
     if isinstance(default, bool):
         if text not in ("true", "false"):
-            raise ValueError(f"{method_name}: {key} must be true or false, got {text!r}")
+            raise ValueError(f"{method_name}: {key} must be true or false, got {text[:SHOWN_CHARS]!r}")
         return text == "true"
     if default is None or isinstance(default, int):
         if not text.isascii() or not text.removeprefix("-").isdigit() or len(text) > 19:
-            raise ValueError(f"{method_name}: {key} must be a whole number, got {text[:40]!r}")
+            raise ValueError(f"{method_name}: {key} must be a whole number, got {text[:SHOWN_CHARS]!r}")
         return int(text)
     return text
 
@@ -200,12 +204,12 @@ def parse_method(spec: str) -> Method:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, text = (piece.strip() for piece in item.partition("="))
         if not equals:
-            raise ValueError(f"{name}: options are written key=value, got {item!r}")
+            raise ValueError(f"{name}: options are written key=value, got {item[:SHOWN_CHARS]!r}")
         if key not in defaults:
             raise (
                 _unknown(f"option of {name}", key, list(defaults))
                 if defaults
-                else ValueError(f"{name} has no options, got {item!r}")
+                else ValueError(f"{name} has no options, got {item[:SHOWN_CHARS]!r}")
             )
         if key in values:
             raise ValueError(f"{name}: {key} is given twice")

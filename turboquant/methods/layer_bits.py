@@ -35,7 +35,7 @@ def read_layer_bits(text: str) -> Mapping[int, Bits]:
             raise ValueError(f"layers are written like 0+4-6:2+9:5/3 (layers, then bits), got {item[:40]!r}")
         first, last, key_bits, value_bits = match.groups()
         if last and int(last) < int(first):
-            raise ValueError(f"a range of layers runs upwards, got {item!r}")
+            raise ValueError(f"a range of layers runs upwards, got {item[:40]!r}")
         waiting += range(int(first), int(last or first) + 1)
         if key_bits is None:
             continue
