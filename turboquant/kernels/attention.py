@@ -79,7 +79,7 @@ def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     if rows > 16:
         tile, warps, programs = 64, 4, 3
     elif dim == 128 and keys.bits <= 2 and heads * tokens >= LONG:
-        tile, stages = 64, 2
+        tile = 64
     wanted = _multiprocessors(keys.scales.device) * programs // heads
     return Plan(tile, warps, stages, max(1, min(wanted, -(-tokens // (2 * tile)))))
 
