@@ -20,8 +20,9 @@ check)
 kernels)
     to=$out/bench-attention.jsonl
     bench attention --context 8192 --context 32768 --context 131072 --bits 4 3 2 --repeats "$repeats" --output "$to"
-    bench attention --batch 8 --context 32768 --bits 4 3 2 --method turboquant turboquant:key_bits=4,value_bits=2 \
-        --repeats "$repeats" --output "$to"
+    bench attention --batch 8 --context 32768 --bits 4 3 2 --repeats "$repeats" --output "$to"
+    bench attention --batch 8 --context 32768 --method turboquant:key_bits=4,value_bits=2 --repeats "$repeats" \
+        --output "$to"
     bench attention --context 32768 --query-tokens 2048 --bits 4 2 --repeats 8 --output "$to"
     bench attention --shape qwen2.5-3b --shape phi-2 --shape smollm2-135m --batch 8 --context 32768 --bits 4 3 2 \
         --repeats "$repeats" --output "$to"
@@ -42,7 +43,7 @@ context)
 quality)
     "$python" -m turboquant perplexity --weights bf16 --bits 4 3 2 --method turboquant turboquant-paper:bits=4 \
         --text persuasion factbook sqlite --context 1536 --prefill 1024 --output "$out/gpu-perplexity.jsonl"
-    long=$out/smollm2-stretched
+    long=$(mktemp -d)/smollm2-stretched
     "$python" -m tests.gpu.stretch "$long"
     "$python" -m turboquant evaluate --model "$long" --weights bf16 --contexts 16384 32768 131072 --bits 4 2 \
         --queries 32 --chunk-tokens 2048 --output "$out/gpu-evaluate.json" --records "$out/gpu-evaluate.jsonl"
