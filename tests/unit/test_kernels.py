@@ -348,3 +348,19 @@ def test_the_backend_has_a_name() -> None:
     assert backend.attention_backend("cpu").startswith(("numba", "torch"))
     if DEVICE.type == "cuda":
         assert backend.attention_backend("cuda").startswith("triton")
+
+
+@pytest.mark.parametrize("spec", ["turboquant-paper:bits=3", "turboquant:bits=4,qjl=gaussian", "kivi:bits=4"])
+def test_what_the_encode_kernel_cannot_fill_is_packed_by_the_quantizers(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: encoder)
+    keys, values = quantizers(spec, 64)
+    states = torch.randn(1, 1, 64, 64, device=DEVICE).half()
+    rooms = TokenBuffer(), TokenBuffer()
+    for _ in range(2):
+        encode((keys, states, rooms[0]), (values, states, rooms[1]), None)
+    assert rooms[0].length == rooms[1].length == 128
+    torch.testing.assert_close(
+        keys.dequantize(rooms[0].view())[:, :, :64], keys.dequantize(keys.quantize(states)), rtol=0, atol=1e-6
+    )

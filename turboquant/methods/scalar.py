@@ -218,7 +218,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         """Return how many tokens attention reads at once."""
         return tile_tokens(rows, self.bits)
 
-    def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> PackedMSE:
+    def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> PackedMSE | None:
         """Return room for these vectors, which a fused kernel fills; only the center is set."""
         batch, heads, tokens, dim = x.shape
         center = None
@@ -328,6 +328,9 @@ class TurboQuantProd(TurboQuantMSE):
         signs = code_combine(weights, packed.signs, 1, self.sign_levels, self._gains(packed), self.dim)
         correction = signs @ self.projection
         return super().combine(weights, packed) + correction
+
+    def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> None:
+        """No kernel fills the signs of the error."""
 
     def view(self, packed: PackedMSE) -> KernelView:
         """Return what fused kernels read."""
