@@ -20,6 +20,8 @@ BITS = (1, 2, 3, 4)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LONG = 2**18 - 2**11
 """Tokens, over all KV heads, from which parts are long enough for larger tiles."""
+SHORT = 2**17
+"""Tokens, over all KV heads, up to which few parts that are quickly joined are read sooner than many."""
 _MULTIPROCESSORS = 132  # where no device says
 
 
@@ -71,8 +73,9 @@ def _launches_early(device: torch.device) -> bool:
 def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
     """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
 
-    Measured on an H100 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as long as their
-    registers hold what they compute on; at 2 bits long parts are read faster in larger tiles.
+    Measured on an H100 and an H200 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as
+    long as their registers hold what they compute on; at 2 bits long parts are read faster in larger tiles, and at 4
+    bits short contexts in fewer parts.
     """
     dim = keys.rotation.matrix.shape[0]
     tile, warps, stages, programs = 64 if dim <= 64 else 32, 1, 3, 8
@@ -80,6 +83,8 @@ def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
         tile, warps, programs = 64, 4, 3
     elif dim == 128 and keys.bits <= 2 and heads * tokens >= LONG:
         tile = 64
+    elif dim == 128 and keys.bits == 4 and heads * tokens <= SHORT:
+        programs = 4
     wanted = _multiprocessors(keys.scales.device) * programs // heads
     return Plan(tile, warps, stages, max(1, min(wanted, -(-tokens // (2 * tile)))))
 
