@@ -46,20 +46,22 @@ class Results:
 def read_results(places: Iterable[Path]) -> Results:
     """Read files of records, and folders with such files: `.jsonl` records and decode benchmarks, `evaluate`'s `.json`.
 
-    Of several records of one cell the newest is kept, one that failed only where none succeeded.
+    Of several records of one cell the newest is kept, one from a CPU and one from a GPU; one that failed only where
+    none succeeded.
 
     Raises:
         ReportError: If a place is missing or a line is neither; names file and line.
     """
-    records: dict[str, tuple[ExperimentRecord, Path]] = {}
+    records: dict[tuple[str, bool], tuple[ExperimentRecord, Path]] = {}
     benches: dict[tuple[object, ...], DecodeBench] = {}
     gpu: dict[tuple[object, ...], GpuBench] = {}
     for path in _files(places):
         for found in _read_document(path) if path.suffix == ".json" else _read_lines(path):
             if isinstance(found, ExperimentRecord):
-                before = records.get(found.cell.key)
+                cell = found.cell.key, on_gpu(found)
+                before = records.get(cell)
                 if before is None or _rank(before[0]) <= _rank(found):
-                    records[found.cell.key] = (found, path)
+                    records[cell] = (found, path)
             elif not isinstance(found, DecodeBench):
                 if found.key not in gpu or gpu[found.key].environment.created <= found.environment.created:
                     gpu[found.key] = found
@@ -68,6 +70,11 @@ def read_results(places: Iterable[Path]) -> Results:
                 if key not in benches or benches[key].environment.created <= found.environment.created:
                     benches[key] = found
     return Results(tuple(records.values()), tuple(benches.values()), tuple(gpu.values()))
+
+
+def on_gpu(record: ExperimentRecord) -> bool:
+    """Whether a GPU computed it; its records are never averaged with a CPU's."""
+    return record.environment.device.startswith("cuda")
 
 
 def _rank(record: ExperimentRecord) -> tuple[bool, str]:
@@ -206,7 +213,7 @@ def summarize(records: Iterable[ExperimentRecord]) -> list[Summary]:
             key = (
                 cell.experiment,
                 _text(fixed),
-                cell.model,
+                f"{cell.model} on a GPU" if cell.model and on_gpu(record) else cell.model,
                 cell.weights,
                 *_split(cell.method, row),
                 tuple(row.items()),

@@ -247,7 +247,14 @@ def recorded_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def recorded_gpu(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
     """Recorded GPU benchmarks as tables: what they show, where they were measured, and their rows."""
-    from turboquant.report.gpu import attention_table, context_table, model_table
+    from turboquant.report.gpu import (
+        attention_table,
+        context_table,
+        encode_table,
+        model_table,
+        prefill_table,
+        scores_table,
+    )
 
     found = [
         GPU_BENCHES[line["kind"]].model_validate(line)
@@ -257,7 +264,10 @@ def recorded_gpu(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
     ]
     tables = (
         ("One layer's decode attention, full in bfloat16 against compressed", attention_table(found)),
-        ("Decode steps of a 7B shape with random weights", model_table(found)),
+        ("Attention from a chunk of a prompt, full in bfloat16 against compressed", prefill_table(found)),
+        ("Attention scores alone, float32 keys against packed ones", scores_table(found)),
+        ("Packing keys and values", encode_table(found)),
+        ("Decode steps of known shapes with random weights", model_table(found)),
         ("The longest context in a budget of GPU memory", context_table(found)),
     )
     return [

@@ -193,9 +193,10 @@ def test_failed_cells_have_no_row() -> None:
 
 def test_recorded_gpu_results_are_on_the_page(tmp_path: Path) -> None:
     found = measure.recorded_gpu(state.RESULTS)
-    assert [title.split()[0] for title, *_ in found] == ["One", "Decode", "The"]
+    assert [title.split()[0] for title, *_ in found] == ["One", "Attention", "Attention", "Packing", "Decode", "The"]
     for _, note, lines in found:
-        assert "H100" in note
+        assert "NVIDIA H" in note
+        assert {line["GPU"] for line in lines} <= {"H100", "H200"}
         assert "driver" in note
         assert all("`" not in line["method"] for line in lines)
     assert measure.recorded_gpu(tmp_path) == []

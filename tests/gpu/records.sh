@@ -41,7 +41,7 @@ context)
     bench memory --model mistral-7b --weights 4bit --output "$out/bench-memory.jsonl"
     ;;
 quality)
-    "$python" -m turboquant perplexity --weights bf16 --bits 4 3 2 --method turboquant turboquant-paper:bits=4 \
+    "$python" -m turboquant perplexity --weights bf16 --bits 4 3 2 --method turboquant turboquant-paper \
         --text persuasion factbook sqlite --context 1536 --prefill 1024 --output "$out/gpu-perplexity.jsonl"
     long=$(mktemp -d)/smollm2-stretched
     "$python" -m tests.gpu.stretch "$long"

@@ -298,8 +298,9 @@ def test_prefill_of_padded_rows(exact: int, monkeypatch: pytest.MonkeyPatch) -> 
     order = torch.cat([place[sinks : sinks + tokens], place[:sinks], place[sinks + tokens :]])
     plain = same_precision(query, states, packed, 0.125, mask[..., order])
     found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], 0.125, starts)
+    rounding = torch.finfo(dtype).eps / 4  # a row's parts are rounded once more before they are joined
     for row, wanted, torchs in zip(found, expected, plain, strict=True):
-        assert error(row, wanted) <= max(2 * error(torchs, wanted), 2e-3)
+        assert error(row, wanted) <= 2 * error(torchs, wanted) + rounding
     assert found.transpose(1, 2).is_contiguous()
 
 

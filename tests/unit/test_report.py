@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from tests.sample_records import METHOD_NAMES, grid, record, write
 from turboquant import cli
 from turboquant.bench import bench_decode
+from turboquant.bench_records import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.experiments import cells_for, run_cells
 from turboquant.methods import METHODS, parse_method
 from turboquant.plots import PLOTS, STYLES, against_bits, legend, pareto, validate_figure
@@ -288,22 +290,54 @@ def test_a_readme_that_cannot_be_filled_is_refused(tmp_path: Path, text: str, me
         fill_readme(text, tmp_path)
 
 
+GPU_TABLES: dict[str, Callable[[GpuBench], bool]] = {
+    "gpu-attention": lambda r: isinstance(r, AttentionBench) and r.query_tokens == 1,
+    "gpu-speed": lambda r: isinstance(r, AttentionBench) and (r.shape[:5], r.batch, r.query_tokens) == ("llama", 8, 1),
+    "gpu-prefill": lambda r: isinstance(r, AttentionBench) and r.query_tokens > 1,
+    "gpu-scores": lambda r: isinstance(r, ScoresBench),
+    "gpu-encode": lambda r: isinstance(r, EncodeBench),
+    "gpu-model": lambda r: isinstance(r, ModelBench),
+    "gpu-context": lambda r: isinstance(r, ContextBench),
+}
+"""Which recorded benchmarks each shows."""
+
+
+def on_a_gpu(made: ExperimentRecord) -> ExperimentRecord:
+    environment = made.environment.model_copy(update={"device": "cuda: NVIDIA H100"})
+    return made.model_copy(update={"environment": environment, "timing": {"elapsed": 1.0}})
+
+
+def test_gpu_and_cpu_records_of_one_cell_are_both_kept_and_never_averaged(tmp_path: Path) -> None:
+    cpu, gpu = (
+        record("turboquant:bits=4", 512, experiment="perplexity", metrics={"kl_mean": kl}) for kl in (0.25, 0.75)
+    )
+    gpu = on_a_gpu(gpu)
+    write(tmp_path / "gpu-perplexity.jsonl", cpu, gpu)
+    found = summarize(read_results([tmp_path]).of("perplexity"))
+    assert {one.model: one.metrics["kl_mean"] for one in found} == {"tiny": 0.25, "tiny on a GPU": 0.75}
+    assert "on a GPU" in fill_readme(marked("gpu-quality"), tmp_path)[0]
+    assert "on a GPU" not in fill_readme(marked("perplexity"), write(tmp_path / "perplexity.jsonl", cpu, gpu))[0]
+
+
 @pytest.mark.parametrize("name", README_TABLES)
 def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> None:
-    kinds = {"evaluate": "attention", "methods": "perplexity", "sweep": "perplexity", "recipe": "perplexity"}
+    kinds = {"evaluate": "attention", "gpu-long": "attention"}
+    kinds |= dict.fromkeys(("methods", "sweep", "recipe", "gpu-quality"), "perplexity")
     if name == "decode":
         record_ = bench_decode(tiny_loaded(), parse_method("turboquant"), prompt_tokens=150, new_tokens=3, repeats=1)
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", record_, record_.model_copy(update={"environment": older}))
         day, commit = record_.environment.created[:10], record_.environment.commit
-    elif name.startswith("gpu-"):
-        kind = {"gpu-attention": "bench-attention", "gpu-model": "bench-model", "gpu-context": "bench-memory"}[name]
-        newest = next(r for r in read_results([ROOT / "results"]).gpu if r.kind == kind)
+    elif name in GPU_TABLES:
+        newest = next(r for r in read_results([ROOT / "results"]).gpu if GPU_TABLES[name](r))
         older = newest.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", newest.model_copy(update={"environment": older}), newest)
         day, commit = newest.environment.created[:10], newest.environment.commit
     else:
-        write(tmp_path / f"{name}.jsonl", *grid(experiment=kinds.get(name, name)))
+        made = grid(experiment=kinds.get(name, name))
+        if name.startswith("gpu-"):
+            made = [on_a_gpu(record_) for record_ in made]
+        write(tmp_path / f"{name}.jsonl", *made)
         day, commit = "2026-01-01", "abc123"
     text, stale = fill_readme(marked(name), tmp_path)
     assert stale == [name]

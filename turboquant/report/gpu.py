@@ -1,10 +1,15 @@
 """Tables of the GPU benchmarks."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
 
-from turboquant.bench_records import AttentionBench, ContextBench, GpuBench, ModelBench
-from turboquant.report.tables import Table, code
-from turboquant.results import Environment
+from turboquant.bench_records import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
+from turboquant.report.tables import Table, code, number
+from turboquant.results import Environment, ExperimentRecord
+
+B = TypeVar("B", bound=GpuBench)
+LARGE = "llama-3.1-8b", 8, 32_768
 
 
 def _where(environments: Iterable[Environment]) -> str:
@@ -16,51 +21,135 @@ def _where(environments: Iterable[Environment]) -> str:
     return f"Measured on {'; '.join(sorted(found))}." if found else ""
 
 
-def attention_table(records: Iterable[GpuBench]) -> Table:
-    """Return the time of one layer's decode attention, full against compressed."""
-    chosen = [r for r in records if isinstance(r, AttentionBench)]
-    chosen.sort(key=lambda r: (r.shape, r.batch * r.context, r.batch, r.method[::-1]), reverse=False)
+def _device(record: GpuBench) -> str:
+    """The GPU's name without its maker and memory."""
+    return record.environment.device.removeprefix("cuda: ").removeprefix("NVIDIA ").split(" ")[0]
+
+
+def _chosen(records: Iterable[GpuBench], kind: type[B]) -> list[B]:
+    """Return the records of one kind, device by device, the widest codes first."""
+    found = [record for record in records if isinstance(record, kind)]
+    return sorted(found, key=lambda r: (_device(r), getattr(r, "shape", ""), r.method[::-1]))
+
+
+def _against_full(records: Iterable[AttentionBench], floor: bool) -> Table:
+    chosen = sorted(records, key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch, r.method[::-1]))
     rows = tuple(
         (
+            _device(r),
             r.shape,
             f"{r.batch} x {r.context:,}",
+            *(() if floor else (f"{r.query_tokens:,}",)),
             code(r.method),
-            f"{r.full_us.median:.1f} ({r.full})",
-            f"{r.us.median:.1f}",
-            f"{r.us.p20:.1f} to {r.us.p80:.1f}",
+            f"{r.full_us.median:,.1f} ({r.full})",
+            f"{r.us.median:,.1f}",
+            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
             f"{r.ratio:.2f}",
-            f"{100 * r.floor_fraction:.0f} %",
+            *((f"{100 * r.floor_fraction:.0f} %",) if floor else ()),
         )
         for r in chosen
     )
-    names = ("heads of", "batch x context", "method", "full, us", "compressed, us", "20 % to 80 %", "times as fast")
-    return Table("", (*names, "byte floor"), rows, _where(r.environment for r in chosen))
+    place = ("GPU", "heads of", "batch x context", *(() if floor else ("chunk",)), "method")
+    names = ("full, us", "compressed, us", "20 % to 80 %", "times as fast", *(("byte floor",) if floor else ()))
+    return Table("", (*place, *names), rows, _where(r.environment for r in chosen))
+
+
+def attention_table(records: Iterable[GpuBench]) -> Table:
+    """Return the time of one layer's decode attention, full against compressed."""
+    return _against_full((r for r in records if isinstance(r, AttentionBench) and r.query_tokens == 1), floor=True)
+
+
+def speed_table(records: Iterable[GpuBench]) -> Table:
+    """Return the rows of `attention_table` that the README shows: one large case on every GPU."""
+    chosen = [r for r in records if isinstance(r, AttentionBench) and (r.shape, r.batch, r.context) == LARGE]
+    return _against_full((r for r in chosen if r.query_tokens == 1), floor=True)
+
+
+def prefill_table(records: Iterable[GpuBench]) -> Table:
+    """Return the time of one layer's attention from a chunk of query tokens, full against compressed."""
+    return _against_full((r for r in records if isinstance(r, AttentionBench) and r.query_tokens > 1), floor=False)
+
+
+def scores_table(records: Iterable[GpuBench]) -> Table:
+    """Return the time of attention scores alone, float32 keys against packed ones."""
+    chosen = sorted(_chosen(records, ScoresBench), key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch))
+    rows = tuple(
+        (
+            _device(r),
+            r.shape,
+            f"{r.batch} x {r.context:,}",
+            code(r.method),
+            f"{r.full_us.median:,.1f}",
+            f"{r.us.median:,.1f}",
+            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
+            f"{r.ratio:.2f}",
+        )
+        for r in chosen
+    )
+    names = ("GPU", "heads of", "batch x context", "method", "float32 keys, us", "packed, us", "20 % to 80 %")
+    return Table("", (*names, "times as fast"), rows, _where(r.environment for r in chosen))
+
+
+def encode_table(records: Iterable[GpuBench]) -> Table:
+    """Return the time of packing keys and values."""
+    chosen = _chosen(records, EncodeBench)
+    rows = tuple(
+        (
+            _device(r),
+            r.shape,
+            f"{r.vectors:,}",
+            code(r.method),
+            f"{r.us.median:,.1f}",
+            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
+            f"{r.gb_per_second:,.0f}",
+            f"{100 * r.copy_fraction:.0f} %",
+        )
+        for r in chosen
+    )
+    names = ("GPU", "heads of", "vectors", "method", "us", "20 % to 80 %", "GB/s", "of a copy")
+    return Table("", names, rows, _where(r.environment for r in chosen))
 
 
 def model_table(records: Iterable[GpuBench]) -> Table:
     """Return decode steps of whole models."""
-    chosen = sorted((r for r in records if isinstance(r, ModelBench)), key=lambda r: (r.model, r.run, r.method))
+    chosen = sorted(
+        _chosen(records, ModelBench),
+        key=lambda r: (_device(r), r.model, r.weights, r.context, r.batch, r.run, r.method),
+    )
     rows = tuple(
         (
+            _device(r),
             f"{r.model}, {r.weights}",
-            code(r.method),
-            {"calls": "step by step", "graph": "CUDA graph"}[r.run],
             f"{r.batch} x {r.context:,}",
+            {"calls": "step by step", "graph": "CUDA graph"}[r.run],
+            code(r.method),
             f"{r.step_ms.median:.2f}",
-            f"{r.tokens_per_second:.1f}",
+            f"{r.tokens_per_second:,.1f}",
             f"{r.cache_bytes / 1e9:.2f}",
+            f"{r.peak_bytes / 1e9:.2f}",
         )
         for r in chosen
     )
-    names = ("model, weights", "method", "run", "batch x context", "ms a step", "tokens/s", "cache, GB")
+    names = (
+        "GPU",
+        "model, weights",
+        "batch x context",
+        "run",
+        "method",
+        "ms a step",
+        "tokens/s",
+        "cache, GB",
+        "peak, GB",
+    )
     return Table("", names, rows, _where(r.environment for r in chosen))
 
 
 def context_table(records: Iterable[GpuBench]) -> Table:
     """Return the longest contexts that were reached in a budget of memory."""
-    chosen = sorted((r for r in records if isinstance(r, ContextBench)), key=lambda r: (r.model, r.context))
+    chosen = sorted(_chosen(records, ContextBench), key=lambda r: (_device(r), r.model, r.context))
     rows = tuple(
         (
+            _device(r),
             f"{r.model}, {r.weights}",
             code(r.method),
             f"{r.budget_bytes / 1e9:.0f}",
@@ -70,5 +159,28 @@ def context_table(records: Iterable[GpuBench]) -> Table:
         )
         for r in chosen
     )
-    names = ("model, weights", "method", "budget, GB", "weights, GB", "longest context", "cache, GB")
+    names = ("GPU", "model, weights", "method", "budget, GB", "weights, GB", "longest context", "cache, GB")
     return Table("", names, rows, _where(r.environment for r in chosen))
+
+
+def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
+    """Return `evaluate`'s time and memory by context; a model in a folder goes by the folder's name."""
+    chosen = sorted(
+        records, key=lambda r: (r.cell.model or "", r.cell.settings["context"], (r.cell.method or "")[::-1])
+    )
+    rows = tuple(
+        (
+            Path(r.cell.model or "").name,
+            code(r.cell.method),
+            f"{r.cell.settings['context']:,}",
+            number("", r.cache.bits_per_value if r.cache else None),
+            number("cosine_similarity", r.metrics.get("cosine_similarity")),
+            number("same_top_pct", r.metrics.get("same_top_pct")),
+            f"{r.timing['elapsed']:.1f}",
+            f"{(peak := r.metrics.get('peak_memory_bytes') or 0) / 1e9:.2f}",
+            f"{peak / 1e3 / r.cell.settings['context']:.1f}",
+        )
+        for r in chosen
+    )
+    names = ("model", "method", "context", "bits a value held", "cosine", "same top token, %", "seconds", "peak, GB")
+    return Table("", (*names, "peak, KB a token"), rows, _where(r.environment for r in chosen))

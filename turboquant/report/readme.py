@@ -5,10 +5,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from turboquant.bench_records import GpuBench
-from turboquant.report.gpu import attention_table, context_table, model_table
+from turboquant.report.gpu import (
+    attention_table,
+    context_table,
+    encode_table,
+    long_context_table,
+    model_table,
+    prefill_table,
+    scores_table,
+    speed_table,
+)
 from turboquant.report.tables import Table, by_group, comparison_table, decode_table, front_table, needle_table
 from turboquant.report.variance import variance_table
-from turboquant.summary import ReportError, Results, read_results, summarize
+from turboquant.summary import ReportError, Results, on_gpu, read_results, summarize
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
 _PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)
@@ -18,9 +27,11 @@ def _decode(results: Results) -> str:
     return decode_table(results.benches).markdown() if results.benches else ""
 
 
-def _comparison(experiment: str, file: str = "") -> Callable[[Results], str]:
+def _comparison(experiment: str, file: str = "", gpu: bool = False) -> Callable[[Results], str]:
+    """Return the tables of an experiment; records from GPUs have tables of their own, with `gpu`."""
+
     def table(results: Results) -> str:
-        groups = by_group(summarize(results.of(experiment, file)))
+        groups = by_group(summarize(r for r in results.of(experiment, file) if gpu or not on_gpu(r)))
         return "\n\n".join(comparison_table(group).markdown() for _, _, group in groups)
 
     return table
@@ -40,8 +51,13 @@ def _gpu(table: Callable[[Sequence[GpuBench]], Table]) -> Callable[[Results], st
 
 
 def _needle(results: Results) -> str:
-    groups = by_group(summarize(results.of("needle")))
+    groups = by_group(summarize(r for r in results.of("needle") if not on_gpu(r)))
     return "\n\n".join(needle_table(group).markdown() for _, _, group in groups)
+
+
+def _long_context(results: Results) -> str:
+    records = [record for record in results.of("attention") if on_gpu(record)]
+    return long_context_table(records).markdown() if records else ""
 
 
 def _variance(results: Results) -> str:
@@ -61,8 +77,14 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "validate": _comparison("validate"),
     "sweep": _comparison("perplexity", "sweep"),
     "gpu-attention": _gpu(attention_table),
+    "gpu-speed": _gpu(speed_table),
+    "gpu-prefill": _gpu(prefill_table),
+    "gpu-scores": _gpu(scores_table),
+    "gpu-encode": _gpu(encode_table),
     "gpu-model": _gpu(model_table),
     "gpu-context": _gpu(context_table),
+    "gpu-quality": _comparison("perplexity", "gpu-", gpu=True),
+    "gpu-long": _long_context,
 }
 """What may stand in such a file: functions by name, which return Markdown, or nothing where there are no records."""
 
