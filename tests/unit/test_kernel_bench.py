@@ -11,7 +11,14 @@ from turboquant import cli
 from turboquant.bench_records import GPU_BENCHES, AttentionBench, ModelBench
 from turboquant.kernel_bench import bench_attention, bench_encode, bench_scores, copy_bandwidth
 from turboquant.methods import parse_method
-from turboquant.report.gpu import attention_table, context_table, model_table
+from turboquant.report.gpu import (
+    attention_table,
+    context_table,
+    encode_table,
+    model_table,
+    prefill_table,
+    scores_table,
+)
 from turboquant.summary import read_results
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -86,7 +93,7 @@ def test_the_command_appends_records_that_reports_read(tmp_path: Path) -> None:
     assert json.loads(line) == json.loads(result.stdout)
     (record,) = read_results([output]).gpu
     assert isinstance(record, AttentionBench)
-    assert attention_table([record]).rows[0][0] == SMALL
+    assert attention_table([record]).rows[0][:2] == (record.environment.device, SMALL)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
@@ -102,7 +109,14 @@ def test_recorded_gpu_results_are_whole() -> None:
     assert {record.kind for record in gpu} >= {"bench-attention", "bench-model", "bench-memory"}
     assert all(type(record) is GPU_BENCHES[record.kind] for record in gpu)
     assert all(record.environment.driver and record.environment.triton for record in gpu)
-    for table in (attention_table, model_table, context_table):
+    for table in (attention_table, prefill_table, scores_table, encode_table, model_table, context_table):
         assert table(gpu).rows
-    graphs = {record.method: record for record in gpu if isinstance(record, ModelBench) and record.run == "graph"}
-    assert graphs["turboquant:bits=4"].cache_bytes < 0.3 * graphs["full"].cache_bytes
+        assert {row[0] for row in table(gpu).rows} <= {"H100", "H200"}
+    graphs = {
+        (record.environment.device, record.method): record.cache_bytes
+        for record in gpu
+        if isinstance(record, ModelBench) and (record.run, record.context) == ("graph", 32_768)
+    }
+    assert len(graphs) == 4
+    for (device, method), held in graphs.items():
+        assert method == "full" or held < 0.3 * graphs[device, "full"]

@@ -22,8 +22,9 @@ def _where(environments: Iterable[Environment]) -> str:
 
 
 def _device(record: GpuBench) -> str:
-    """The GPU's name without its maker and memory."""
-    return record.environment.device.removeprefix("cuda: ").removeprefix("NVIDIA ").split(" ")[0]
+    """The GPU's name without its maker and memory; other devices as they are named."""
+    name = record.environment.device
+    return name.removeprefix("cuda: NVIDIA ").split(" ")[0] if name.startswith("cuda: NVIDIA ") else name
 
 
 def _chosen(records: Iterable[GpuBench], kind: type[B]) -> list[B]:
