@@ -21,7 +21,7 @@ SOURCES = [*LIBRARY, *APP, *sorted((ROOT / "tests").rglob("*.py"))]
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("integrations", "sweep", "report"),
+    ("integrations", "recommend", "sweep", "report"),
     ("tasks",),
     ("experiments", "bench", "kernel_bench", "model_bench", "plots", "session"),
     ("comparison", "evaluation", "scoring", "summary", "synthetic"),
@@ -37,8 +37,8 @@ LAYERS = (
     ("kernels", "metrics", "verdict"),
     ("kernel_view", "token_buffer"),
     ("quantizer", "packing", "rotation", "statistics"),
-    ("bench_records",),
-    ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
+    ("bench_records", "recommendation"),
+    ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "search", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {
