@@ -25,7 +25,7 @@ LAYERS = (
     ("tasks",),
     ("experiments", "bench", "kernel_bench", "model_bench", "plots", "session"),
     ("comparison", "evaluation", "scoring", "summary", "synthetic"),
-    ("memory", "probe", "sizing"),
+    ("memory", "probe", "recommendation", "sizing"),
     ("generate", "graphs"),
     ("models",),
     ("embedded", "hub", "model_checks", "tiny"),
@@ -37,7 +37,7 @@ LAYERS = (
     ("kernels", "metrics", "verdict"),
     ("kernel_view", "token_buffer"),
     ("quantizer", "packing", "rotation", "statistics"),
-    ("bench_records", "recommendation"),
+    ("bench_records",),
     ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "search", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -106,8 +106,9 @@ class _Search:
         starts = {name: first_packed(parse_method(name)) for name in asked.recipes}
         slowest = max(starts, key=lambda name: starts[name])
         least, because = 2 * starts[slowest], f"half of each is read first, and {slowest} packs from {starts[slowest]}"
-        if asked.context < least:
-            raise ValueError(f"context must be at least {least} tokens ({because}), got {asked.context}")
+        longest = min(asked.context, self.shape.max_positions or asked.context)
+        if longest < least:
+            raise ValueError(f"context must be at least {least} tokens ({because}), got {longest}")
         head = len(tokenizer("").input_ids)
         counts = {
             name: len(tokenizer(self.read(name), add_special_tokens=False, verbose=False).input_ids)
@@ -115,7 +116,7 @@ class _Search:
         }
         shortest = min(counts, key=lambda name: counts[name])
         half = counts[shortest] // 2
-        context = min(asked.context, half // asked.windows - 1 + head, self.shape.max_positions or asked.context)
+        context = min(longest, half // asked.windows - 1 + head)
         if context < least:
             raise PromptError(
                 f"the text {shortest} has {counts[shortest]:,} tokens, too few to choose on one half and confirm on "
@@ -142,7 +143,11 @@ class _Search:
             raise CancelledError
         step = min(self.steps, self.expected_steps - 1)
         span = self.watch.part(step / self.expected_steps, (step + 1) / self.expected_steps)
-        inner = replace(span, progress=lambda fraction, text: span.progress(fraction, f"{doing}: {method}"))
+        inner = replace(
+            span,
+            progress=lambda fraction, text: span.progress(fraction, f"{doing}: {method}"),
+            stopping=lambda: False,  # what is in hand is finished
+        )
         if (part := settings.model_dump_json()) not in self.full:
             self.full[part] = read_full(self.loaded, settings, inner.part(0, 0.5), self.read)
         experiment = replace(EXPERIMENT, run=partial(run_perplexity, full=self.full[part]))
