@@ -1,7 +1,7 @@
 """Methods: every way to compress the cache, quality against the bits that it really holds."""
 
 from app import state
-from app.components import methods, page, work
+from app.components import methods, page, recommend, work
 from app.components.measuring import HERE, RECORDED
 from app.measure.methods import alike, what_was_read
 
@@ -38,3 +38,4 @@ else:
         methods.details(methods.table(records))
     else:
         page.empty(words)
+recommend.section()

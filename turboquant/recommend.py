@@ -226,14 +226,17 @@ class _Search:
         quick = self.choosing.model_copy(
             update={"context": min(self.choosing.context, self.choosing.prefill + LAYER_TOKENS)}
         )
-        for layer in (i for i, kind in enumerate(self.shape.layers) if kind == "full"):
+        full_layers = [i for i, kind in enumerate(self.shape.layers) if kind == "full"]
+        for layer in full_layers:
             record = self.record(with_layers(found.method, [layer], below.bits), quick, "layer by layer")
             if (kl := record.metrics.get("kl_mean")) is not None:
                 self.layer_kl[layer] = kl
         order = sorted(self.layer_kl, key=lambda layer: self.layer_kl[layer])
 
         def lowered(count: int) -> str:
-            return with_layers(found.method, order[:count], below.bits)
+            if 2 * count <= len(full_layers):
+                return with_layers(found.method, order[:count], below.bits)
+            return with_layers(below.method, sorted(set(full_layers) - set(order[:count])), found.bits)
 
         count = most(len(order) - 1, lambda count: self.passes(lowered(count), "choose"))
         while count and not self.passes(lowered(count), "confirm"):

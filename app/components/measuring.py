@@ -112,7 +112,8 @@ class Measurement(Generic[C]):
     def working(self) -> Job | None:
         """The live job of this page, if there is one."""
         job = state.job()
-        return job if job is not None and job.live and job.request.page == self.name else None
+        own = job is not None and job.request.page == self.name and isinstance(job.request, CellsRequest)
+        return job if own and job is not None and job.live else None
 
     def asked(self, plan: Plan) -> tuple[Cell, ...]:
         """The plan's cells; while others are being measured, those."""

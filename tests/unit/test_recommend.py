@@ -85,7 +85,10 @@ def test_layers_with_fewer_bits_save_bytes(found: Recommendation) -> None:
     assert chosen is not None
     assert uniform.bytes is not None
     assert chosen.bytes is not None
-    if found.method != found.uniform:
+    fewer = sum(parse_method(str(found.method)).layer_kind(layer) == found.lower_bits for layer in range(3))
+    assert (fewer > 0) == (found.method != found.uniform)
+    assert fewer < 3
+    if fewer:
         assert "layers=" in str(found.method)
         assert chosen.bytes < uniform.bytes
         assert chosen.estimated_bytes < uniform.estimated_bytes

@@ -106,8 +106,8 @@ def show(found: "Recommendation") -> None:
     typer.echo(f"MB held: measured at {found.context:,} tokens; MB estimated: at {found.tokens:,} tokens.")
     if found.lower_bits and found.uniform:
         keys, values = found.lower_bits
-        gain = "which pays" if found.method != found.uniform else "which does not pay here"
-        typer.echo(f"Layers at {keys} bits a key and {values} a value in {found.uniform}: {gain}.")
+        gain = "saves bytes" if found.method != found.uniform else "is not within the limits"
+        typer.echo(f"{found.uniform} with {keys} bits a key and {values} a value in some layers {gain}.")
     for row in found.memory:
         typer.echo(
             f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB in place of {row.full_bytes / 1e6:,.1f} in 16 bits, "
