@@ -169,7 +169,8 @@ class Recommendation(Record):
     @property
     def caution(self) -> str | None:
         """What keeps the outcome from being certain, where that can be seen."""
-        found = self.evidence("confirm")
-        if found is None or found.kl_high is None or found.kl_high <= self.settings.max_kl:
+        halves = (self.evidence("choose"), self.evidence("confirm")) if self.method else ()
+        high = max((one.kl_high for one in halves if one and one.kl_high is not None), default=0.0)
+        if high <= self.settings.max_kl:
             return None
-        return "The interval reaches above the limit: on more text of this kind KL may be above it."
+        return f"On one half the interval reaches above the limit (to {high:.2g}): on more text KL may be above it."
