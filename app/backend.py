@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from app.config import AppConfig
 from app.contract import Progress
 from app.engine import Engine
-from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, RecommendRequest, TurnRequest
+from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from app.library import import_library
+from app.measure.recommend import RecommendRequest
 from turboquant.methods import parse_method
 
 if TYPE_CHECKING:

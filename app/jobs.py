@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from app.examples import name_of
-from turboquant.recommendation import RecommendSettings
-from turboquant.results import Cell, ExperimentRecord, Settings
+from turboquant.results import Cell, Settings
 
 if TYPE_CHECKING:
     from app.conversation import Conversation
@@ -145,36 +144,6 @@ class CellsRequest:
         """Are the cells made of shipped texts and numbers alone?"""
         del item
         return not self.private
-
-
-@dataclass(frozen=True)
-class RecommendRequest:
-    """A search for the smallest cache within limits; the result is a Recommendation.
-
-    `text` is the visitor's own, in place of the settings' texts. `known` holds what was measured so far, so that a
-    search goes on after it was stopped or has let others go first.
-    """
-
-    model: str
-    weights: str
-    settings: RecommendSettings
-    text: str | None
-    known: dict[str, ExperimentRecord]
-    title: ClassVar[str] = "Recommend"
-    page: ClassVar[str] = "methods"
-    short: ClassVar[bool] = False
-    sides: ClassVar[int] = 0
-    items: ClassVar[int] = 1
-
-    def key(self, item: int) -> str | None:
-        """Everything the search depends on."""
-        del item
-        return _key("recommend", self.model, self.weights, self.settings.model_dump(mode="json"), self.text)
-
-    def public(self, item: int) -> bool:
-        """Is the text a shipped one?"""
-        del item
-        return self.text is None
 
 
 @dataclass(frozen=True)

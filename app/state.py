@@ -13,7 +13,8 @@ from app.config import AppConfig, load_config
 from app.conversation import Conversation
 from app.engine import Engine, EngineBusyError
 from app.examples import BY_NAME
-from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, RecommendRequest, Request
+from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, Request
+from app.measure.recommend import RecommendRequest
 from app.requests import Choices, RequestError, compare_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
 from turboquant.recommendation import Recommendation

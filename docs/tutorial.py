@@ -31,7 +31,7 @@ for spec in ("full", "turboquant:bits=4"):
 #    built-in model has about 0.0015 at 4 bits, 0.007 at 3 and 0.03 at 2 (docs/guide.md). There is no natural limit;
 #    0.01 is a strict one. Small settings here, so that it takes seconds; leave them out for a search worth relying on:
 #    more recipes, windows of 1,024 tokens, and bits layer by layer.
-limits = RecommendSettings(texts=(TEXT,), max_kl=float(MAX_KL), recipes=("turboquant",), context=512, layers=False)
+limits = RecommendSettings(texts=(TEXT,), max_kl=float(MAX_KL), recipes=("turboquant",), context=320, layers=False)
 
 # 4. The search: methods are tried on the first half of the text, and the smallest one that stays within the limits must
 #    do so on the second half as well.

@@ -8,10 +8,11 @@ from app import definitions, state
 from app.charts import recommend as charts
 from app.components import methods, page, work
 from app.components.panes import escape
-from app.jobs import Job, RecommendRequest
+from app.jobs import Job
 from app.library import import_library
 from app.measure import recommend as measure
 from app.measure.methods import compare_settings
+from app.measure.recommend import RecommendRequest
 from app.requests import RequestError
 from turboquant.recommendation import Recommendation
 

@@ -6,7 +6,8 @@ import streamlit as st
 
 from app import state
 from app.components.panes import escape
-from app.jobs import Job, RecommendRequest, Request
+from app.jobs import Job, Request
+from app.measure.recommend import RecommendRequest
 
 
 def bar(

@@ -1,13 +1,13 @@
 """The search for a setting: what the widgets say as a checked request, and what it found as tables' rows."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
 from app.config import AppConfig
-from app.jobs import RecommendRequest
 from app.measure import check_each
 from app.measure.methods import TEXT_NAMES, MethodsChoices, contexts
 from app.requests import Choices, RequestError, check_loading
@@ -27,6 +27,36 @@ class RecommendChoices:
     same: int = 90
     own: bool = False
     text: str = ""
+
+
+@dataclass(frozen=True)
+class RecommendRequest:
+    """A search for the smallest cache within limits; the result is a Recommendation.
+
+    `text` is the visitor's own, in place of the settings' texts. `known` holds what was measured so far, so that a
+    search goes on after it was stopped or has let others go first.
+    """
+
+    model: str
+    weights: str
+    settings: RecommendSettings
+    text: str | None
+    known: dict[str, ExperimentRecord]
+    title: ClassVar[str] = "Recommend"
+    page: ClassVar[str] = "methods"
+    short: ClassVar[bool] = False
+    sides: ClassVar[int] = 0
+    items: ClassVar[int] = 1
+
+    def key(self, item: int) -> str | None:
+        """Everything the search depends on."""
+        del item
+        return json.dumps(["recommend", self.model, self.weights, self.settings.model_dump(mode="json"), self.text])
+
+    def public(self, item: int) -> bool:
+        """Is the text a shipped one?"""
+        del item
+        return self.text is None
 
 
 def request(

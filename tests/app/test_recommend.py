@@ -12,10 +12,10 @@ from app import backend, state
 from app.charts import recommend as charts
 from app.config import AppConfig
 from app.engine import Engine
-from app.jobs import Job, RecommendRequest
+from app.jobs import Job
 from app.measure import recommend as measure
 from app.measure.methods import MethodsChoices
-from app.measure.recommend import RecommendChoices
+from app.measure.recommend import RecommendChoices, RecommendRequest
 from app.requests import Choices, RequestError, compare_request, read_choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
