@@ -8,7 +8,6 @@ from app import definitions, state
 from app.charts import recommend as charts
 from app.components import methods, page, work
 from app.components.panes import escape
-from app.jobs import Job
 from app.library import import_library
 from app.measure import recommend as measure
 from app.measure.methods import compare_settings
@@ -29,24 +28,32 @@ def section() -> None:
         "limits must do so on the second half as well."
     )
     _controls()
-    refusal = None
+    plan, refusal = "", None
     try:
-        _request()
+        plan = escape(measure.describe(_request()))
     except RequestError as error:
         refusal = escape(str(error))
     work.bar(
         "Recommend",
         _request,
-        plan="About twenty methods and then each layer are measured; this takes minutes",
+        plan=plan,
         key="recommend_run",
         disabled=refusal,
-        shortcuts=False,
+        shortcuts=own_text(),
     )
-    job = working()
-    if job is not None:
-        work.watch(job)
-    elif (found := state.recommendation()) is not None:
+    job = state.job()
+    if job is not None and isinstance(job.request, RecommendRequest):
+        if job.live:
+            work.watch(job)
+            return
+        work.ended(job)
+    if (found := state.recommendation()) is not None:
         _show(*found)
+
+
+def own_text() -> bool:
+    """Is a text typed here? Then Ctrl + Enter in its box starts the search, and no other work on the page."""
+    return bool(st.session_state.get("recommend_own"))
 
 
 def _controls() -> None:
@@ -91,12 +98,6 @@ def _request() -> RecommendRequest:
     chosen = measure.said({str(key): value for key, value in st.session_state.items()})
     asked = methods.MEASUREMENT.said()
     return measure.request(chosen, asked, state.choices(), state.config(), state.searched())
-
-
-def working() -> Job | None:
-    """The live search of this tab, if there is one."""
-    job = state.job()
-    return job if job is not None and job.live and isinstance(job.request, RecommendRequest) else None
 
 
 def _show(found: Recommendation, cached: bool) -> None:

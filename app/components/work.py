@@ -109,7 +109,13 @@ def ending(page: str) -> None:
     if notice := state.notice():
         st.warning(escape(notice), icon=":material/info:")
     job = state.job()
-    if job is None or job.live or job.request.page != page:
+    if job is not None and job.request.page == page and not isinstance(job.request, RecommendRequest):
+        ended(job)
+
+
+def ended(job: Job) -> None:
+    """Say how a job ended if it did not end well."""
+    if job.live:
         return
     kept = f"{len(job.results)} of {job.request.items} results are kept."
     if job.view.state == "failed":

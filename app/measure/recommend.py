@@ -95,6 +95,15 @@ def _own(text: str, config: AppConfig) -> str:
     return text
 
 
+def describe(asked: RecommendRequest) -> str:
+    """What a search reads and does, in one line."""
+    what = "your text" if asked.text is not None else ", ".join(asked.settings.texts)
+    return (
+        f"Reads {what}, up to {asked.settings.context:,} tokens at once · measures about ten methods, then each layer; "
+        "this takes minutes"
+    )
+
+
 def said(values: Mapping[str, object]) -> RecommendChoices:
     """The widgets' values from loose ones; what is missing or of the wrong type takes its default."""
     start = RecommendChoices()

@@ -158,7 +158,7 @@ def test_a_setting_is_recommended_for_a_text_and_used_in_compare(
     box.press("Control+Enter")
     expect(main(page).get_by_role("button", name="Recommend")).to_be_enabled()
     press(page, "Recommend")
-    expect(main(page).get_by_text(re.compile("stays within the limits"))).to_be_visible(timeout=120 * SECONDS)
+    expect(main(page).get_by_text(re.compile("on the held-out part of the text"))).to_be_visible(timeout=120 * SECONDS)
     method = page.get_by_test_id("stCode").last.inner_text().strip()
     assert ":" in method
     shot(page, "action-recommend")
