@@ -23,7 +23,7 @@ from turboquant.results import ExperimentRecord, read_records
 PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "run", "notice"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_RECORDS = 2_000
-MAX_SEARCHED = 500
+MAX_SEARCHED = 200
 
 
 @st.cache_resource(show_spinner=False)

@@ -23,7 +23,7 @@ from turboquant.models import LoadedModel
 from turboquant.recommendation import MOST_TOKENS, Memory, Part, Recommendation, RecommendSettings, Tried
 from turboquant.results import ExperimentRecord, environment
 from turboquant.search import Candidate, most, smallest
-from turboquant.sizing import KVBytes, kv_bytes, read_config
+from turboquant.sizing import KVBytes, SizingError, kv_bytes, read_config
 from turboquant.tasks.perplexity import EXPERIMENT, FullRun, PerplexitySettings, read_full, text_hashes
 from turboquant.tasks.perplexity import run as run_perplexity
 from turboquant.texts import read_text
@@ -57,8 +57,8 @@ def recommend(
         keep: Called with each new record.
 
     Raises:
-        PromptError: A text is too short, or the context longer than the model's; names the rule and the value.
-        ValueError: A text cannot be read, a recipe is none, or the model's cache cannot be sized.
+        PromptError: A text or the context is too short, or longer than the model's; names the rule and the value.
+        ValueError: A text cannot be read, or the model's cache cannot be sized or is not compressed (`SizingError`).
         CancelledError: The caller asked to cancel or to stop; what was kept can be given as `known` again.
     """
     asked, watch = settings or RecommendSettings(), watch or Watch()
@@ -81,6 +81,8 @@ class _Search:
         self.read = read_text if text is None else lambda name: text
         self.texts = settings.texts if text is None else (TYPED,)
         self.shape = read_config(loaded.model.config.to_dict())
+        if not self.shape.full_layers:
+            raise SizingError("no layer of this model has plain full attention, so nothing of its cache is compressed")
         longest = self.shape.max_positions or MOST_TOKENS
         self.tokens = settings.tokens or min(longest, MOST_TOKENS)
         self.candidates = candidates(settings.recipes, self.size)
@@ -108,7 +110,7 @@ class _Search:
         least, because = 2 * starts[slowest], f"half of each is read first, and {slowest} packs from {starts[slowest]}"
         longest = min(asked.context, self.shape.max_positions or asked.context)
         if longest < least:
-            raise ValueError(f"context must be at least {least} tokens ({because}), got {longest}")
+            raise PromptError(f"context must be at least {least} tokens ({because}), got {longest}")
         head = len(tokenizer("").input_ids)
         counts = {
             name: len(tokenizer(self.read(name), add_special_tokens=False, verbose=False).input_ids)
@@ -199,6 +201,7 @@ class _Search:
         close = [one for one in self.tried.values() if one.kl is not None and one.failure]
         return Recommendation(
             settings=self.settings,
+            texts=self.texts,
             model=model_info(self.loaded),
             environment=environment(self.loaded.model.device),
             method=method,

@@ -108,6 +108,7 @@ class Recommendation(Record):
     """What was found, with the evidence.
 
     Attributes:
+        texts: What was read, by name.
         method: The recommended method; None where nothing passes.
         uniform: The smallest method with the same bits in all layers that passes.
         closest: Where nothing passes, the measured method with the smallest KL.
@@ -122,6 +123,7 @@ class Recommendation(Record):
 
     kind: Literal["recommendation"] = "recommendation"
     settings: RecommendSettings
+    texts: tuple[str, ...]
     model: ModelInfo
     environment: Environment
     method: str | None
@@ -160,9 +162,9 @@ class Recommendation(Record):
             return f"None of {self.candidates} methods stays within {limits} on this text; {best}."
         found = self.evidence("confirm")
         assert found is not None
-        interval = "" if found.kl_low is None else f" (95 % interval {found.kl_low:.2g} to {found.kl_high:.2g})"
+        interval = "" if found.kl_low is None else f" (95 % interval {found.kl_low:.3g} to {found.kl_high:.3g})"
         return (
-            f"{self.method} stays within {limits}: on the held-out part of the text KL is {found.kl:.2g}{interval} "
+            f"{self.method} stays within {limits}: on the held-out part of the text KL is {found.kl:.3g}{interval} "
             f"and the top token is the same at {found.same_top_pct:.1f} % of {found.measured_tokens:,} positions."
         )
 
@@ -173,4 +175,4 @@ class Recommendation(Record):
         high = max((one.kl_high for one in halves if one and one.kl_high is not None), default=0.0)
         if high <= self.settings.max_kl:
             return None
-        return f"On one half the interval reaches above the limit (to {high:.2g}): on more text KL may be above it."
+        return f"On one half the interval reaches above the limit (to {high:.3g}): on more text KL may be above it."

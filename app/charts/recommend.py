@@ -14,13 +14,13 @@ def evidence(found: Recommendation) -> pd.DataFrame:
             {
                 "method": one.method,
                 "measured on": PARTS[one.part],
+                "within limits": "yes" if one.failure is None else "no" if one.kl is not None else one.failure,
                 "KL": one.kl,
                 "KL from": one.kl_low,
                 "KL to": one.kl_high,
                 "same top": one.same_top_pct,
                 "bits held": one.bits_per_value,
-                "MB at longest": one.estimated_bytes / 1e6,
-                "within limits": "yes" if one.failure is None else f"no: {one.failure}",
+                "MB estimated": one.estimated_bytes / 1e6,
             }
             for one in sorted(found.tried, key=lambda one: (one.estimated_bytes, one.method, one.part))
         ]

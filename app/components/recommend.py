@@ -47,6 +47,8 @@ def section() -> None:
             work.watch(job)
             return
         work.ended(job)
+        if job.view.state == "failed":
+            return
     if (found := state.recommendation()) is not None:
         _show(*found)
 
@@ -154,14 +156,13 @@ def _evidence(found: Recommendation) -> None:
         key="recommend_evidence",
         alt="Every method that was measured, with its KL, the interval, agreement and bits.",
         column_config={
-            **{name: number(format="%.4f") for name in ("KL", "KL from", "KL to")},
+            **{name: number(format="%.3g") for name in ("KL", "KL from", "KL to")},
             "same top": number("same top, percent", format="%.1f", help=definitions.METHOD_SAME_TOP),
             "bits held": number(format="%.2f", help=definitions.METHOD_HELD),
-            "MB at longest": number(f"MB at {found.tokens:,} tokens", format="%.1f", help="Estimated."),
+            "MB estimated": number(format="%.1f", help=f"At {found.tokens:,} tokens, where sizes are compared."),
         },
     )
     st.caption(
         f"{found.measured} of {found.candidates} methods were measured, the others need not be: they are larger than "
-        "one that passes, or have no more bits than one that fails. Windows of "
-        f"{found.context:,} tokens, the first {found.prefill:,} read in one call. " + escape(measure.source(found))
+        "one that passes, or have no more bits than one that fails. " + escape(measure.source(found))
     )

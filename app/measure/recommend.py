@@ -77,7 +77,7 @@ def request(
             f"A search may take {MOST_CELLS} measurements, and this deployment allows {config.max_cells}."
         )
     own = _own(chosen.text, config) if chosen.own else None
-    texts = ("",) if own is not None else check_each("Texts", page.texts, TEXT_NAMES)
+    texts = check_each("Texts", page.texts if own is None else TEXT_NAMES[:1], TEXT_NAMES)  # not read beside one's own
     context = int(check_each("Context", [page.context], contexts(config))[0])
     limit = float(check_each("The limit of KL", [chosen.kl], LIMITS)[0])
     try:
@@ -115,8 +115,9 @@ def said(values: Mapping[str, object]) -> RecommendChoices:
 
 
 def source(found: Recommendation) -> str:
-    """Model, machine, date and commit, in one line."""
+    """What was read, model, machine, date and commit, in one line."""
     from turboquant.summary import measured_on
 
     model = found.model
-    return f"{model.name} (weights {model.weights}, {model.dtype}). {measured_on([found.environment])}"
+    read = f"Text: {', '.join(found.texts)}; {found.context:,} tokens at once, the first {found.prefill:,} in one call."
+    return f"{read} {model.name} (weights {model.weights}, {model.dtype}). {measured_on([found.environment])}"

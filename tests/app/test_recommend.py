@@ -191,12 +191,14 @@ def test_widgets_of_the_wrong_type_are_left_at_their_start() -> None:
     assert measure.said({"recommend_kl": "0.1", "recommend_same": 75}) == RecommendChoices(kl="0.1", same=75)
 
 
-def test_the_evidence_names_the_reason_of_what_failed(loaded: Any) -> None:
+def test_the_evidence_table_says_what_was_measured(loaded: Any) -> None:
     job = Job("me", request(RecommendChoices(own=True, text=TEXT, kl="0.001", same=50)))
     backend.run(loaded, job, lambda: False, lambda: False)
     found = job.results[0]
     table = charts.evidence(found)
-    assert list(table["MB at longest"]) == sorted(table["MB at longest"])
-    failed = {one.method for one in found.tried if one.failure}
-    assert failed
-    assert table[table["within limits"].str.contains("above 0.001")]["method"].isin(failed).all()
+    assert list(table["MB estimated"]) == sorted(table["MB estimated"])
+    assert {*table["within limits"]} == {"yes", "no"}
+    for _, row in table.iterrows():
+        one = found.evidence("confirm" if row["measured on"] == "held-out half" else "choose", row["method"])
+        assert (row["KL"], row["bits held"]) == (one.kl, one.bits_per_value)
+        assert (row["within limits"] == "no") == (one.kl > 0.001 or one.same_top_pct < 50)

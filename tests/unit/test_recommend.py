@@ -16,6 +16,7 @@ from turboquant.models import LoadedModel
 from turboquant.recommend import recommend
 from turboquant.recommendation import Recommendation, RecommendSettings
 from turboquant.results import ExperimentRecord, read_records
+from turboquant.sizing import SizingError
 from turboquant.tasks.perplexity import EXPERIMENT
 
 TEXT = "\n".join(
@@ -229,6 +230,14 @@ def test_a_model_with_few_positions_is_refused() -> None:
     short = tiny_loaded("llama", max_position_embeddings=256)
     with pytest.raises(ValueError, match=r"context must be at least 320 tokens .* got 256"):
         recommend(short, text=TEXT)
+
+
+def test_layers_with_a_sliding_window_are_left_alone() -> None:
+    some = recommend(tiny_loaded("gemma3", max_position_embeddings=2048), SMALL, text=TEXT)
+    assert some.method is not None
+    assert set(some.layer_kl) <= {2}
+    with pytest.raises(SizingError, match="no layer of this model has plain full attention"):
+        recommend(tiny_loaded("mistral", max_position_embeddings=2048), SMALL, text=TEXT)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def show(found: "Recommendation") -> None:
     """Print the evidence, the memory and the outcome."""
     typer.echo(
         f"{found.model.name} {found.model.dtype} on {found.environment.device}; "
-        f"{', '.join(found.settings.texts)}: windows of {found.context:,} tokens, the first {found.prefill:,} read in "
+        f"{', '.join(found.texts)}: windows of {found.context:,} tokens, the first {found.prefill:,} read in "
         f"one call; {found.measured} of {found.candidates} methods measured, the others need not be: they are larger "
         "than one that passes, or have no more bits than one that fails"
     )
