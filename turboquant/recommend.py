@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from functools import cached_property, partial
 from itertools import product
-from math import ceil, log2
+from math import ceil, inf, log2
 from typing import Any
 
 from turboquant.comparison import model_info
@@ -198,7 +198,7 @@ class _Search:
         if found and self.settings.layers:
             method = self.fewer_bits(found) or found.method
         known = {one.method for one in self.candidates}
-        close = [one for one in self.tried.values() if one.kl is not None and one.failure]
+        close = [one for one in self.tried.values() if one.failure and one.kl is not None]
         return Recommendation(
             settings=self.settings,
             texts=self.texts,
@@ -206,7 +206,7 @@ class _Search:
             environment=environment(self.loaded.model.device),
             method=method,
             uniform=found.method if found else None,
-            closest=None if found or not close else min(close, key=lambda one: one.kl or 0.0).method,
+            closest=None if found or not close else min(close, key=_kl).method,
             context=self.choosing.context,
             prefill=self.choosing.prefill,
             tokens=self.tokens,
@@ -224,7 +224,7 @@ class _Search:
         steps = [one for one in self.candidates if one.within(found) and one.bits in one_step_down(found.bits)]
         if not steps or not takes_layers(parse_method(found.method)):
             return None
-        below = min(steps, key=lambda one: (self.try_out(one.method, "choose").kl or 0.0, one.size))
+        below = min(steps, key=lambda one: _kl(self.try_out(one.method, "choose")))
         self.lower = below.bits
         quick = self.choosing.model_copy(
             update={"context": min(self.choosing.context, self.choosing.prefill + LAYER_TOKENS)}
@@ -257,6 +257,10 @@ class _Search:
             size = self.sized(parse_method(method), tokens)
             rows.append(Memory(tokens=tokens, bytes=size.bytes, full_bytes=size.full_precision_bytes, measured=False))
         return tuple(rows)
+
+
+def _kl(one: Tried) -> float:
+    return inf if one.kl is None else one.kl
 
 
 def candidates(recipes: Iterable[str], size: Callable[[Method], int]) -> list[Candidate]:
