@@ -92,7 +92,7 @@ class _Search:
         self.tried: dict[tuple[str, Part], Tried] = {}
         self.layer_kl: dict[int, float] = {}
         self.lower: Bits | None = None
-        self.steps = 0
+        self.steps, self.reused, self.before = 0, 0, frozenset(known)
 
     def sized(self, method: Method, tokens: int) -> KVBytes:
         """Estimate a cache of so many tokens; exact tokens are held in the model's own number format."""
@@ -139,6 +139,7 @@ class _Search:
         (cell,) = cells_for(EXPERIMENT, self.loaded.spec.name, [parse_method(method)], [settings], self.loaded.weights)
         found = self.known.get(cell.key)
         if found is not None and found.error is None and found.detail.get("sha256") == self.sha256:
+            self.reused += cell.key in self.before
             return found
         self.watch.check()
         if self.watch.stopping():
@@ -216,6 +217,7 @@ class _Search:
             layer_kl=self.layer_kl,
             lower_bits=self.lower,
             memory=self.memory(method) if method else (),
+            reused=self.reused,
             seconds=time.perf_counter() - started,
         )
 

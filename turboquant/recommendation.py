@@ -118,7 +118,8 @@ class Recommendation(Record):
         tried: Every method that was measured on a whole part of the text, in order.
         layer_kl: KL with one layer alone at the lower bits `lower_bits`, by layer.
         memory: What it holds: measured, then estimated for longer contexts.
-        seconds: What the search took, measurements known from before not counted.
+        reused: Measurements that were known from before; `environment` and `seconds` are those of the others.
+        seconds: What the search took.
     """
 
     kind: Literal["recommendation"] = "recommendation"
@@ -138,6 +139,7 @@ class Recommendation(Record):
     layer_kl: dict[int, float] = Field({})
     lower_bits: Bits | None = None
     memory: tuple[Memory, ...] = ()
+    reused: int
     seconds: float
 
     def evidence(self, part: Part, method: str | None = None) -> Tried | None:

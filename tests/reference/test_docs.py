@@ -96,11 +96,7 @@ def check_library(variables: dict[str, Any], printed: str) -> None:
     assert printed.count("bits must be a whole number from 1 to 8") == 1
 
 
-CHECKS = {
-    "README.md": check_readme,
-    "docs/pipeline.md": check_pipeline,
-    "docs/library.md": check_library,
-}
+CHECKS = {"README.md": check_readme, "docs/pipeline.md": check_pipeline, "docs/library.md": check_library}
 
 
 def test_the_tutorial_goes_from_a_model_to_a_setting_in_use(

@@ -149,6 +149,8 @@ def test_what_is_known_is_not_measured_again(
     assert not new
     assert again.method == found.method
     assert again.tried == found.tried
+    assert found.reused == 0
+    assert again.reused == len(found.tried) + len(found.layer_kl) == len(records)
     other = recommend(loaded, SMALL, text=TEXT.replace("keeper", "sailor"), known=records.values(), keep=new.append)
     assert new, "records of another text say nothing about this one"
     assert other.tried != found.tried

@@ -51,6 +51,7 @@ def test_it_prints_the_method_the_evidence_and_the_memory(model: str, text: str,
 
     again = invoke(model, "--text", text, "--max-kl", "0.005", *SMALL, "--output", str(output))
     assert again.exit_code == 0
+    assert f"{len(records)} measurements were in {output} already (measured at " in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["tried"] == found["tried"]
     assert len(read_records(output)) == len(records)
 

@@ -17,6 +17,7 @@ from turboquant.cli.app import (
     finished,
     load,
     progress_bar,
+    say,
 )
 from turboquant.cli.quality import read_settings, read_texts
 from turboquant.cli.tables import interval, number, print_table
@@ -87,6 +88,9 @@ def recommend(
             fail(error, 2)
         except OSError as error:
             fail(f"{output} cannot be written: {error.strerror or error}", 1)
+    if found.reused:
+        commits = ", ".join(sorted({record.environment.commit or "no commit" for record in known}))
+        say(f"{found.reused} measurements were in {output} already (measured at {commits})")
     show(found)
     sys.stdout.flush()
     typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
