@@ -237,6 +237,8 @@ _NAMES = {
     "METHOD_HELD": "Bits held",
     "METHOD_PACKED": "Packed bits",
     "METHOD_SMALLER": "Times smaller",
+    "RECOMMENDED": "Recommended setting",
+    "HELD_OUT": "Held-out half",
     "METHOD_FRONT": "Front",
 }
 _EVERYWHERE = "Compare and others"

@@ -12,11 +12,13 @@ from app.contract import Progress
 from app.engine import Engine
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from app.library import import_library
+from app.measure.recommend import RecommendRequest
 from turboquant.methods import parse_method
 
 if TYPE_CHECKING:
     from turboquant.experiments import Watch
     from turboquant.models import LoadedModel
+    from turboquant.results import ExperimentRecord
 
 
 def load(name: str, *, weights: str, progress: Progress) -> "LoadedModel":
@@ -39,6 +41,8 @@ def run(loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable
         job.add(0, turn)
     elif isinstance(request, CellsRequest):
         _cells(loaded, job, request, cancelled, yielding)
+    elif isinstance(request, RecommendRequest):
+        _recommend(loaded, job, request, cancelled, yielding)
     else:
         raise TypeError(f"no runner for {type(request).__name__}")
 
@@ -115,14 +119,36 @@ def _watch(
     )
 
 
+def _recommend(
+    loaded: Any, job: Job, request: RecommendRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
+) -> None:
+    """Search, or go on with a search; others may go first between two measurements, but not before one is made."""
+    from turboquant.experiments import Watch
+    from turboquant.generate import CancelledError
+    from turboquant.recommend import recommend
+
+    known, before = request.known, len(request.known)
+    watch = Watch(job.progress, cancelled, stopping=lambda: len(known) > before and yielding())
+
+    def keep(record: "ExperimentRecord") -> None:
+        known[record.cell.key] = record
+
+    try:
+        job.add(0, recommend(loaded, request.settings, watch, text=request.text, known=known.values(), keep=keep))
+    except CancelledError:
+        return
+
+
 def is_expected(error: BaseException) -> bool:
     """Is the error's message one sentence for the visitor?"""
     from turboquant.cache import NothingCompressedError
     from turboquant.comparison import PromptError
     from turboquant.methods import NoSuchLayerError
     from turboquant.models import ModelError
+    from turboquant.sizing import ModelConfigError, SizingError
 
-    return isinstance(error, ModelError | PromptError | NothingCompressedError | NoSuchLayerError)
+    expected = ModelError | PromptError | NothingCompressedError | NoSuchLayerError | ModelConfigError | SizingError
+    return isinstance(error, expected)
 
 
 def build_engine(config: AppConfig) -> Engine:

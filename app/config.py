@@ -12,7 +12,7 @@
 | TURBOQUANT_MAX_PROMPT_CHARS | longest prompt, in characters | 20000 |
 | TURBOQUANT_MAX_PROMPTS | prompts in one set | 32 |
 | TURBOQUANT_MAX_CONTEXT_TOKENS | longest context of a measurement, in tokens | 8192 |
-| TURBOQUANT_MAX_CELLS | cells (method x setting) in one measurement | 200 |
+| TURBOQUANT_MAX_CELLS | cells (method x setting) in one measurement; a search for a setting takes 100 | 200 |
 | TURBOQUANT_MAX_RUN_S | seconds of work after which a run is stopped | 1800 |
 | TURBOQUANT_MAX_QUEUE | runs that may wait for the worker | 8 |
 | TURBOQUANT_MAX_RUNS | runs kept for one visitor | 24 |

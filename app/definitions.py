@@ -199,4 +199,12 @@ METHOD_PACKED = (
     "where nothing is packed or some layers are not compressed."
 )
 METHOD_SMALLER = "The 16-bit baseline (2 bytes a value) divided by the bytes really held; below 1 it is larger."
+RECOMMENDED = (
+    "The smallest cache, at the model's longest context (at most 32,768 tokens), whose predictions stay within both "
+    "limits on both halves of the text. What is smaller failed, or has no more bits than one that failed."
+)
+HELD_OUT = (
+    "The half of the text that took no part in choosing. A setting that stays within the limits on the first half and "
+    "not on this one is passed over."
+)
 METHOD_FRONT = "Whether no other method has both fewer of the bits shown in the plot and less KL."

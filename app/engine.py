@@ -314,10 +314,10 @@ class Engine:
                 return Ending("stopped")
             if not job.pending:
                 return Ending("done")
-            if len(job.results) == known:
-                return Ending("failed", "The run gave no result and no reason; the server log may say more.")
             if self._must_yield(begun):
                 return None
+            if len(job.results) == known:
+                return Ending("failed", "The run gave no result and no reason; the server log may say more.")
 
     def _stopped(self, job: Job) -> bool:
         """Shall the job stop? It also does after the longest time this deployment gives a run."""

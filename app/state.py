@@ -14,13 +14,16 @@ from app.conversation import Conversation
 from app.engine import Engine, EngineBusyError
 from app.examples import BY_NAME
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, Request
+from app.measure.recommend import RecommendRequest
 from app.requests import Choices, RequestError, compare_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
+from turboquant.recommendation import Recommendation
 from turboquant.results import ExperimentRecord, read_records
 
 PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "run", "notice"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MAX_RECORDS = 2_000
+MAX_SEARCHED = 200
 
 
 @st.cache_resource(show_spinner=False)
@@ -127,6 +130,20 @@ def records() -> dict[str, ExperimentRecord]:
     return kept
 
 
+def recommendation() -> tuple[Recommendation, bool] | None:
+    """What this tab's newest search has found, and whether it was known from before."""
+    found: list[tuple[Recommendation, bool]] = st.session_state.setdefault("recommendations", [])
+    return found[-1] if found else None
+
+
+def searched() -> dict[str, ExperimentRecord]:
+    """What this tab's searches have measured, by the cell's key; only the worker thread may change it."""
+    known: dict[str, ExperimentRecord] = st.session_state.setdefault("searched", {})
+    if len(known) > MAX_SEARCHED and not busy():
+        known = st.session_state["searched"] = {}
+    return known
+
+
 def conversation() -> Conversation | None:
     """The conversation of this tab."""
     return st.session_state.get("conversation")
@@ -154,10 +171,11 @@ def collect() -> None:
     if taken is None or taken.job != newest.id:
         taken = st.session_state["taken"] = _Taken(newest.id)
     store, kept = runs(), records()
+    found: list[tuple[Recommendation, bool]] = st.session_state.setdefault("recommendations", [])
     for item, result in sorted(newest.results.items()):
         if item not in taken.items:
             taken.items.add(item)
-            taken.show = _take(newest, item, result, store, kept) or taken.show
+            taken.show = _take(newest, item, result, store, kept, found) or taken.show
     if taken.show is not None:
         st.session_state[SHOWN] = taken.show
         taken.show = None
@@ -169,7 +187,14 @@ def taken() -> int:
     return len(known.items) if known is not None else 0
 
 
-def _take(newest: Job, item: int, result: Any, store: RunStore, kept: dict[str, ExperimentRecord]) -> str | None:
+def _take(
+    newest: Job,
+    item: int,
+    result: Any,
+    store: RunStore,
+    kept: dict[str, ExperimentRecord],
+    found: list[tuple[Recommendation, bool]],
+) -> str | None:
     """Keep one result; returns the id of the run to show, if there is one. Does not touch the session's state."""
     request, cached = newest.request, item in newest.cached
     if isinstance(request, CompareRequest):
@@ -182,6 +207,8 @@ def _take(newest: Job, item: int, result: Any, store: RunStore, kept: dict[str, 
         kept[result.cell.key] = result
         while len(kept) > MAX_RECORDS:
             del kept[next(iter(kept))]
+    elif isinstance(request, RecommendRequest):
+        found[:] = [(result, cached)]
     return None
 
 

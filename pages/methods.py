@@ -1,7 +1,7 @@
 """Methods: every way to compress the cache, quality against the bits that it really holds."""
 
 from app import state
-from app.components import methods, page, work
+from app.components import methods, page, recommend, work
 from app.components.measuring import HERE, RECORDED
 from app.measure.methods import alike, what_was_read
 
@@ -9,13 +9,14 @@ page.header(
     "What quality costs in bits",
     "There are many ways to store a KV cache in fewer bits. Here each one reads the same texts, and its predictions "
     "are held against those of the full cache: the less they move (KL) and the fewer bits a value takes, the better. "
-    "The recorded comparison has every method; you can measure others here, on the model chosen in the sidebar.",
+    "The recorded comparison has every method; you can measure others here, on the model chosen in the sidebar. "
+    "The search at the foot of the page recommends a setting.",
 )
 measurement = methods.MEASUREMENT
 shown = measurement.view()
 methods.controls(shown)
 plan = measurement.plan()
-measurement.run_bar(plan)
+measurement.run_bar(plan, shortcuts=not recommend.own_text())
 work.ending("methods")
 job = measurement.working()
 
@@ -38,3 +39,4 @@ else:
         methods.details(methods.table(records))
     else:
         page.empty(words)
+recommend.section()

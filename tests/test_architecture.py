@@ -21,11 +21,11 @@ SOURCES = [*LIBRARY, *APP, *sorted((ROOT / "tests").rglob("*.py"))]
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("integrations", "sweep", "report"),
+    ("integrations", "recommend", "sweep", "report"),
     ("tasks",),
     ("experiments", "bench", "kernel_bench", "model_bench", "plots", "session"),
     ("comparison", "evaluation", "scoring", "summary", "synthetic"),
-    ("memory", "probe", "sizing"),
+    ("memory", "probe", "recommendation", "sizing"),
     ("generate", "graphs"),
     ("models",),
     ("embedded", "hub", "model_checks", "tiny"),
@@ -38,7 +38,7 @@ LAYERS = (
     ("kernel_view", "token_buffer"),
     ("quantizer", "packing", "rotation", "statistics"),
     ("bench_records",),
-    ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "texts"),
+    ("codebook", "faults", "grouping", "pareto", "registry", "results", "attention", "record", "search", "texts"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 USES_TRANSFORMERS = {

@@ -78,14 +78,15 @@ class Measurement(Generic[C]):
         except RequestError as error:
             return Plan(refusal=str(error))
 
-    def run_bar(self, plan: Plan) -> None:
-        """Draw the buttons with what would be done and how long it takes."""
+    def run_bar(self, plan: Plan, *, shortcuts: bool = True) -> None:
+        """Draw the buttons with what would be done and how long it takes; see `work.bar`."""
         disabled = escape(plan.refusal) if plan.refusal else None
         left = missing(plan.cells, state.records())
         if not (disabled or left):
             disabled = f"All of it is measured ({self.describe(plan.cells)}). Change a setting to measure more."
         words = "" if disabled else self._words(plan, left)
-        work.bar("Measure", self._request, plan=words, key=f"{self.prefix}_run", disabled=disabled)
+        key = f"{self.prefix}_run"
+        work.bar("Measure", self._request, plan=words, key=key, disabled=disabled, shortcuts=shortcuts)
 
     def _request(self) -> CellsRequest:
         plan = self.plan()
@@ -112,7 +113,8 @@ class Measurement(Generic[C]):
     def working(self) -> Job | None:
         """The live job of this page, if there is one."""
         job = state.job()
-        return job if job is not None and job.live and job.request.page == self.name else None
+        own = job is not None and job.request.page == self.name and isinstance(job.request, CellsRequest)
+        return job if own and job is not None and job.live else None
 
     def asked(self, plan: Plan) -> tuple[Cell, ...]:
         """The plan's cells; while others are being measured, those."""

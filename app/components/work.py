@@ -7,9 +7,18 @@ import streamlit as st
 from app import state
 from app.components.panes import escape
 from app.jobs import Job, Request
+from app.measure.recommend import RecommendRequest
 
 
-def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disabled: str | None = None) -> None:
+def bar(
+    label: str,
+    make: Callable[[], Request],
+    *,
+    plan: str,
+    key: str,
+    disabled: str | None = None,
+    shortcuts: bool = True,
+) -> None:
     """The button that starts the work, the one that stops it, and what would be done (or why it cannot be).
 
     Args:
@@ -18,6 +27,7 @@ def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disable
         plan: What will be done and how long it takes, in the app's own words (Markdown).
         key: Unique in the app.
         disabled: Why it cannot be done; None if it can.
+        shortcuts: Whether keys do the same; of several bars on a page only one can have them.
     """
     live = state.busy()
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -28,7 +38,7 @@ def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disable
             on_click=state.submit,
             args=(make,),
             disabled=live or disabled is not None,
-            shortcut="Mod+Enter",
+            shortcut="Mod+Enter" if shortcuts else None,
         )
         st.button(
             "Stop",
@@ -36,7 +46,7 @@ def bar(label: str, make: Callable[[], Request], *, plan: str, key: str, disable
             key=f"{key}_stop",
             on_click=state.stop,
             disabled=not live,
-            shortcut="Esc",
+            shortcut="Esc" if shortcuts else None,
         )
         if disabled is None:
             st.caption(plan, width="stretch")
@@ -99,7 +109,13 @@ def ending(page: str) -> None:
     if notice := state.notice():
         st.warning(escape(notice), icon=":material/info:")
     job = state.job()
-    if job is None or job.live or job.request.page != page:
+    if job is not None and job.request.page == page and not isinstance(job.request, RecommendRequest):
+        ended(job)
+
+
+def ended(job: Job) -> None:
+    """Say how a job ended if it did not end well."""
+    if job.live:
         return
     kept = f"{len(job.results)} of {job.request.items} results are kept."
     if job.view.state == "failed":
@@ -108,11 +124,17 @@ def ending(page: str) -> None:
             icon=":material/error:",
             title="This run did not finish",
         )
-    elif job.view.state == "stopped":
-        reason = f" by {job.stop_reason}" if job.stop_reason else ""
-        if job.request.items > 1:
-            st.info(f"Stopped{reason}: {kept} Start it again to go on with the rest.", icon=":material/stop_circle:")
-        elif not job.results:
-            st.info(f"Stopped{reason} before it began; nothing was computed.", icon=":material/stop_circle:")
-        elif job.stop_reason:
-            st.info(f"Stopped{reason}; what was there is kept.", icon=":material/stop_circle:")
+    elif job.view.state == "stopped" and (said := _stopped(job, kept)):
+        st.info(said, icon=":material/stop_circle:")
+
+
+def _stopped(job: Job, kept: str) -> str:
+    """Say how a job was stopped; nothing where the visitor stopped it and sees what there is."""
+    reason = f" by {job.stop_reason}" if job.stop_reason else ""
+    if job.request.items > 1:
+        return f"Stopped{reason}: {kept} Start it again to go on with the rest."
+    if isinstance(job.request, RecommendRequest):
+        return f"Stopped{reason}: what it measured is kept. Start it again to go on."
+    if not job.results:
+        return f"Stopped{reason} before it began; nothing was computed."
+    return f"Stopped{reason}; what was there is kept." if reason else ""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -142,6 +143,28 @@ def test_a_measurement_runs_to_its_charts(address: str, browser: Browser, name: 
     expect(main(page).get_by_text("Measured here").first).to_be_visible()
     expect(page.get_by_test_id("stException")).to_have_count(0)
     shot(page, f"action-{name}")
+    page.close()
+
+
+def test_a_setting_is_recommended_for_a_text_and_used_in_compare(
+    address: str, browser: Browser, tiny_folder: str
+) -> None:
+    query = f"model={quote(tiny_folder)}&recommend_own=true&recommend_same=50&recommend_kl=0.01"
+    page = visit(browser, f"{address}/methods?{query}")
+    box = page.get_by_label("Text", exact=True)
+    box.fill(
+        "\n".join(f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89}." for i in range(24))
+    )
+    box.press("Control+Enter")
+    expect(main(page).get_by_role("button", name="Recommend")).to_be_enabled()
+    press(page, "Recommend")
+    expect(main(page).get_by_text(re.compile("on the held-out part of the text"))).to_be_visible(timeout=120 * SECONDS)
+    method = page.get_by_test_id("stCode").last.inner_text().strip()
+    assert ":" in method
+    shot(page, "action-recommend")
+    press(page, "Use it in Compare")
+    expect(page.get_by_role("heading", level=1).first).not_to_have_text("What quality costs in bits")
+    expect(page.get_by_test_id("stException")).to_have_count(0)
     page.close()
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,22 @@ def check_library(variables: dict[str, Any], printed: str) -> None:
 CHECKS = {"README.md": check_readme, "docs/pipeline.md": check_pipeline, "docs/library.md": check_library}
 
 
+def test_the_tutorial_goes_from_a_model_to_a_setting_in_use(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tutorial.py"])
+    variables = runpy.run_path(str(ROOT / "docs" / "tutorial.py"))
+    found, printed = variables["found"], capsys.readouterr().out
+    assert found.method is not None
+    assert found.sentence in printed
+    for one in found.tried:
+        assert f"{one.part}: {one.method}: KL {one.kl:.4f}" in printed
+    assert found.evidence("confirm").kl <= 0.01
+    answered = f"{found.method}: {variables['answers'][found.method]!r}, "
+    (line,) = [line for line in printed.splitlines() if line.startswith(answered)]
+    assert int(re.findall(r"(\d+) tokens packed", line)[0]) > 100
+
+
 def test_the_method_of_the_library_page_is_one_file(tmp_path: Path) -> None:
     """Put where the page says, it is found without another line."""
     (block,) = [block for block in PYTHON if block.mark == "file"]
@@ -165,19 +182,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         place, _, anchor = link.partition("#")
         target = (page.parent / place).resolve() if place else page
-        if (name := str(target.relative_to(ROOT))) in COMING:
-            continue
+        name = str(target.relative_to(ROOT))
         assert target.exists(), f"{name_of(page)} links {link}: there is no {name}"
         if anchor:
             assert anchor in anchors(target), f"{name_of(page)} links {link}: {name} has {sorted(anchors(target))}"
-
-
-COMING = {"docs/recommend.md", "docs/tutorial.py"}
-"""Pages that are being written: delete a name once its page is there."""
-
-
-def test_pages_that_have_come_are_no_longer_coming() -> None:
-    assert not [name for name in COMING if (ROOT / name).exists()], "delete them from COMING above"
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
@@ -262,3 +270,32 @@ def test_the_guide_quotes_recorded_figures() -> None:
     risk = run.heads.packed.heads_at_risk_pct, run.heads.served.heads_at_risk_pct
     assert f"{risk[0]:.0f} % of heads are at risk over packed tokens, {risk[1]:.0f} % as served" in guide
     assert f"the mean KL is {run.tokens.mean_kl:.3f}" in guide
+
+
+def test_the_recorded_recommendations_follow_from_their_records() -> None:
+    """The searches are gone through again on the records alone; nothing is measured."""
+    from turboquant.recommend import recommend
+    from turboquant.recommendation import RecommendSettings
+    from turboquant.results import read_records
+
+    page = (ROOT / "docs" / "recommend.md").read_text(encoding="utf-8")
+    records = read_records(ROOT / "results" / "recommend.jsonl")
+    (commit,) = {record.environment.commit for record in records}
+    assert f"commit {commit}" in page
+    for max_kl in (0.002, 0.01, 0.05):
+        new: list[Any] = []
+        settings = RecommendSettings(max_kl=max_kl)
+        found = recommend(load_once("smollm2-135m", weights="fp32"), settings, known=records, keep=new.append)
+        assert not new
+        assert recorded_row(found) in page, recorded_row(found)
+
+
+def recorded_row(found: Any) -> str:
+    """One line of the page's table."""
+    held_out, first, last = found.evidence("confirm"), found.memory[0], found.memory[-1]
+    return (
+        f"| {found.settings.max_kl:g} | `{found.method}` | {held_out.kl:.4f} ({held_out.kl_low:.4f} to "
+        f"{held_out.kl_high:.4f}) | {held_out.same_top_pct:.1f} | {found.measured} of {found.candidates} | "
+        f"{len(found.tried) + len(found.layer_kl)} | {first.bytes / 1e6:.1f}, {first.times_smaller:.2f} | "
+        f"{last.bytes / 1e6:.1f}, {last.times_smaller:.2f} |"
+    )

@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -41,6 +41,7 @@ CHUNK = 64
 BLOCK = 32
 """Neighbouring positions that the bootstrap draws together."""
 BUCKETS = 4
+Read = Callable[[str], str]  # a text by its name
 
 
 class PerplexitySettings(Record):
@@ -91,16 +92,20 @@ class _Reference:
 
 @dataclass(frozen=True)
 class FullRun:
-    """Windows as the full cache has read them, for the methods that are measured against it; `seconds` it took."""
+    """Windows as the full cache has read them, for the methods that are measured against it.
+
+    `sha256` are the hashes of the texts by name, `seconds` what the reading took.
+    """
 
     settings: PerplexitySettings
     windows: Sequence[Window]
     references: Sequence[_Reference]
+    sha256: Mapping[str, str]
     seconds: float
 
 
-def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Window]:
-    """Return the windows of all texts; each begins as the tokenizer begins a text.
+def text_windows(loaded: LoadedModel, settings: PerplexitySettings, read: Read = read_text) -> list[Window]:
+    """Return the windows of all texts, which `read` finds; each begins as the tokenizer begins a text.
 
     Raises:
         ValueError: If a text cannot be read.
@@ -113,7 +118,7 @@ def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Wind
     size = settings.context + 1 - len(head)
     windows = []
     for text in settings.texts:
-        ids: list[int] = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
+        ids: list[int] = tokenizer(read(text), add_special_tokens=False, verbose=False).input_ids
         places = range(settings.start, len(ids) - size + 1, size)
         if len(places) < settings.windows:
             raise PromptError(
@@ -241,16 +246,10 @@ def packed_bits_per_value(report: CacheReport) -> float | None:
     return 8 * (report.key_bytes + report.value_bytes + report.scale_bytes) / values
 
 
-def _measurement(
-    windows: Sequence[Window],
-    references: Sequence[_Reference],
-    results: Sequence[dict[str, Tensor]],
-    report: CacheReport,
-    settings: PerplexitySettings,
-) -> Measurement:
+def _measurement(full: FullRun, results: Sequence[dict[str, Tensor]], report: CacheReport) -> Measurement:
     """Put the positions of all windows together."""
     kl, same, nll = (torch.stack([one[name] for one in results]) for name in ("kl", "same_top", "nll"))
-    nll_full = torch.stack([one.nll for one in references])
+    nll_full = torch.stack([one.nll for one in full.references])
     loss_low, loss_high = block_interval((nll - nll_full).numpy(), BLOCK)
     kl_low, kl_high = block_interval(kl.numpy(), BLOCK)
     same_low, same_high = block_interval(same.numpy(), BLOCK)
@@ -275,9 +274,9 @@ def _measurement(
         },
         cache=report,
         detail={
-            "windows": [_window_detail(*one) for one in zip(windows, kl, same, nll, nll_full, strict=True)],
-            "by_position": _by_position(kl, same, settings.prefill),
-            "sha256": {text: hashlib.sha256(read_text(text).encode()).hexdigest() for text in settings.texts},
+            "windows": [_window_detail(*one) for one in zip(full.windows, kl, same, nll, nll_full, strict=True)],
+            "by_position": _by_position(kl, same, full.settings.prefill),
+            "sha256": dict(full.sha256),
         },
     )
 
@@ -309,20 +308,25 @@ def _by_position(kl: Tensor, same: Tensor, prefill: int) -> list[dict[str, float
     ]
 
 
-def read_full(loaded: LoadedModel, settings: PerplexitySettings, watch: Watch) -> FullRun:
+def text_hashes(settings: PerplexitySettings, read: Read = read_text) -> dict[str, str]:
+    """Return the SHA-256 of each text, by name."""
+    return {text: hashlib.sha256(read(text).encode()).hexdigest() for text in settings.texts}
+
+
+def read_full(loaded: LoadedModel, settings: PerplexitySettings, watch: Watch, read: Read = read_text) -> FullRun:
     """Read the windows with the full cache.
 
     Raises:
         PromptError: If a text is too short, or the context longer than the model's.
         CancelledError: If the caller asked to stop.
     """
-    windows = text_windows(loaded, settings)
+    windows = text_windows(loaded, settings, read)
     began = time.perf_counter()
     references = []
     for i, window in enumerate(windows):
         watch.progress(i / len(windows), f"full cache: {window.text}")
         references.append(_reference(loaded, window, settings.prefill, watch))
-    return FullRun(settings, windows, references, time.perf_counter() - began)
+    return FullRun(settings, windows, references, text_hashes(settings, read), time.perf_counter() - began)
 
 
 def run(
@@ -370,7 +374,7 @@ def _measured(
             results, report = [_unchanged(one) for one in full.references], full.references[-1].report
         else:
             results, report = _all_windows(loaded, full, method, part)
-        found = _measurement(full.windows, full.references, results, report, full.settings)
+        found = _measurement(full, results, report)
         found.timing.update(full=full.seconds, method=time.perf_counter() - began)
         yield method, found
 

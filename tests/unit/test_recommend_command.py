@@ -1,0 +1,91 @@
+"""`turboquant recommend`, with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.helpers import save_tiny
+from turboquant import cli
+from turboquant.results import read_records
+
+RUNNER = CliRunner()
+LINES = [f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet.\n" for i in range(20)]
+SMALL = ["--recipe", "turboquant", "--context", "280", "--min-same-top", "50", "--no-layers"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=2))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    (tmp_path / "my text.txt").write_text("".join(LINES), encoding="utf-8")
+    return str(tmp_path / "my text.txt")
+
+
+def invoke(*words: str) -> Result:
+    return RUNNER.invoke(cli.app, ["recommend", *words])
+
+
+def test_it_prints_the_method_the_evidence_and_the_memory(model: str, text: str, tmp_path: Path) -> None:
+    output = tmp_path / "records.jsonl"
+    done = invoke(model, "--text", text, "--max-kl", "0.005", *SMALL, "--output", str(output))
+    assert done.exit_code == 0, done.output
+    *_, said, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert found["method"].startswith("turboquant:")
+    assert f"{found['method']} stays within the limits" in done.stdout
+    assert said
+    assert found["memory"][0]["measured"]
+    assert "times smaller (measured)" in done.stdout
+    assert "times smaller (estimated)" in done.stdout
+    assert f"{found['measured']} of 24 methods measured" in done.stdout
+    for one in found["tried"]:
+        assert f"{one['kl']:.5f}" in done.stdout
+    records = read_records(output)
+    assert {record.cell.experiment for record in records} == {"perplexity"}
+    assert len(records) == len(found["tried"])
+
+    again = invoke(model, "--text", text, "--max-kl", "0.005", *SMALL, "--output", str(output))
+    assert again.exit_code == 0
+    assert f"{len(records)} measurements were in {output} already (measured at " in again.stderr
+    assert json.loads(again.stdout.splitlines()[-1])["tried"] == found["tried"]
+    assert len(read_records(output)) == len(records)
+
+    anew = invoke(model, "--text", text, "--max-kl", "0.005", *SMALL, "--output", str(output), "--overwrite")
+    assert anew.exit_code == 0
+    assert len(read_records(output)) == len(records)
+
+
+def test_nothing_within_the_limits_is_exit_code_1(model: str, text: str, tmp_path: Path) -> None:
+    done = invoke(model, "--text", text, "--max-kl", "1e-12", *SMALL, "--output", str(tmp_path / "records.jsonl"))
+    assert done.exit_code == 1
+    *_, said, last = done.stdout.splitlines()
+    assert said.startswith("None of 24 methods stays within the limits")
+    assert json.loads(last)["method"] is None
+    assert json.loads(last)["closest"] in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text", "nowhere.txt"], "the text must be one of"),
+        (["--max-kl", "0"], "max_kl: Input should be greater than 0"),
+        (["--recipe", "turboquant:bits=4"], "a recipe names no bits"),
+        (["--context", "100"], "context must be at least 320 tokens"),
+        (["--tokens", "99999999"], "tokens: Input should be less than or equal to"),
+        (["--windows", "3", "--text", "SHORT"], "too few to choose on one half and confirm on the other"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_exit_code_2(
+    model: str, text: str, tmp_path: Path, words: list[str], message: str
+) -> None:
+    words = [text if word == "SHORT" else word for word in words]
+    done = invoke(model, *words, "--output", str(tmp_path / "records.jsonl"))
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("turboquant: ")
+    assert not done.stdout

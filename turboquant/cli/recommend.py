@@ -1,0 +1,135 @@
+"""`turboquant recommend`: the smallest cache that stays within limits on a text of the user's."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turboquant.cli.app import (
+    OverwriteOption,
+    Stop,
+    WeightsOption,
+    app,
+    check_writable,
+    fail,
+    finished,
+    load,
+    progress_bar,
+    say,
+)
+from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.tables import interval, number, print_table
+
+if TYPE_CHECKING:
+    from turboquant.recommend import Recommendation, Tried
+
+TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", "MB estimated", "within limits")
+
+
+@app.command()
+def recommend(
+    model: Annotated[str, typer.Argument(help="Name from `turboquant models`, hub id or local folder.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="A UTF-8 file of yours or a shipped text; may be repeated. Default persuasion."),
+    ] = None,
+    max_kl: Annotated[float, typer.Option(help="Greatest mean KL from the full cache, nats a token.")] = 0.01,
+    min_same_top: Annotated[
+        float, typer.Option(help="Least share of positions with the same most likely token, %.")
+    ] = 90.0,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe", help="Method without bits; may be repeated. Default turboquant, kivi and rotated rtn."
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window, fewer where the text is short.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each half of each text.")] = 1,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Context at which sizes are compared. Default: the model's longest, at most 32,768."),
+    ] = None,
+    layers: Annotated[bool, typer.Option(help="Try fewer bits in the layers that stand it best.")] = True,
+    weights: WeightsOption = "auto",
+    output: Annotated[Path, typer.Option(help="One perplexity record a measurement.")] = Path(
+        "results/recommend.jsonl"
+    ),
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Search recipe, key and value bits and bits of layers for the smallest cache within limits on a text.
+
+    Exit code 1 where no method stays within them.
+    """
+    check_writable(output)
+    from turboquant.experiments import Watch
+    from turboquant.generate import CancelledError
+    from turboquant.recommend import RecommendSettings
+    from turboquant.recommend import recommend as search
+    from turboquant.results import append_record
+
+    values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}
+    values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
+    settings = read_settings(RecommendSettings, values)
+    read_texts(settings.texts)
+    known = finished(output, {"perplexity"}, overwrite)
+    loaded = load(model, weights)
+    if overwrite:
+        output.write_bytes(b"")
+    with Stop().listening() as stop, progress_bar("recommend") as progress:
+        watch = Watch(progress=progress, stopping=stop)
+        try:
+            found = search(loaded, settings, watch, known=known, keep=lambda record: append_record(record, output))
+        except (CancelledError, KeyboardInterrupt):
+            again = "the same command without --overwrite" if overwrite else "the same command"
+            fail(f"stopped; what was measured is in {output}, and {again} goes on from there", 1)
+        except ValueError as error:
+            fail(error, 2)
+        except OSError as error:
+            fail(f"{output} cannot be written: {error.strerror or error}", 1)
+    if found.reused:
+        commits = ", ".join(sorted({record.environment.commit or "no commit" for record in known}))
+        say(f"{found.reused} measurements were in {output} already (measured at {commits})")
+    show(found)
+    sys.stdout.flush()
+    typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
+    if found.method is None:
+        raise typer.Exit(1)
+
+
+def show(found: "Recommendation") -> None:
+    """Print the evidence, the memory and the outcome."""
+    typer.echo(
+        f"{found.model.name} {found.model.dtype} on {found.environment.device}; "
+        f"{', '.join(found.texts)}: windows of {found.context:,} tokens, the first {found.prefill:,} read in "
+        f"one call; {found.measured} of {found.candidates} methods measured, the others need not be: they are larger "
+        "than one that passes, or have no more bits than one that fails"
+    )
+    print_table(TRIED, [_row(one) for one in sorted(found.tried, key=lambda one: (one.estimated_bytes, one.part))])
+    typer.echo(f"MB held: measured at {found.context:,} tokens; MB estimated: at {found.tokens:,} tokens.")
+    if found.lower_bits and found.uniform:
+        keys, values = found.lower_bits
+        gain = "saves bytes" if found.method != found.uniform else "is not within the limits"
+        typer.echo(f"{found.uniform} with {keys} bits a key and {values} a value in some layers {gain}.")
+    for row in found.memory:
+        typer.echo(
+            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB in place of {row.full_bytes / 1e6:,.1f} in 16 bits, "
+            f"{row.times_smaller:.2f} times smaller ({'measured' if row.measured else 'estimated'})"
+        )
+    typer.echo(found.sentence)
+    if found.caution:
+        typer.echo(found.caution)
+
+
+def _row(one: "Tried") -> list[str]:
+    return [
+        one.method,
+        one.part,
+        number(one.kl, ".5f"),
+        interval(one.kl_low, one.kl_high),
+        number(one.same_top_pct, ".1f"),
+        number(one.bytes and one.bytes / 1e6, ".2f"),
+        f"{one.estimated_bytes / 1e6:.2f}",
+        "yes" if one.failure is None else f"no: {one.failure}",
+    ]
