@@ -139,7 +139,7 @@ def test_a_measurement_runs_to_its_charts(address: str, browser: Browser, name: 
     expect(charts(page)).to_have_count(0)
     press(page, "Measure")
     expect(charts(page).first).to_be_visible(timeout=200 * SECONDS)
-    expect(main(page).get_by_role("button", name=re.compile("^Stop"))).to_be_disabled(timeout=200 * SECONDS)
+    expect(main(page).get_by_role("button", name=re.compile("^Stop")).first).to_be_disabled(timeout=200 * SECONDS)
     expect(main(page).get_by_text("Measured here").first).to_be_visible()
     expect(page.get_by_test_id("stException")).to_have_count(0)
     shot(page, f"action-{name}")
