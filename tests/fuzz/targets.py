@@ -46,7 +46,8 @@ def run_file(data: bytes) -> None:
         return sentence(error)
     for make in (run.to_markdown, run.to_csv, run.heads_csv):
         assert make().encode()
-    assert import_run(run.to_json()).comparison == run.comparison
+    text = run.to_json()
+    assert import_run(text).to_json() == text  # not the objects: scores that are not there are NaN
 
 
 def model_config(data: bytes) -> None:
