@@ -163,7 +163,7 @@ def test_a_setting_is_recommended_for_a_text_and_used_in_compare(
     assert ":" in method
     shot(page, "action-recommend")
     press(page, "Use it in Compare")
-    expect(page.get_by_role("heading", level=1).first).not_to_have_text("What quality costs in bits")
+    expect(main(page).get_by_text(f"{method} against the full cache")).to_be_visible()
     expect(page.get_by_test_id("stException")).to_have_count(0)
     page.close()
 

@@ -35,7 +35,7 @@ template <int CASE> __global__ void run(unsigned* out, long long* cycles, unsign
   if (threadIdx.x == 0) *cycles = end - start;
 }
 
-template <int CASE> void time(const char* name) {
+template <int CASE> void measure(const char* name) {
   unsigned* out;
   long long *cycles, host;
   cudaMalloc(&out, 8192);
@@ -48,13 +48,13 @@ template <int CASE> void time(const char* name) {
 }
 
 int main() {
-  time<0>("prmt");
-  time<1>("lop3");
-  time<2>("shf");
-  time<3>("imad");
-  time<4>("hfma2");
-  time<5>("mma, 8 chains");
-  time<6>("mma, one chain");
-  time<7>("prmt and hfma2 in turn");
-  time<8>("three prmt, then mma");
+  measure<0>("prmt");
+  measure<1>("lop3");
+  measure<2>("shf");
+  measure<3>("imad");
+  measure<4>("hfma2");
+  measure<5>("mma, 8 chains");
+  measure<6>("mma, one chain");
+  measure<7>("prmt and hfma2 in turn");
+  measure<8>("three prmt, then mma");
 }

@@ -170,6 +170,7 @@ def test_progress_grows_to_at_most_one(loaded: LoadedModel) -> None:
     seen: list[tuple[float, str]] = []
     recommend(loaded, SMALL, Watch(progress=lambda *one: seen.append(one)), text=TEXT)
     fractions = [fraction for fraction, _ in seen]
+    assert fractions == sorted(fractions)
     assert max(fractions) <= 1
     assert {text.partition(":")[0] for _, text in seen} == {"choosing", "confirming", "layer by layer"}
 

@@ -29,7 +29,8 @@ def report(
 ) -> None:
     """Aggregate records: tables of README and docs between their markers, or a report as Markdown and as HTML.
 
-    Without --results the folder results/ is read. Of several records of one cell the newest counts.
+    Without --results the folder results/ is read. Of several records of one cell the newest counts, a CPU's and a
+    GPU's apart.
     """
     places = results or [Path("results")]
     if missing := [place for place in places if not place.exists()]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from turboquant.bench_records import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
-from turboquant.report.tables import Table, code, number
+from turboquant.report.tables import NONE, Table, code, number
 from turboquant.results import Environment, ExperimentRecord
 
 B = TypeVar("B", bound=GpuBench)
-LARGE = "llama-3.1-8b", 8, 32_768
+LARGE = "llama-3.1-8b", 8, 32_768, 1
 
 
 def _where(environments: Iterable[Environment]) -> str:
@@ -27,10 +27,8 @@ def _device(record: GpuBench) -> str:
     return name.removeprefix("cuda: NVIDIA ").split(" ")[0] if name.startswith("cuda: NVIDIA ") else name
 
 
-def _chosen(records: Iterable[GpuBench], kind: type[B]) -> list[B]:
-    """Return the records of one kind, device by device, the widest codes first."""
-    found = [record for record in records if isinstance(record, kind)]
-    return sorted(found, key=lambda r: (_device(r), getattr(r, "shape", ""), r.method[::-1]))
+def _of(records: Iterable[GpuBench], kind: type[B]) -> list[B]:
+    return [record for record in records if isinstance(record, kind)]
 
 
 def _against_full(records: Iterable[AttentionBench], floor: bool) -> Table:
@@ -57,23 +55,26 @@ def _against_full(records: Iterable[AttentionBench], floor: bool) -> Table:
 
 def attention_table(records: Iterable[GpuBench]) -> Table:
     """Return the time of one layer's decode attention, full against compressed."""
-    return _against_full((r for r in records if isinstance(r, AttentionBench) and r.query_tokens == 1), floor=True)
+    return _against_full((r for r in _of(records, AttentionBench) if r.query_tokens == 1), floor=True)
 
 
 def speed_table(records: Iterable[GpuBench]) -> Table:
     """Return the rows of `attention_table` that the README shows: one large case on every GPU."""
-    chosen = [r for r in records if isinstance(r, AttentionBench) and (r.shape, r.batch, r.context) == LARGE]
-    return _against_full((r for r in chosen if r.query_tokens == 1), floor=True)
+    chosen = (r for r in _of(records, AttentionBench) if (r.shape, r.batch, r.context, r.query_tokens) == LARGE)
+    return _against_full(chosen, floor=True)
 
 
 def prefill_table(records: Iterable[GpuBench]) -> Table:
     """Return the time of one layer's attention from a chunk of query tokens, full against compressed."""
-    return _against_full((r for r in records if isinstance(r, AttentionBench) and r.query_tokens > 1), floor=False)
+    return _against_full((r for r in _of(records, AttentionBench) if r.query_tokens > 1), floor=False)
 
 
 def scores_table(records: Iterable[GpuBench]) -> Table:
     """Return the time of attention scores alone, float32 keys against packed ones."""
-    chosen = sorted(_chosen(records, ScoresBench), key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch))
+    chosen = sorted(
+        _of(records, ScoresBench),
+        key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch, r.method[::-1]),
+    )
     rows = tuple(
         (
             _device(r),
@@ -93,7 +94,7 @@ def scores_table(records: Iterable[GpuBench]) -> Table:
 
 def encode_table(records: Iterable[GpuBench]) -> Table:
     """Return the time of packing keys and values."""
-    chosen = _chosen(records, EncodeBench)
+    chosen = sorted(_of(records, EncodeBench), key=lambda r: (_device(r), r.shape, r.vectors, r.method[::-1]))
     rows = tuple(
         (
             _device(r),
@@ -114,7 +115,7 @@ def encode_table(records: Iterable[GpuBench]) -> Table:
 def model_table(records: Iterable[GpuBench]) -> Table:
     """Return decode steps of whole models."""
     chosen = sorted(
-        _chosen(records, ModelBench),
+        _of(records, ModelBench),
         key=lambda r: (_device(r), r.model, r.weights, r.context, r.batch, r.run, r.method),
     )
     rows = tuple(
@@ -147,7 +148,7 @@ def model_table(records: Iterable[GpuBench]) -> Table:
 
 def context_table(records: Iterable[GpuBench]) -> Table:
     """Return the longest contexts that were reached in a budget of memory."""
-    chosen = sorted(_chosen(records, ContextBench), key=lambda r: (_device(r), r.model, r.context))
+    chosen = sorted(_of(records, ContextBench), key=lambda r: (_device(r), r.model, r.context))
     rows = tuple(
         (
             _device(r),
@@ -178,10 +179,14 @@ def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
             number("cosine_similarity", r.metrics.get("cosine_similarity")),
             number("same_top_pct", r.metrics.get("same_top_pct")),
             f"{r.timing['elapsed']:.1f}",
-            f"{(peak := r.metrics.get('peak_memory_bytes') or 0) / 1e9:.2f}",
-            f"{peak / 1e3 / r.cell.settings['context']:.1f}",
+            *_peak(r.metrics.get("peak_memory_bytes"), r.cell.settings["context"]),
         )
         for r in chosen
     )
     names = ("model", "method", "context", "bits a value held", "cosine", "same top token, %", "seconds", "peak, GB")
     return Table("", (*names, "peak, KB a token"), rows, _where(r.environment for r in chosen))
+
+
+def _peak(peak: float | None, context: int) -> tuple[str, str]:
+    """Peak memory in GB, and in KB for each token of the context."""
+    return (NONE, NONE) if peak is None else (f"{peak / 1e9:.2f}", f"{peak / 1e3 / context:.1f}")
