@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TOP = 5
+RULED_OUT = -1e4
+"""The log-probability of a token that one side rules out and the other does not."""
 TILE_SCORES = 2**20
 """Scores of one side that `compare_layer` holds at once (4 MiB), at least one query's of all heads."""
 Pair = tuple[Tensor, Tensor]
@@ -180,9 +182,12 @@ def token_agreement(
 
     Returns:
         `kl` = KL(full || compressed) in nats, `same_top` (0 or 1), and each side's probability of the target token.
+        Tokens that the full side rules out (a logit of minus infinity) add nothing to `kl`; where the compressed side
+        alone rules one out, its log-probability counts as `RULED_OUT`, so that `kl` stays a number.
     """
     log_full, log_compressed = full.float().log_softmax(dim=-1), compressed.float().log_softmax(dim=-1)
-    kl = (log_full.exp() * (log_full - log_compressed)).sum(dim=-1).clamp_min(0.0)
+    terms = log_full.exp() * (log_full - log_compressed.clamp_min(RULED_OUT))
+    kl = torch.where(log_full > -torch.inf, terms, 0).sum(dim=-1).clamp_min(0.0)
     index = targets.unsqueeze(-1)
     return {
         "kl": kl,

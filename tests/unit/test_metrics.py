@@ -187,6 +187,23 @@ def test_kl_is_that_of_torch() -> None:
     assert actual.min() > 0.1
 
 
+def test_tokens_that_are_ruled_out_add_nothing_to_kl() -> None:
+    """Vocabularies are padded with logits of minus infinity; 0 x log 0 is 0 there, as in the limit."""
+    logits = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(0))
+    full, compressed = (torch.cat([side, torch.full((6, 14), -torch.inf)], dim=1) for side in logits)
+    targets = torch.zeros(6, dtype=torch.long)
+    padded, plain = token_agreement(full, compressed, targets), token_agreement(logits[0], logits[1], targets)
+    assert torch.allclose(padded["kl"], plain["kl"])
+    assert torch.equal(padded["same_top"], plain["same_top"])
+    full[:, 3] = -torch.inf  # the full side alone rules it out: that costs what it takes from the others
+    p = full.double().softmax(-1)
+    expected = torch.special.xlogy(p, p / compressed.double().softmax(-1)).nan_to_num(0.0).sum(-1)
+    assert torch.allclose(token_agreement(full, compressed, targets)["kl"].double(), expected, atol=1e-5)
+    swapped = token_agreement(compressed, full, targets)["kl"]  # the other alone: a large number, but a number
+    assert swapped.isfinite().all()
+    assert (swapped > 10).all()
+
+
 def test_kl_by_hand_and_its_direction() -> None:
     """KL((1/2, 1/2) || (1/4, 3/4)) = ln 2 / 2 + ln(2/3) / 2; the other way round it is another number."""
     half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
