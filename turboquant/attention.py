@@ -22,7 +22,7 @@ MAX_HEADS = 10
 MAX_SCORES = 65_536
 """Scores of one side that a detail may hold: heads x positions x tokens."""
 SIGNIFICANT_DIGITS = 4
-_POWERS = torch.tensor([float(10**k) for k in range(23)], dtype=torch.float64)  # exact in float64
+_POWERS = torch.tensor([float(10**k) for k in range(23)], dtype=torch.float64, device="cpu")  # exact in float64
 
 
 _NUMBERS = TypeAdapter(list[float | None])
@@ -129,7 +129,7 @@ class AttentionCollector:
         """Close a layer, given the `head_agreement` of its heads over packed positions, (heads, steps)."""
         self.scaling = scaling
         heads = agreement["top1"].shape[0]
-        nothing = torch.full((heads,), torch.nan)
+        nothing = torch.full((heads,), torch.nan, dtype=torch.float32, device="cpu")
         margins = scaling * self._margin_sum / self._margin_steps if self._margin_steps else nothing
         errors = scaling * (self._square_sum / self._error_steps) ** 0.5 if self._error_steps else nothing
         self._margins.append(torch.as_tensor(margins))

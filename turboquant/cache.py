@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from turboquant.hf_layers import ForeignLayer
 from turboquant.layer import CachedStates, QuantizedLayer
@@ -31,12 +31,64 @@ class NothingCompressedError(RuntimeError):
     """A quality or memory figure was asked of a run in which no token was packed."""
 
 
+_COMPRESSED = (QuantizedLayer, ForeignLayer)
+
+
 class CompressedCache(Cache):
     """A cache in which every full-attention layer is a `QuantizedLayer`; other layers are Hugging Face's own."""
 
     def __init__(self, method: Method, layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.method = method
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Take one layer's keys and values of a forward call.
+
+        Raises:
+            ValueError: If the layers hold different numbers of tokens, since an earlier call failed midway.
+        """
+        self._check_step(layer_idx, key_states.shape[2])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(keys, CachedStates):
+            keys.on_unread = self._forget_call
+        return keys, values
+
+    def _check_step(self, layer_idx: int, added: int) -> None:
+        """Refuse a call whose layers do not hold the same tokens.
+
+        The first compressed layer is held against all others, whose turn in this call has been or is to come; every
+        other compressed layer against the first. A layer without tokens is asked when its own turn comes.
+        """
+        layers: list[Any] = self.layers
+        own = layers[layer_idx]
+        if not isinstance(own, _COMPRESSED) or getattr(own, "lengths", None) is not None:  # there `graphs` counts
+            return
+        first = next(i for i, layer in enumerate(layers) if isinstance(layer, _COMPRESSED))
+        before = own.get_seq_length()
+        for other in range(len(layers)) if layer_idx == first else [first]:
+            if other == layer_idx or not isinstance(layers[other], (*_COMPRESSED, DynamicSlidingWindowLayer)):
+                continue
+            held = layers[other].get_seq_length()
+            if held and held != (due := before + (added if other < layer_idx else 0)):
+                raise ValueError(
+                    f"layer {other} of the cache holds {held} tokens, and {due} by what layer {layer_idx} holds: an "
+                    "earlier call failed midway; call reset() on the cache or build a new one"
+                )
+
+    def _forget_call(self) -> None:
+        """Forget the present call in Hugging Face's layers too, if it was the first one."""
+        if not any(layer.get_seq_length() for layer in self.layers if isinstance(layer, QuantizedLayer)):
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, ForeignLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        super().reset()
 
 
 def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
@@ -47,7 +99,7 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
         method: From `parse_method`. `full` gives Hugging Face's own DynamicCache.
 
     Raises:
-        NoSuchLayerError: If the method gives bits to a layer that the model does not have.
+        NoSuchLayerError: If the method gives bits to a layer that the model does not have, or does not compress.
 
     Example:
         >>> from turboquant import build_cache, parse_method, tiny_model
@@ -58,16 +110,29 @@ def build_cache(config: PreTrainedConfig, method: Method) -> Cache:
     plain = DynamicCache(config=config)
     if method.name == "full":
         return plain
-    method.check_layers(len(plain.layers))
-    layers = [
-        _compressed_layer(method, idx) if type(layer) is DynamicLayer else layer
-        for idx, layer in enumerate(plain.layers)
-    ]
+    compressed = [i for i, layer in enumerate(plain.layers) if type(layer) is DynamicLayer]
+    method.check_layers(len(plain.layers), compressed)
+    readers = last_readers(config)
+    layers = list(plain.layers)
+    for i in compressed:
+        layers[i] = method.foreign_layer() if method.foreign else QuantizedLayer(method, i, readers.get(i), config)
     return CompressedCache(method, layers)
 
 
-def _compressed_layer(method: Method, layer_idx: int) -> Any:
-    return method.foreign_layer() if method.foreign else QuantizedLayer(method, layer_idx)
+def last_readers(config: PreTrainedConfig) -> dict[int, int]:
+    """Return which layer is the last to read the keys and values of another one, by the latter's index.
+
+    Models such as Gemma 3n let their last layers use the states of the last earlier layer of the same type.
+    """
+    config = config.get_text_config(decoder=True)
+    shared = int(getattr(config, "num_kv_shared_layers", None) or 0)
+    types = list(getattr(config, "layer_types", None) or [])
+    if not 0 < shared < len(types):
+        return {}
+    own = len(types) - shared
+    last = {kind: i for i, kind in enumerate(types)}
+    makers = {kind: i for i, kind in enumerate(types[:own])}
+    return {maker: last[kind] for kind, maker in makers.items() if last[kind] != maker}
 
 
 @torch.no_grad()
@@ -93,10 +158,12 @@ def fill_cache(
         >>> layer_states(cache, 0)[0].shape
         torch.Size([1, 2, 300, 64])
     """
-    cache.update(key_states, value_states, layer_idx)
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, QuantizedLayer):
+        layer.update(key_states, value_states)
         layer.compress(None)
+    else:
+        cache.update(key_states, value_states, layer_idx)
 
 
 def layer_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +209,8 @@ def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
         exact = sum(t.nbytes for t in layer.exact())
         count.exact += exact
         count.spare += _new_storage(layer.exact_keys, seen) + _new_storage(layer.exact_values, seen) - exact
-    if layer.padding is not None:
-        count.scale += _new_storage(layer.padding, seen)
+    for notes in (layer.padding, layer.seen):
+        count.scale += 0 if notes is None else _new_storage(notes, seen)
     if hasattr(layer, "key_quantizer"):  # an emptied layer keeps its tables
         tables = (*layer.key_quantizer.tables(), *layer.value_quantizer.tables())
         count.shared += sum(_new_storage(t, seen) for t in tables)
@@ -227,4 +294,5 @@ def cache_report(cache: Cache) -> CacheReport:
         bits_per_value=8 * count.total / values if values else 0.0,
         compression_ratio=2 * values / count.total if count.total else 1.0,
         payload_ratio=16 / payload if payload else None,
+        misread_vectors=sum(getattr(layer, "misread_vectors", 0) for layer in cache.layers),
     )

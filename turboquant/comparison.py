@@ -201,7 +201,7 @@ def answer_all(
         measured = Measured()
         if not (notes or cancelled()) and compressed.report.compressed_tokens:
             measured = _measure(question, number, emit, cancelled)
-            notes += measured.notes
+            notes += [*measured.notes, *_misread(compressed, method)]
         comparison = Comparison(
             environment=measured_on,
             model=model,
@@ -270,6 +270,17 @@ def _unmeasured(original: SideResult, compressed: SideResult, method: Method) ->
         f"({method.sink_length} sinks, {method.residual_length} recent tokens and a block of {method.block_length}). "
         "Quality and memory figures would say nothing about compression, so none are given."
     )
+
+
+def _misread(compressed: SideResult, method: Method) -> list[str]:
+    """Say that vectors are not read back as what they were, where some are."""
+    count = compressed.report.misread_vectors
+    if not count:
+        return []
+    return [
+        f"{count:,} keys and values (of one head and token each) are read back from {method.name} as something else: "
+        "vectors of very different lengths share a range or a mean there."
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Between two packings a step changes only what stands on the device: the token, its position and the lengths of the
 layers. It is captured once and replayed; when a window is full, the layers pack it as always, outside the graph, into
-storage whose place does not change. Rows must not be padded.
+storage whose place does not change. Where a layer must take another format (its first outlier), the step is captured
+anew. Rows must not be padded.
 """
 
 from typing import Any
@@ -86,10 +87,16 @@ class GraphDecoder:
                     self._forward()
             self.graph.replay()
         self.steps += 1
+        before = self._storages()
         for layer in self.layers:
             layer.follow()
+        if any(old is not new for old, new in zip(before, self._storages(), strict=True)):
+            self.graph, self.steps = None, 0
         assert self.logits is not None
         return self.logits
+
+    def _storages(self) -> list[object]:
+        return [buffer.storage for layer in self.layers for buffer in (layer.packed_keys, layer.packed_values)]
 
     def close(self) -> None:
         """Give the cache back to calls outside the decoder."""

@@ -25,6 +25,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import cache_utils
 
+from turboquant.grouping import misread, uneven
+from turboquant.modes import gradients_wanted, plain, without_gradients
+
 BACKENDS = ("quanto", "hqq", "fp8")
 
 
@@ -52,12 +55,27 @@ class ForeignLayer(cache_utils.DynamicLayer):
     _quantized_keys: Any
     _quantized_values: Any
     _dequantize: Any
+    _misread: tuple[int, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note the shape, of which the codes keep no record."""
         self.batch, self.heads = key_states.shape[:2]
         self.dims = key_states.shape[-1] + value_states.shape[-1]
         super().lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the states of a call, and return all of them; the first call's are exact and keep their gradients."""
+        first = not self.is_initialized
+        with plain():
+            keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        if first and gradients_wanted(key_states, value_states):
+            return key_states, value_states
+        return without_gradients(keys, key_states), without_gradients(values, value_states)
+
+    @property
+    def misread_vectors(self) -> int:
+        """Vectors that are read back as something else; see `turboquant.grouping.misread`."""
+        return sum(self._misread)
 
     @property
     def window(self) -> int:
@@ -96,6 +114,7 @@ class ForeignLayer(cache_utils.DynamicLayer):
         self.keys = self.values = self._quantized_keys = self._quantized_values = None
         self.is_initialized = False
         self.cumulative_length = 0
+        self._misread = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ForeignLayer":
         """Share the tensors with the copy: they are replaced, never written to."""
@@ -108,11 +127,11 @@ class ForeignLayer(cache_utils.DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
         if self.is_initialized:
-            self._select(torch.arange(self.batch).repeat_interleave(repeats))
+            self._select(torch.arange(self.batch, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""
-        self._select(torch.arange(self.batch)[indices.cpu()] if self.is_initialized else indices)
+        self._select(torch.arange(self.batch, device="cpu")[indices.cpu()] if self.is_initialized else indices)
 
     def _select(self, rows: Tensor) -> None:
         if not self.is_initialized:
@@ -186,12 +205,15 @@ class GroupWiseLayer(ForeignLayer):
     def _quantize(self, tensor: Tensor, axis: int) -> Any:
         self._rows = None  # by now both keys and values have been read, in the order of the rows
         try:
-            return super()._quantize(tensor, axis)  # type: ignore[misc]
+            stored = super()._quantize(tensor, axis)  # type: ignore[misc]
         except (ValueError, AssertionError) as error:
             shape = "x".join(map(str, tensor.shape))
             raise ValueError(
                 f"states of shape {shape} cannot be split into groups of {self.q_group_size} along axis {axis}"
             ) from error
+        count = misread(tensor, super()._dequantize(stored)) if uneven(tensor) else 0
+        self._misread = (*self._misread, count)[-2:]  # all keys and all values are quantized at once
+        return stored
 
     def _dequantize(self, stored: Any) -> Tensor:
         states = super()._dequantize(stored)
@@ -249,10 +271,12 @@ class Fp8Layer(ForeignLayer, _fp8_base() or object):  # type: ignore[misc]
     """Hugging Face's fp8 layer: one scale a tensor, no window."""
 
     def _quantize(self, tensor: Tensor, scale: Tensor | None = None) -> Any:
-        if scale is not None:
-            limit = scale * self.fp8_max
-            tensor = tensor.float().clamp(-limit, limit)
-        return super()._quantize(tensor, scale)
+        limit = None if scale is None else scale * self.fp8_max
+        inside = tensor if limit is None else tensor.float().clamp(-limit, limit)
+        stored = super()._quantize(inside, scale)
+        count = misread(tensor, self._dequantize(stored)) if scale is not None or uneven(tensor) else 0
+        self._misread = (*self._misread, count)
+        return stored
 
     def _map(self, fn: Any) -> None:
         (keys, key_scale), (values, value_scale) = self._quantized_keys, self._quantized_values

@@ -39,6 +39,11 @@ class KernelView:
     scale: str = "norm"
 
     @property
+    def shared(self) -> int:
+        """Tokens that share one of `tops`; 0 where every scale stands for itself."""
+        return 0 if self.tops is None else self.group_size
+
+    @property
     def tokens(self) -> int:
         """Tokens held."""
         return self.scales.shape[2]

@@ -84,14 +84,14 @@ def _layer_agreement(
         full, compressed, count = layer.scores(query[:, :, start:stop], tokens)
         if collector is not None:
             collector.take(start, full, compressed)
-        seen = torch.arange(prompt_tokens + start, prompt_tokens + stop)[:, None]
-        served.append(head_agreement(full, compressed, torch.arange(tokens) < seen, scaling))
+        seen = torch.arange(prompt_tokens + start, prompt_tokens + stop, device="cpu")[:, None]
+        served.append(head_agreement(full, compressed, torch.arange(tokens, device="cpu") < seen, scaling))
         if count:
             part = slice(sinks, sinks + count)
-            visible = torch.ones(stop - start, count, dtype=torch.bool)
+            visible = torch.ones(stop - start, count, dtype=torch.bool, device="cpu")
             packed.append(head_agreement(full[..., part], compressed[..., part], visible, scaling))
         else:
-            packed.append({name: torch.full(full.shape[:2], torch.nan) for name in METRICS})
+            packed.append({name: full.new_full(full.shape[:2], torch.nan) for name in METRICS})
         counts += [count] * (stop - start)
     join = {name: torch.cat([g[name] for g in served], dim=-1) for name in METRICS}
     join_packed = {name: torch.cat([g[name] for g in packed], dim=-1) for name in METRICS}

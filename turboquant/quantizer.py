@@ -111,6 +111,19 @@ class PackedTensor:
             row = start // _tokens_a_row(tokens, source)
             destination.narrow(2, row, source.shape[2]).copy_(source)
 
+    def alike(self: Self, other: Self) -> tuple[Self, Self]:
+        """Return both in one format, where one of them needed a wider float than the other; else both as they are."""
+        pairs = list(zip(self.tensors(), other.tensors(), strict=True))
+        if all(own.dtype == its.dtype for own, its in pairs):
+            return self, other
+        types = [torch.promote_types(own.dtype, its.dtype) for own, its in pairs]
+
+        def widened(packed: Self) -> Self:
+            left = iter(types)
+            return packed.map(lambda tensor: tensor.to(next(left)))
+
+        return widened(self), widened(other)
+
     @staticmethod
     def cat(parts: "Sequence[Self]") -> "Self":
         """Concatenate along the token axis; shared fields are taken from the first part."""
@@ -134,15 +147,19 @@ def token_groups(
     Float[Tensor, "batch kv_heads groups size dim"],
     Bool[Tensor, "batch 1 groups size 1"] | None,
 ]:
-    """Split vectors into groups of `size` successive tokens, and say which of them are real.
+    """Split vectors into groups of `size` successive tokens, and say which of them count in a group's statistics.
+
+    Those are the real ones; all of them in a group that has none, so that even what is hidden now reads back right.
 
     Raises:
         ValueError: If the number of tokens is no multiple of `size`.
     """
     if x.shape[2] % size:
         raise ValueError(f"tokens are quantized in whole groups of {size}, got {x.shape[2]}")
-    real = None if valid is None else valid.unflatten(1, (-1, size))[:, None, :, :, None]
-    return x.unflatten(2, (-1, size)), real
+    if valid is None:
+        return x.unflatten(2, (-1, size)), None
+    real = valid.unflatten(1, (-1, size))[:, None, :, :, None]
+    return x.unflatten(2, (-1, size)), real | ~real.any(dim=3, keepdim=True)
 
 
 class Quantizer(ABC, Generic[P]):
@@ -203,9 +220,20 @@ class Quantizer(ABC, Generic[P]):
         """
         return 512
 
+    def may_misread(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: P | None) -> bool:
+        """Return whether these vectors may be read back as something else, and must be looked at once they are packed.
+
+        That is where vectors of very different lengths share a range or a mean. The arguments are those of `quantize`.
+        """
+        return False
+
     def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: P | None) -> P | None:
         """Return room for these vectors that a fused kernel can fill, or None where the method has no kernel."""
         return None
+
+    def fits(self, packed: P) -> bool:
+        """Return whether vectors that a fused kernel has just packed hold what `quantize` would have; waits for it."""
+        return True
 
     def view(self, packed: P) -> Any:
         """Return the `KernelView` of packed vectors that fused kernels read, or None where the method has no kernel."""

@@ -58,7 +58,8 @@ class CacheReport(Record):
     """What a cache holds, summed over the storages reachable from it (no formula except `payload_ratio`).
 
     All sizes are bytes. `full_precision_bytes` is the 16-bit baseline: 2 bytes a cached value whatever dtype the run
-    uses. `bits_per_value` is everything held, divided by the number of cached values.
+    uses. `bits_per_value` is everything held, divided by the number of cached values. `misread_vectors` are keys and
+    values (of one head and token each) that are read back as something else, since an outlier shares their range.
     """
 
     cache_class: str
@@ -78,6 +79,7 @@ class CacheReport(Record):
     bits_per_value: float
     compression_ratio: float
     payload_ratio: float | None
+    misread_vectors: int = 0
 
 
 class SideResult(Record):

@@ -6,17 +6,18 @@ and no global random state is read or changed.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from turboquant.codebook import check_dim
+from turboquant.modes import shared_table
 
 RotationKind = Literal["hadamard", "qr"]
 ROTATIONS: tuple[RotationKind, ...] = ("hadamard", "qr")
+_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Rotation:
 def _generator(seed: int, layer_idx: int, stream: int) -> torch.Generator:
     """An independent generator for one (seed, layer, purpose)."""
     mixed = (seed * 1_000_003 + layer_idx) * 8 + stream
-    return torch.Generator().manual_seed(mixed % 2**63)
+    return torch.Generator("cpu").manual_seed(mixed % 2**63)
 
 
 def haar(dim: int, generator: torch.Generator) -> Float[Tensor, "dim dim"]:
     """Draw an orthogonal matrix from the Haar measure in float64 (QR with the signs of R fixed; Mezzadri, 2007)."""
-    gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(dim, dim, generator=generator, **_FLOAT64)
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()
 
@@ -69,7 +70,7 @@ def hadamard(order: int) -> Float[Tensor, "order order"] | None:
     powers of two and head dims such as 80 (4 x 20) and 96 (8 x 12), so nothing is padded.
     """
     if order in (1, 2):
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)[:order, :order]
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], **_FLOAT64)[:order, :order]
     if order % 4:
         return None
     smaller = hadamard(order // 2)
@@ -78,23 +79,23 @@ def hadamard(order: int) -> Float[Tensor, "order order"] | None:
     q = order - 1
     if q % 4 != 3 or not _is_prime(q):
         return None
-    character = -torch.ones(q, dtype=torch.float64)
+    character = -torch.ones(q, **_FLOAT64)
     character[[x * x % q for x in range(1, q)]] = 1
     character[0] = 0
-    index = torch.arange(q)
-    skew = torch.zeros(order, order, dtype=torch.float64)
+    index = torch.arange(q, device="cpu")
+    skew = torch.zeros(order, order, **_FLOAT64)
     skew[0, 1:], skew[1:, 0] = 1, -1
     skew[1:, 1:] = character[(index[None, :] - index[:, None]) % q]
-    return skew + torch.eye(order, dtype=torch.float64)
+    return skew + torch.eye(order, **_FLOAT64)
 
 
-@lru_cache(maxsize=16)
+@shared_table(maxsize=16)
 def _hadamard_table(dim: int, device: torch.device) -> Tensor | None:
     matrix = hadamard(dim)
     return None if matrix is None else (matrix / math.sqrt(dim)).float().to(device)
 
 
-@lru_cache(maxsize=1024)
+@shared_table(maxsize=1024)
 def random_rotation(kind: RotationKind, dim: int, seed: int, layer_idx: int, device: torch.device) -> Rotation:
     """Return the rotation of one layer; equal arguments share one object and its memory.
 
@@ -115,11 +116,11 @@ def random_rotation(kind: RotationKind, dim: int, seed: int, layer_idx: int, dev
     table = _hadamard_table(check_dim(dim), device) if kind == "hadamard" else None
     if table is None:
         return Rotation(haar(dim, generator).float().contiguous().to(device))
-    signs = torch.randint(0, 2, (dim,), generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu") * 2 - 1
     return Rotation(table, signs.float().to(device))
 
 
-@lru_cache(maxsize=1024)
+@shared_table(maxsize=1024)
 def qjl_projection(
     kind: Literal["gaussian", "orthogonal"], dim: int, seed: int, layer_idx: int, device: torch.device
 ) -> Float[Tensor, "dim dim"]:
@@ -130,7 +131,7 @@ def qjl_projection(
     """
     generator = _generator(seed, layer_idx, stream=1)
     if kind == "gaussian":
-        return torch.randn(dim, dim, generator=generator, dtype=torch.float64).float().to(device)
+        return torch.randn(dim, dim, generator=generator, **_FLOAT64).float().to(device)
     if kind == "orthogonal":
         return (haar(dim, generator) * math.sqrt(dim)).float().to(device)
     raise ValueError(f"qjl must be none, gaussian or orthogonal, got {kind!r}")

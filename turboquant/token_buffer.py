@@ -11,7 +11,13 @@ class TokenBuffer:
         self.length = 0
 
     def append(self, new: PackedTensor) -> None:
-        """Write tokens behind those held."""
+        """Write tokens behind those held; where one side needs a wider float than the other, both take it."""
+        if self.storage is not None:
+            held = self.view()
+            alike, new = held.alike(new)
+            if alike is not held:
+                room, self.storage = self.storage.tokens, alike
+                self.reserve(room)
         new.copy_into(self.extend(new), 0)
 
     def extend(self, like: PackedTensor) -> PackedTensor:

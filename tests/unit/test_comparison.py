@@ -322,6 +322,14 @@ def test_a_run_that_packs_nothing_gives_no_figures_and_says_why(loaded: LoadedMo
     assert one_more.heads is not None
 
 
+def test_vectors_that_are_misread_are_told(paper: tuple[Comparison, list[Event]]) -> None:
+    compressed = paper[0].compressed
+    assert comparison._misread(compressed, PAPER_2) == []
+    report = compressed.report.model_copy(update={"misread_vectors": 1234})
+    (note,) = comparison._misread(compressed.model_copy(update={"report": report}), parse_method("kivi"))
+    assert note.startswith("1,234 keys and values (of one head and token each) are read back from kivi as something")
+
+
 def test_gemma_compresses_one_layer_in_three() -> None:
     result = compare(tiny_loaded("gemma3", seed=0), PROMPT, PAPER_2, SHORT)
     report = result.compressed.report

@@ -117,9 +117,9 @@ def test_figures_belong_together(found: dict[Method, Measurement]) -> None:
 def test_attention_is_timed_without_the_packing_after_it(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     pack = QuantizedLayer.compress
 
-    def slow(self: QuantizedLayer, visible: torch.Tensor | None = None) -> None:
+    def slow(self: QuantizedLayer, visible: torch.Tensor | None = None, pads: bool = True) -> None:
         time.sleep(0.2)
-        pack(self, visible)
+        pack(self, visible, pads)
 
     monkeypatch.setattr(QuantizedLayer, "compress", slow)
     settings = SMALL.model_copy(update={"new_tokens": 2, "repeats": 1})

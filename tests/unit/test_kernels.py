@@ -3,6 +3,7 @@
 Errors are relative norms against the reference in float32, and are held against those of torch at the same precision.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,12 +34,17 @@ def quantizers(spec: str, dim: int) -> Any:
     return parse_method(spec).quantizers(dim, dim, 0, DEVICE)
 
 
-def segment(spec: str, tokens: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 2) -> PackedSegment:
+def segment(
+    spec: str, tokens: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 2, outlier: float = 1.0
+) -> PackedSegment:
+    """Packed keys and values; with an `outlier`, their sixth vectors are so many times as long."""
     keys, values = quantizers(spec, dim)
     generator = torch.Generator().manual_seed(tokens + dim)
     offset = torch.randn(dim, generator=generator)
     states = (3 * torch.randn(batch, heads, tokens, dim, generator=generator) + offset).to(DEVICE, dtype)
     others = torch.randn(batch, heads, tokens, dim, generator=generator).to(DEVICE, dtype)
+    for x in (states, others):
+        x[:, :, 5] *= outlier
     return PackedSegment(keys.quantize(states, None, None), values.quantize(others, None, None), keys, values)
 
 
@@ -124,6 +130,63 @@ def test_decode_is_as_good_as_torch_at_the_same_precision(
         assert found.shape == query.shape
         assert found.transpose(1, 2).is_contiguous()  # what Hugging Face's attention functions return
         assert error(found, expected) <= allowed, plan
+
+
+OUTLIERS = [("turboquant:bits=4", 64), ("turboquant:bits=3", 128), ("turboquant:bits=2,group_size=32", 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "dim"), OUTLIERS)
+def test_groups_that_keep_plain_scales_are_read_as_well(spec: str, dim: int, dtype: torch.dtype) -> None:
+    """An outlier does not share its group's scale, but the group's mean: decode, scores and prefill."""
+    packed = segment(spec, 192, dim, dtype, outlier=100.0)
+    keys, values = views(packed)
+    assert keys.tops is None is values.tops
+    assert keys.means is not None
+    query = queries(4, 1, dim, dtype)
+    exact, scaling = exact_states(query, 2, 37), dim**-0.5 / 8
+    assert attention.unsupported(query, keys, values) is None
+    expected = _reference(query, *exact, packed, 4, None, scaling)
+    found = attention.attend(query, exact[0], exact[1], keys, values, scaling)
+    assert error(found, expected) <= max(2 * error(same_precision(query, exact, packed, scaling), expected), 2e-3)
+    expected = reference_scores(query, packed.keys, packed.key_quantizer, 2, scaling)
+    assert error(scorer.scores(query, keys, scaling), expected) < 2 * torch.finfo(dtype).eps
+    for quantizer, codes in ((packed.key_quantizer, packed.keys), (packed.value_quantizer, packed.values)):
+        out = torch.zeros(2, 2, 128, dim, dtype=dtype, device=DEVICE)
+        prefill.dequantize(quantizer.view(codes), 64, 128, out)
+        assert error(out, quantizer.view(codes).rotation.apply(quantizer.dequantize(codes))[:, :, 64:]) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_the_encode_kernel_rounds_away_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the quantizers pack the block, in the format that holds it, and all that follow."""
+    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: encoder)
+    keys, values = quantizers("turboquant:bits=4", 64)
+    generator = torch.Generator().manual_seed(0)
+    rooms = TokenBuffer(), TokenBuffer()
+    calm = torch.randn(2, 2, 128, 64, generator=generator).to(DEVICE, dtype)
+    blank = keys.blank(calm, None)
+    encoder.encode(calm, calm, keys.view(blank), values.view(values.blank(calm, None)))
+    assert keys.fits(blank)
+    blocks = [calm]
+    for factor in (1.0, 1000.0, 1.0):
+        block = torch.randn(2, 2, 128, 64, generator=generator).to(DEVICE, dtype)
+        block[:, :, 9] *= factor
+        blocks.append(block)
+    for block in blocks:
+        encode((keys, block, rooms[0]), (values, block, rooms[1]), None)
+    for quantizer, room in zip((keys, values), rooms, strict=True):
+        assert room.storage.tops is None
+        read, true = quantizer.dequantize(room.view()), torch.cat(blocks, dim=2).float()
+        error_of_each = (read - true).norm(dim=-1) / true.norm(dim=-1)
+        assert error_of_each.max() < 0.25
+
+
+def test_scales_beyond_float16_are_left_to_the_reference() -> None:
+    keys, values = views(segment("turboquant:bits=4", 64, 64, torch.float16, outlier=1.0))
+    wide = replace(values, scales=values.scales.float(), tops=None)
+    query = queries(4, 1, 64, torch.float16)
+    assert attention.unsupported(query, keys, wide) == "value scales are out of the range of float16"
 
 
 @pytest.mark.parametrize("spec", ["turboquant:bits=4", "turboquant:bits=2", "turboquant-paper:bits=3"])

@@ -157,6 +157,18 @@ def test_layers_are_packed_in_their_own_bits_and_others_are_refused() -> None:
         kv_bytes(shape, parse_method("turboquant:layers=4:2"), 200)
 
 
+def test_bits_for_layers_that_are_not_compressed_are_refused() -> None:
+    """Gemma-3's first two layers of three keep a window: their bits would change nothing, and nobody would notice."""
+    config = tiny_model("gemma3").config
+    assert build_cache(config, parse_method("turboquant:layers=2:3")).layers[2].method.layers == "2:3"
+    message = r"gives bits to layers 0-1, whose cache is not compressed .* \(1 of 3 layers are compressed\)"
+    method = parse_method("turboquant:layers=0-1:2+2:3")
+    with pytest.raises(NoSuchLayerError, match=message):
+        build_cache(config, method)
+    with pytest.raises(SizingError, match=message):
+        kv_bytes(read_config(config.to_dict()), method, 200)
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_a_method_or_a_value_error(text: str) -> None:
     with contextlib.suppress(ValueError):

@@ -37,6 +37,8 @@ def unsupported(query: Tensor, keys: KernelView | None, values: KernelView | Non
     for name, view in (("key", keys), ("value", values)):
         if view.bits not in BITS or view.rotation.matrix.shape[0] != dim:
             return f"{name} codes of {view.bits} bits in {view.rotation.matrix.shape[0]} dimensions"
+        if view.scales.dtype == torch.float32:
+            return f"{name} scales are out of the range of float16"
     if values.signs is not None or values.center is not None or values.means is not None:
         return "values are centred or have a QJL stage"
     return None
@@ -174,7 +176,7 @@ def attend(
     if words:
         value_planes = (value_planes[0].view(torch.int16), value_planes[1].view(torch.int16))
     late = levels.late_bytes(dim, device)
-    per_level = dim**-0.5 / (255 if group else 1)
+    key_level, value_level = (dim**-0.5 / (1 if view.tops is None else 255) for view in (keys, values))
     decode.split[splits, programs](
         query, exact_keys, exact_values, projected[0], projected[-1], base, bias,
         *key_planes, keys.scales, none if keys.tops is None else keys.tops,
@@ -185,13 +187,14 @@ def attend(
         lut, table, value_lut, value_table, sign_lut, sign_table, late,
         levels.late_words(dim, device) if words else late,
         exact_keys.shape[2], keys.tokens, biases, splits, rest, scaling * decode.LOG2_E,
-        per_level, keys.gain, per_level,
+        key_level, keys.gain, value_level,
         *query.stride()[:3], *_two(exact_keys), *_two(exact_values),
         *_two(key_planes[0]), *_two(key_planes[1]), *_two(keys.scales), *_two(keys.tops), *_two(keys.means),
         *_two(keys.mean_tops), *_two(keys.signs), *_two(keys.error_norms),
         *_two(value_planes[0]), *_two(value_planes[1]), *_two(values.scales), *_two(values.tops),
         KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
-        BM=padded_rows, BN=launch.tile, BE=16, GROUP=group, GROUP_MEANS=keys.means is not None,
+        BM=padded_rows, BN=launch.tile, BE=16, GROUP=group, KEY_TOPS=keys.shared, VALUE_TOPS=values.shared,
+        GROUP_MEANS=keys.means is not None,
         SKETCHED=sketched, ON_DEVICE=lengths is not None, PADDED=starts is not None, ASM=not INTERPRETED, WORDS=words,
         STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim) // (2 if words else 1),
         SW=_width(1, dim), BASES=bases, NG=16 if biases <= 16 * splits else 32, PARTS=exact_parts, EARLY=early,

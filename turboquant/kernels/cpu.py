@@ -5,7 +5,6 @@ other widths put their planes together first. Everything compiles on first use (
 kernels run on one thread and do not hold the GIL.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import numba
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from turboquant.modes import shared_table
 from turboquant.packing import PLANE_WIDTHS, Planes, unpack_bits
 
 _jit: Any = numba.njit(fastmath=True, nogil=True, cache=True)
@@ -120,19 +120,19 @@ def _slots(bits: int, dim: int) -> int:
     return slots if slots and dim % slots == 0 else 0
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def _order(slots: int, dim: int) -> tuple[Tensor, Tensor]:
     """Return the dimension that each looked-up level belongs to, and the inverse."""
-    order = torch.arange(dim).reshape(slots, dim // slots).T.flatten()
+    order = torch.arange(dim, device="cpu").reshape(slots, dim // slots).T.flatten()
     return order, order.argsort()
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def _table(codebook: Tensor, bits: int, slots: int) -> Any:
     """Return all levels of each byte, (256, slots), or one level a code."""
     if not slots:
         return codebook.unsqueeze(-1).numpy()
-    every_byte = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
+    every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(-1)
     return codebook[unpack_bits((every_byte,), bits, slots).int()].contiguous().numpy()
 
 

@@ -77,12 +77,12 @@ def _codes(AT, inside, slices, ROW: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: 
 
 
 @triton.jit
-def _scale(SCALES, TOPS, n, packed_length, factor, GROUP: tl.constexpr):
-    """Scales of tokens n in float32, zero behind the last."""
+def _scale(SCALES, TOPS, n, packed_length, factor, SHARED: tl.constexpr):
+    """Scales of tokens n in float32, zero behind the last; in units of a top where `SHARED` tokens share one."""
     inside = n < packed_length
     scale = tl.load(SCALES + n, mask=inside, other=0).to(tl.float32) * factor
-    if GROUP:
-        scale *= tl.load(TOPS + n // GROUP, mask=inside, other=0.0).to(tl.float32)
+    if SHARED:
+        scale *= tl.load(TOPS + n // SHARED, mask=inside, other=0.0).to(tl.float32)
     return scale
 
 
@@ -159,10 +159,10 @@ def split(
     v_b, v_h, v1_b, v1_h, vs_b, vs_h, vt_b, vt_h,
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr, SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr,
-    PADDED: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
-    KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr, BASES: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    GROUP: tl.constexpr, KEY_TOPS: tl.constexpr, VALUE_TOPS: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr,
+    STAGES: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr, BASES: tl.constexpr, NG: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (part, head): scores, weights and weighted values of one part of a head's tokens."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -217,10 +217,10 @@ def split(
 
     # Values are read in units of this part's greatest scale, so that fp16 weights neither overflow nor vanish.
     unit = 0.0
-    EACH: tl.constexpr = GROUP if GROUP else 1
+    EACH: tl.constexpr = VALUE_TOPS if VALUE_TOPS else 1
     for at in range(first * BN // EACH, tl.cdiv(tl.minimum(last * BN, packed_length), EACH), 256):
         place = at + tl.arange(0, 256)
-        held = tl.load((VT if GROUP else VS) + place, mask=place < tl.cdiv(packed_length, EACH), other=0.0)
+        held = tl.load((VT if VALUE_TOPS else VS) + place, mask=place < tl.cdiv(packed_length, EACH), other=0.0)
         unit = tl.maximum(unit, tl.max(held.to(tl.float32), 0))
     per_unit = tl.where(unit > 0, 1 / tl.maximum(unit, 1e-30), 0.0)
 
@@ -269,8 +269,8 @@ def split(
     key_at = K + n[:, None] * KROW + (kj % KROW if KEY_BITS == 1 else kj)[None, :]
     value_at = V + n[None, :] * VROW + (vj % VROW if VALUE_BITS == 1 else vj)[:, None]
     # Scales and biases of the next tile are fetched while this one is computed.
-    key_scale = _scale(KS, KT, n, packed_length, key_factor, GROUP)
-    value_scale = _scale(VS, VT, n, packed_length, per_unit, GROUP)
+    key_scale = _scale(KS, KT, n, packed_length, key_factor, KEY_TOPS)
+    value_scale = _scale(VS, VT, n, packed_length, per_unit, VALUE_TOPS)
     bias = _biases(BIAS, first, biases, rows, base, BM, BN, GROUP, GROUP_MEANS)
     for tile in tl.range(first, last, num_stages=STAGES):
         n = tile * BN + token
@@ -297,7 +297,7 @@ def split(
             inside &= n >= start
         if PADDED or not WHOLE:
             s = tl.where(inside[:, None], s, float("-inf"))
-        key_scale = _scale(KS, KT, n + BN, packed_length, key_factor, GROUP)
+        key_scale = _scale(KS, KT, n + BN, packed_length, key_factor, KEY_TOPS)
         bias = _biases(BIAS, tile + 1, biases, rows, base, BM, BN, GROUP, GROUP_MEANS)
         top = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - top)
@@ -305,7 +305,7 @@ def split(
         l = l * shrink[None, :] + p
         m = top
         weights = (p * value_scale[:, None]).to(tl.float16)
-        value_scale = _scale(VS, VT, n + BN, packed_length, per_unit, GROUP)
+        value_scale = _scale(VS, VT, n + BN, packed_length, per_unit, VALUE_TOPS)
         codes = _codes(value_at, inside, vj, VUNITS, VW, WHOLE, 0)
         high = codes
         if VALUE_BITS == 3:

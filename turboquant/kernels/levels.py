@@ -14,12 +14,12 @@ row are read as one 16-bit word, which `ldmatrix` can transpose, and are told ap
 The assembly cannot run under Triton's interpreter, where `LUT` does the same by a lookup in memory.
 """
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from turboquant.modes import shared_table
 
 TABLE_COLUMNS = 256
 """Columns of a table; each thread reads its own, so that the compiler keeps tables in ordinary registers."""
@@ -248,29 +248,29 @@ def _table_words(values: list[int]) -> list[int]:
     return [int.from_bytes(bytes(padded[i : i + 4]), "little") for i in (0, 4)]
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def tables(codebook: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return the levels times sqrt(dim) as fp16 (16 entries), and the words that `prmt` reads (4 x TABLE_COLUMNS).
 
     The words hold the first eight levels: all of them below 4 bits, the magnitudes at 4 bits.
     """
     levels = (codebook.float() * dim**0.5).half().cpu()
-    lut = torch.zeros(16, dtype=torch.float16)
+    lut = torch.zeros(16, dtype=torch.float16, device="cpu")
     lut[: len(levels)] = levels
     patterns = [int(pattern) & 0xFFFF for pattern in levels[:8].view(torch.int16)]
     words = [*_table_words([p & 255 for p in patterns]), *_table_words([p >> 8 for p in patterns])]
-    signed = torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32)
+    signed = torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32, device="cpu")
     table = signed[:, None].expand(-1, TABLE_COLUMNS).contiguous()
     return lut.to(codebook.device), table.to(codebook.device)
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def late_bytes(dim: int, device: torch.device) -> Tensor:
     """Return for the bytes of a quarter whether the one-bit plane is shifted there: all bits set where it is."""
     return ((torch.arange(TABLE_COLUMNS, device=device) >= max(1, dim // 8)) * 255).to(torch.uint8)
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def late_words(dim: int, device: torch.device) -> Tensor:
     """Return the same for words of two bytes."""
     return -(torch.arange(TABLE_COLUMNS, device=device) >= max(1, dim // 16)).to(torch.int16)

@@ -40,8 +40,8 @@ def _offset(M, MT, CENTER, group, d, inside, D: tl.constexpr, CENTERED: tl.const
 def dequantize_tile(
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER,
     LUT, TABLE, LATE, OUT, o_b, o_h, first, count, factor,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, CENTERED: tl.constexpr,
-    GROUP_MEANS: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr, ASM: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, head): `BN` vectors from `first` on, in the rotated space, as 16-bit numbers."""
     head = tl.program_id(1)
@@ -54,8 +54,8 @@ def dequantize_tile(
     inside = there[:, None] & (j[None, :] < SLICE)
     codes = tl.load(P0 + batch * p0_b + kv_head * p0_h + n[:, None] * ROW + (j % ROW)[None, :], mask=inside, other=0)
     scale = tl.load(S + batch * s_b + kv_head * s_h + n, mask=there, other=0).to(tl.float32) * factor
-    if GROUP:
-        scale *= tl.load(T + batch * t_b + kv_head * t_h + n // GROUP, mask=there, other=0.0).to(tl.float32)
+    if SHARED:
+        scale *= tl.load(T + batch * t_b + kv_head * t_h + n // SHARED, mask=there, other=0.0).to(tl.float32)
     column = tl.zeros([BN], tl.int32)
     ta, tb, tc, td = load_table(TABLE, column)
     table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
@@ -108,9 +108,9 @@ def dequantize(view: KernelView, first: int, count: int, out: Tensor) -> Tensor:
     dequantize_tile[-(-count // TILE), batch * heads](
         *place(view.planes[0]), *place(view.planes[-1]), *place(view.scales), *place(view.tops), *place(view.means),
         *place(view.mean_tops), lut if view.center is None else view.center.contiguous(), lut, table,
-        levels.late_bytes(dim, out.device), out, *_two(out), first, count, dim**-0.5 / (255 if view.group_size else 1),
-        KV_HEADS=heads, D=dim, BITS=view.bits, GROUP=view.group_size, CENTERED=view.center is not None,
-        GROUP_MEANS=view.means is not None, BN=TILE,
+        levels.late_bytes(dim, out.device), out, *_two(out), first, count, dim**-0.5 / (255 if view.shared else 1),
+        KV_HEADS=heads, D=dim, BITS=view.bits, GROUP=view.group_size, SHARED=view.shared,
+        CENTERED=view.center is not None, GROUP_MEANS=view.means is not None, BN=TILE,
         KW=triton.next_power_of_2(dim // 2 if view.bits == 4 else dim // 4),
         ASM=not INTERPRETED, num_warps=4,
     )  # fmt: skip

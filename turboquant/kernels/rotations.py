@@ -1,11 +1,11 @@
 """Rotation matrices as tensor cores take them: in 16 bits, in two parts where one does not hold them exactly."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from turboquant.modes import shared_table
 from turboquant.rotation import Rotation
 
 
@@ -33,13 +33,13 @@ def _split(matrix: Tensor, signs: Tensor | None, dtype: torch.dtype) -> Parts:
     return Parts(high, (matrix - high.float()).to(dtype), 1.0, False)
 
 
-@lru_cache(maxsize=256)
+@shared_table(maxsize=256)
 def parts(rotation: Rotation, dtype: torch.dtype) -> Parts:
     """Return the parts of the matrix W with which a rotation maps x to W x."""
     return _split(rotation.matrix, rotation.signs, dtype)
 
 
-@lru_cache(maxsize=256)
+@shared_table(maxsize=256)
 def sketch(projection: Tensor, rotation: Rotation, dtype: torch.dtype) -> Parts:
     """Return the parts of QJL's projection after the rotation, as one matrix."""
     return _split((projection @ rotation.matrix).contiguous(), rotation.signs, dtype)

@@ -26,8 +26,8 @@ def score_keys(
     Q, K, k_b, k_h, K1, k1_b, k1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, OUT,
     LUT, TABLE, LATE, tokens, factor, scaling,
     KV_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, GROUP_MEANS: tl.constexpr,
-    CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    GROUP_MEANS: tl.constexpr, CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (span, head): scores of the query rows, (rows, tokens) of each head."""
@@ -94,7 +94,7 @@ def score_keys(
                     high = tl.load(at, mask=inside[:, None] & (j[None, :] < SLICE), other=0)
             k0, k1, k2, k3 = quarters(codes, high, late, LUT, table, BITS, ASM)
             s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
-        s *= _scale(S, T, n, tokens, factor, GROUP)[:, None]
+        s *= _scale(S, T, n, tokens, factor, SHARED)[:, None]
         if CENTERED:
             s += bias[None, :]
         if GROUP_MEANS:
@@ -140,9 +140,10 @@ def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
         rotated, *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
         *place(keys.means), *place(keys.mean_tops),
         lut if keys.center is None else keys.center.contiguous(), out, lut, table, levels.late_bytes(dim, query.device),
-        count, scaling * dim**-0.5 / (255 if group else 1), scaling,
+        count, scaling * dim**-0.5 / (255 if keys.shared else 1), scaling,
         KV_HEADS=kv_heads, ROWS=rows, D=dim, DP=triton.next_power_of_2(dim), BITS=keys.bits,
-        BM=max(8, triton.next_power_of_2(rows)), BN=tile, SPAN=span, GROUP=group, GROUP_MEANS=keys.means is not None,
+        BM=max(8, triton.next_power_of_2(rows)), BN=tile, SPAN=span, GROUP=group, SHARED=keys.shared,
+        GROUP_MEANS=keys.means is not None,
         CENTERED=keys.center is not None, GROUPS=MAX_GROUPS,
         ASM=not attention.INTERPRETED,
         KW=triton.next_power_of_2(dim // 2 if keys.bits == 4 else dim // 4), EARLY=early,

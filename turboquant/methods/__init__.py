@@ -8,7 +8,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -42,7 +42,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 class NoSuchLayerError(ValueError):
-    """A method names a layer that the model does not have."""
+    """A method names a layer that the model does not have, or whose cache is not compressed."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,14 @@ class Method(ABC):
         del layer_idx
         return None
 
-    def check_layers(self, count: int) -> None:
-        """Raise NoSuchLayerError if the method names a layer that a model of `count` layers does not have."""
-        del count
+    def check_layers(self, count: int, compressed: Collection[int]) -> None:
+        """Raise NoSuchLayerError if the method names a layer that a model does not have, or that is not compressed.
+
+        Args:
+            count: The model's layers.
+            compressed: Those of them that keep the keys and values of all tokens.
+        """
+        del count, compressed
 
     @property
     def payload_bits(self) -> float | None:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import check_bits
-from turboquant.grouping import channel_groups, half, ungrouped
+from turboquant.grouping import channel_groups, stored, uneven, ungrouped
 from turboquant.methods import BitsMethod, check_choice
 from turboquant.packing import Planes, pack_bits, unpack_bits
 from turboquant.quantizer import PackedTensor, Quantizer, token_groups
@@ -26,7 +26,7 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class PackedAffine(PackedTensor):
-    """Codes, and the least value and the step of every group in fp16.
+    """Codes, and the least value and the step of every group in fp16 (in float32 where they are out of its range).
 
     Shapes: planes (batch, kv_heads, tokens, bytes) uint8; lows and steps (batch, kv_heads, token groups, dim) for
     keys, (batch, kv_heads, tokens, channel groups) for values.
@@ -37,14 +37,14 @@ class PackedAffine(PackedTensor):
     steps: Tensor
 
 
-def _affine(lows: Tensor, highs: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return least values and steps in fp16; a group without a real token has 0 for both."""
-    empty = lows > highs
-    return half(lows.masked_fill(empty, 0)), half(((highs - lows) / (2**bits - 1)).masked_fill(empty, 0))
+def _affine(lows: Tensor, highs: Tensor, bits: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return least values and steps as they are stored, in one dtype."""
+    kept, steps = stored(lows, valid, smallest=0.0), stored((highs - lows) / (2**bits - 1), valid)
+    return (kept, steps) if kept.dtype == steps.dtype else (lows.float(), steps.float())
 
 
 def _codes(groups: Tensor, lows: Tensor, steps: Tensor, bits: int) -> Tensor:
-    """Round to the levels that the stored (fp16) ranges give."""
+    """Round to the levels that the stored ranges give."""
     steps = steps.float()
     levels = torch.where(steps == 0, 0, (groups - lows.float()) / steps)
     return levels.round().clamp(0, 2**bits - 1).to(torch.uint8)
@@ -80,6 +80,10 @@ class PerChannel(Quantizer[PackedAffine]):
         levels = unpack_bits(packed.codes, self.bits, self.dim).float().unflatten(2, (-1, self.token_group))
         return (levels * packed.steps.float().unsqueeze(3) + packed.lows.float().unsqueeze(3)).flatten(2, 3)
 
+    def may_misread(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedAffine | None) -> bool:
+        """Return whether some token is so long that it takes the levels of its channels from others of its group."""
+        return uneven(x)
+
 
 class PerToken(Quantizer[PackedAffine]):
     """Asymmetric rounding of `group_size` channels of one token (KIVI's values); the last group may be shorter."""
@@ -95,7 +99,7 @@ class PerToken(Quantizer[PackedAffine]):
     ) -> PackedAffine:
         """Quantize vectors; see `Quantizer.quantize`."""
         groups = channel_groups(x.float(), self.group_size)
-        lows, steps = _affine(groups.amin(dim=-1), groups.amax(dim=-1), self.bits)
+        lows, steps = _affine(groups.amin(dim=-1), groups.amax(dim=-1), self.bits, valid)
         codes = _codes(groups, lows.unsqueeze(-1), steps.unsqueeze(-1), self.bits)
         return PackedAffine(pack_bits(ungrouped(codes, self.dim), self.bits), lows, steps)
 

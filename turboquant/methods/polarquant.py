@@ -13,7 +13,7 @@ that 16 does not divide has as many levels as it can be halved (head_dim 40: 3).
 
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +22,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import boundaries, check_bits
-from turboquant.grouping import half
+from turboquant.grouping import stored
 from turboquant.methods import BitsMethod, check_choice
+from turboquant.modes import shared_table
 from turboquant.packing import Planes, pack_bits, unpack_bits
 from turboquant.quantizer import PackedTensor, Quantizer
 from turboquant.rotation import ROTATIONS, Rotation, RotationKind, random_rotation
@@ -81,11 +82,11 @@ def angle_codebook(bits: int, level: int) -> Float[Tensor, " levels"]:
         level: 1 for the angle of two coordinates (uniform on [0, 2 pi)), deeper ones lie in [0, pi/2].
     """
     if level == 1:
-        return ((torch.arange(2**bits, dtype=torch.float64) + 0.5) * (2 * math.pi / 2**bits)).float()
+        return ((torch.arange(2**bits, dtype=torch.float64, device="cpu") + 0.5) * (2 * math.pi / 2**bits)).float()
     return torch.from_numpy(_solve(check_bits(bits), level)).float()
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def _shared_codebook(bits: int, level: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return decision points, cosines and sines, one object for all layers."""
     angles = angle_codebook(bits, level).to(device)
@@ -132,7 +133,7 @@ class Polar(Quantizer[PackedPolar]):
             codes.append(torch.bucketize(angles, cuts, out_int32=True).to(torch.uint8))
             radii = torch.hypot(first, second)
         deep = pack_bits(torch.cat(codes[1:], dim=-1), angle_bits(self.bits, 2)) if self.depth > 1 else ()
-        return PackedPolar(pack_bits(codes[0], self.bits), deep, half(radii))
+        return PackedPolar(pack_bits(codes[0], self.bits), deep, stored(radii, valid))
 
     def _rotated(self, packed: PackedPolar) -> Tensor:
         """Return the vectors as they were encoded, still rotated."""

@@ -9,7 +9,6 @@ The estimator's variance is at most pi / (2 m) |q|^2 |k|^2 with m rows (the pape
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import check_dim
-from turboquant.grouping import half
+from turboquant.grouping import stored
 from turboquant.methods import BitsMethod, check_count
 from turboquant.methods.kivi import PerToken
+from turboquant.modes import shared_table
 from turboquant.packing import Planes, pack_bits, unpack_bits
 from turboquant.quantizer import PackedTensor, Quantizer, token_groups
 from turboquant.rotation import qjl_projection, qjl_scale
@@ -28,7 +28,7 @@ TOKEN_GROUP = 32
 VALUE_GROUP = 32
 
 
-@lru_cache(maxsize=16)
+@shared_table(maxsize=16)
 def sketch_matrix(blocks: int, dim: int, seed: int, device: torch.device) -> Float[Tensor, "rows dim"]:
     """Return `blocks` independent orthogonal matrices times sqrt(dim), one below the other; shared by all layers."""
     return torch.cat([qjl_projection("orthogonal", dim, seed, block, device) for block in range(blocks)])
@@ -69,7 +69,7 @@ class SignSketch(Quantizer[PackedSketch]):
 
     def _outlier_mask(self, channels: Tensor) -> Tensor:
         """Return (batch, kv_heads, tokens, dim), 1.0 in the outlier channels of each token's group."""
-        mask = torch.zeros(*channels.shape[:3], self.dim, device=channels.device)
+        mask = torch.zeros(*channels.shape[:3], self.dim, dtype=torch.float32, device=channels.device)
         mask.scatter_(-1, channels.long(), 1.0)
         return mask.repeat_interleave(TOKEN_GROUP, dim=2)
 
@@ -86,19 +86,19 @@ class SignSketch(Quantizer[PackedSketch]):
         """
         x = x.float()
         if not self.outliers:
-            return PackedSketch(*self._sketch(x, self.projection), (), None, None)
+            return PackedSketch(*self._sketch(x, self.projection, valid), (), None, None)
         groups, real = token_groups(x, valid, TOKEN_GROUP)
         largest = groups if real is None else groups.masked_fill(~real, 0)
         channels = largest.norm(dim=3).topk(self.outliers, dim=-1).indices
         mask = self._outlier_mask(channels)
-        usual = self._sketch(torch.where(mask > 0, 0, x), self.projection)
-        outlier = self._sketch(torch.where(mask > 0, x, 0), self.projection[: self.dim])
+        usual = self._sketch(torch.where(mask > 0, 0, x), self.projection, valid)
+        outlier = self._sketch(torch.where(mask > 0, x, 0), self.projection[: self.dim], valid)
         return PackedSketch(*usual, *outlier, channels.to(torch.uint8 if self.dim <= 256 else torch.int16))
 
     @staticmethod
-    def _sketch(x: Tensor, projection: Tensor) -> tuple[Planes, Tensor]:
+    def _sketch(x: Tensor, projection: Tensor, valid: Tensor | None) -> tuple[Planes, Tensor]:
         signs = (x @ projection.mT >= 0).to(torch.uint8)
-        return pack_bits(signs, 1), half(x.norm(dim=-1))
+        return pack_bits(signs, 1), stored(x.norm(dim=-1), valid)
 
     def dequantize(self, packed: PackedSketch) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Return the vectors whose inner products are the estimates, in float32."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import check_bits
-from turboquant.grouping import channel_groups, half, ungrouped
+from turboquant.grouping import channel_groups, stored, ungrouped
 from turboquant.methods import BitsMethod, check_choice
 from turboquant.packing import Planes, pack_bits, unpack_bits
 from turboquant.quantizer import PackedTensor, Quantizer
@@ -74,7 +74,7 @@ class RoundToNearest(Quantizer[PackedRTN]):
         """Quantize vectors; see `Quantizer.quantize`. No statistics are shared between vectors."""
         y = x.float() if self.rotation is None else self.rotation.apply(x.float())
         groups = channel_groups(y, self.group_size)
-        scales = half(self._scales(groups))
+        scales = stored(self._scales(groups), valid)
         steps = scales.float().unsqueeze(-1)
         levels = torch.where(steps == 0, 0, groups / steps)
         codes = (levels + self._offset).round().clamp(0, 2**self.bits - 1).to(torch.uint8)

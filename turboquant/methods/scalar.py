@@ -1,17 +1,17 @@
 """The quantizers of TurboQuant (arXiv:2504.19874, Algorithms 1 and 2): one code a coordinate of the rotated vector."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import boundaries, check_bits, lloyd_max
-from turboquant.grouping import half
+from turboquant.grouping import FP16_MAX, OUTLIER, in_float16, stored
 from turboquant.kernel_view import KernelView
 from turboquant.methods import check_choice
+from turboquant.modes import plain, shared_table
 from turboquant.ops.codes import code_combine, code_levels, code_scores, tile_tokens
 from turboquant.packing import Planes, pack_bits, plane_widths
 from turboquant.quantizer import PackedTensor, Quantizer, token_groups
@@ -19,6 +19,9 @@ from turboquant.rotation import Rotation
 
 Scale = Literal["matched", "norm", "unbiased"]
 SCALES: tuple[Scale, ...] = ("matched", "norm", "unbiased")
+PackedMSEKind = TypeVar("PackedMSEKind", bound="PackedMSE")
+FAR_OUTLIER = 4096
+"""How many times as long as most vectors of a head one may be for the 16-bit weights of GPU kernels to reach them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class PackedMSE(PackedTensor):
     """Codes and one scale a vector, in the rotated space; `center` was subtracted from all vectors, if any.
 
     Without groups a scale is a float16. With groups it is a whole number of 1/255 of the group's greatest scale
-    (`tops`), and each group's mean, if it was subtracted, is one of 1/127 of its greatest entry (`mean_tops`).
+    (`tops`), and each group's mean, if it was subtracted, is one of 1/127 of its greatest entry (`mean_tops`). Where
+    the scales of some group lie too far apart for that, or float16 does not hold a number, the layer keeps plain scales
+    (no `tops`), or float32, for all tokens from then on.
 
     Shapes: planes (batch, kv_heads, tokens, bytes) uint8; scales (batch, kv_heads, tokens) float16 or uint8; center
     (batch, kv_heads, 1, dim) float16; tops and mean_tops (batch, kv_heads, groups) float16; means (batch, kv_heads,
@@ -47,6 +52,16 @@ class PackedMSE(PackedTensor):
             return self.scales.float()
         return (self.scales.unflatten(2, (self.tops.shape[2], -1)) * self.tops.float().unsqueeze(-1) / 255).flatten(2)
 
+    def alike(self: PackedMSEKind, other: PackedMSEKind) -> tuple[PackedMSEKind, PackedMSEKind]:
+        """Return both in one format: with plain scales and in float32 where one of them needs that."""
+        one, two = self, other
+        if (one.tops is None) != (two.tops is None):
+            one, two = one._with_plain_scales(), two._with_plain_scales()
+        return super(PackedMSE, one).alike(two)
+
+    def _with_plain_scales(self: PackedMSEKind) -> PackedMSEKind:
+        return self if self.tops is None else replace(self, scales=stored(self.vector_scales()), tops=None)
+
     def group_means(self) -> Float[Tensor, "batch kv_heads groups dim"] | None:
         """Return what was subtracted from each group beyond the center, in float32; None where nothing was."""
         if self.means is None or self.mean_tops is None:
@@ -63,23 +78,23 @@ class PackedProd(PackedMSE):
     error_norms: Tensor
 
 
-@lru_cache(maxsize=64)
+@shared_table(maxsize=64)
 def _shared_codebook(bits: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the level of each code, the boundaries between levels, and the code of each level in ascending order.
 
     Codes are sign and magnitude: the highest bit is set for negative levels, the others count from the least magnitude
     up. One object for all layers; 0 bits have the one level 0.
     """
-    levels = (lloyd_max(bits, dim) if bits else torch.zeros(1)).to(device)
+    levels = (lloyd_max(bits, dim) if bits else torch.zeros(1, dtype=torch.float32, device="cpu")).to(device)
     half = 2**bits // 2
-    order = torch.cat([torch.arange(half, 2**bits), torch.arange(half).flip(0)]).to(device)
+    order = torch.cat([torch.arange(half, 2**bits, device=device), torch.arange(half, device=device).flip(0)])
     return levels[order], boundaries(levels), order.argsort().to(torch.uint8)
 
 
-@lru_cache(maxsize=8)
+@shared_table(maxsize=8)
 def _sign_levels(device: torch.device) -> Tensor:
     """Return what the two sign codes stand for."""
-    return torch.tensor([-1.0, 1.0], device=device)
+    return torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device)
 
 
 class TurboQuantMSE(Quantizer[PackedMSE]):
@@ -97,7 +112,8 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             for every token, and takes away offsets that would cost most of the bits (a key bias, for example). The
             means of groups follow what changes slowly along the text, such as the slow channels of rotary embedding.
         group_size: Successive tokens whose vectors share a mean and the unit of their scales, both in 8 bits; 0 for
-            one mean (that of the first block) and scales in float16.
+            one mean (that of the first block) and scales in float16. Vectors more than `OUTLIER` times as long as most
+            of the others have no say in a mean.
     """
 
     def __init__(
@@ -118,7 +134,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
     def _encode(self, x: Tensor, like: PackedMSE | None, valid: Tensor | None) -> tuple[PackedMSE, Tensor]:
         """Return the packed vectors and the error that is left, in the rotated space."""
         y = self.rotation.apply(x.float())
-        center = like.center if like is not None else half(_mean(y, valid)) if self.center else None
+        center = like.center if like is not None else stored(_mean(y, valid), smallest=0.0) if self.center else None
         packed = PackedMSE((), y, center, None, None, None)  # the fields that are known so far
         if center is not None:
             y = y - center.float()
@@ -140,25 +156,27 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         self, packed: PackedMSE, y: Tensor, valid: Tensor | None
     ) -> tuple[PackedMSE, Float[Tensor, "batch kv_heads tokens dim"]]:
         groups, real = token_groups(y, valid, self.group_size)
-        if real is None:
-            means = groups.mean(dim=3)
-        else:
-            means = torch.where(real, groups, 0).sum(dim=3) / real.sum(dim=3).clamp_min(1)
-        tops = half(means.abs().amax(dim=-1))
+        means = _mean_without_outliers(groups, real)
+        tops = stored(means.abs().amax(dim=-1), smallest=0.0)
         means = _steps(means, tops.unsqueeze(-1), 127).to(torch.int8)
         packed = replace(packed, means=means, mean_tops=tops)
-        stored = packed.group_means()
-        assert stored is not None
-        return packed, (groups - stored.unsqueeze(3)).flatten(2, 3)
+        subtracted = packed.group_means()
+        assert subtracted is not None
+        return packed, (groups - subtracted.unsqueeze(3)).flatten(2, 3)
 
     def _stored_scales(self, norms: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return scales and tops as they are stored; pad tokens have no say in a group's top."""
-        if not self.group_size:
-            return half(norms).squeeze(-1), None
-        groups, real = token_groups(norms, valid, self.group_size)
-        groups = groups if real is None else torch.where(real, groups, 0)
-        tops = half(groups.amax(dim=(3, 4)))
-        return _steps(groups.squeeze(-1), tops.unsqueeze(-1), 255).to(torch.uint8).flatten(2), tops
+        if self.group_size:
+            groups, real = token_groups(norms, valid, self.group_size)
+            groups = (groups if real is None else torch.where(real, groups, 0)).squeeze(-1)
+            greatest, least = groups.amax(dim=3), torch.where(groups > 0, groups, torch.inf).amin(dim=3)
+            if in_float16(greatest) and not bool((greatest > OUTLIER * least).any()):
+                tops = stored(greatest)
+                return _steps(groups, tops.unsqueeze(-1), 255).to(torch.uint8).flatten(2), tops
+        scales = norms.squeeze(-1)
+        asked = scales if valid is None else torch.where(valid[:, None], scales, torch.nan)
+        far = asked.nan_to_num(nan=0.0).amax(dim=2) > FAR_OUTLIER * asked.nanmedian(dim=2).values
+        return scales if bool(far.any()) else stored(scales, valid), None
 
     def quantize(
         self,
@@ -171,7 +189,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
 
     def dequantize(self, packed: PackedMSE) -> Float[Tensor, "batch kv_heads tokens dim"]:
         """Return the vectors in float32."""
-        y = torch.zeros(*packed.scales.shape, self.dim, device=packed.scales.device)
+        y = torch.zeros(*packed.scales.shape, self.dim, dtype=torch.float32, device=packed.scales.device)
         if self.bits:
             y = code_levels(packed.codes, self.bits, self.codebook, self.dim) * packed.vector_scales().unsqueeze(-1)
         means = packed.group_means()
@@ -218,12 +236,24 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         """Return how many tokens attention reads at once."""
         return tile_tokens(rows, self.bits)
 
+    def may_misread(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> bool:
+        """Return whether the mean of the first block, which is subtracted, is far longer than these vectors."""
+        if like is None or like.center is None:
+            return False
+        usual = x.float().norm(dim=-1).median(dim=2).values
+        return bool((like.center.float().norm(dim=-1).squeeze(2) > OUTLIER * usual).any())
+
     def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> PackedMSE | None:
-        """Return room for these vectors, which a fused kernel fills; only the center is set."""
+        """Return room for these vectors, which a fused kernel fills; only the center is set.
+
+        None where the layer holds plain scales in place of groups, or float32.
+        """
+        if like is not None and not self._usual(like):
+            return None
         batch, heads, tokens, dim = x.shape
         center = None
         if self.center:
-            center = half(self.rotation.apply(x.float().mean(dim=2, keepdim=True))) if like is None else like.center
+            center = stored(self.rotation.apply(_mean(x.float(), None)), smallest=0.0) if like is None else like.center
 
         def room(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(batch, heads, *shape, dtype=dtype, device=x.device)
@@ -237,6 +267,22 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             return PackedMSE(codes, scales, None, tops, None, None)
         means, mean_tops = room(groups, dim, dtype=torch.int8), room(groups, dtype=torch.float16)
         return PackedMSE(codes, scales, center, tops, means, mean_tops)
+
+    def _usual(self, packed: PackedMSE) -> bool:
+        """Return whether packed vectors have the format that nearly all have, which kernels write."""
+        scales = torch.uint8 if self.group_size else torch.float16
+        others = (packed.center, packed.tops, packed.mean_tops)
+        return packed.scales.dtype == scales and all(x is None or x.dtype == torch.float16 for x in others)
+
+    def fits(self, packed: PackedMSE) -> bool:
+        """Return whether vectors that a kernel has packed are right, which they are but for outliers."""
+        tops = packed.scales if packed.tops is None else packed.tops
+        in_range = in_float16(tops) and not bool((tops >= FP16_MAX).any())
+        if packed.tops is None or not in_range:
+            return in_range
+        least = packed.scales.unflatten(2, (tops.shape[2], -1)).amin(dim=3)
+        means = packed.mean_tops is None or not bool((packed.mean_tops >= FP16_MAX).any())
+        return means and not bool(((least < 255 // OUTLIER + 1) & (tops > 0)).any())
 
     def view(self, packed: PackedMSE) -> KernelView:
         """Return what fused kernels read."""
@@ -281,7 +327,8 @@ class TurboQuantProd(TurboQuantMSE):
     ) -> None:
         super().__init__(dim, check_bits(bits) - 1, rotation, scale, center, group_size)
         # S acts on the error before rotation; S R^T does the same on the rotated error.
-        self.projection = rotation.apply(projection)
+        with plain():
+            self.projection = rotation.apply(projection)
         self.qjl_scale = qjl_scale
         self.sign_levels = _sign_levels(projection.device)
 
@@ -294,7 +341,7 @@ class TurboQuantProd(TurboQuantMSE):
         """Quantize vectors; see `Quantizer.quantize`."""
         packed, error = self._encode(x, like, valid)
         signs = (error @ self.projection.mT >= 0).to(torch.uint8)
-        return PackedProd(**vars(packed), signs=pack_bits(signs, 1), error_norms=half(error.norm(dim=-1)))
+        return PackedProd(**vars(packed), signs=pack_bits(signs, 1), error_norms=stored(error.norm(dim=-1), valid))
 
     def _gains(self, packed: PackedProd) -> Tensor:
         return packed.error_norms.float() * self.qjl_scale
@@ -356,9 +403,20 @@ def _steps(x: Tensor, top: Tensor, count: int) -> Tensor:
 
 
 def _mean(y: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over tokens (batch, kv_heads, 1, dim); pad tokens are left out, a row without tokens has mean 0."""
-    if valid is None:
-        return y.mean(dim=2, keepdim=True)
-    weights = valid[:, None, :, None].to(y.dtype)
-    total = torch.where(weights > 0, y, 0).sum(dim=2, keepdim=True)
-    return total / weights.sum(dim=2, keepdim=True).clamp_min(1)
+    """Mean over all tokens (batch, kv_heads, 1, dim); see `_mean_without_outliers`."""
+    groups, real = token_groups(y, valid, y.shape[2])
+    return _mean_without_outliers(groups, real)
+
+
+def _mean_without_outliers(
+    groups: Float[Tensor, "batch kv_heads groups size dim"], real: Bool[Tensor, "batch 1 groups size 1"] | None
+) -> Float[Tensor, "batch kv_heads groups dim"]:
+    """Mean of each group's real vectors; those more than `OUTLIER` times as long as the median one are left out."""
+    lengths = groups.norm(dim=-1, keepdim=True)
+    counted = lengths if real is None else torch.where(real, lengths, torch.nan)
+    outlier = lengths > OUTLIER * counted.nanmedian(dim=3, keepdim=True).values
+    if bool(outlier.any()):
+        real = ~outlier if real is None else real & ~outlier
+    if real is None:
+        return groups.mean(dim=3)
+    return torch.where(real, groups, 0).sum(dim=3) / real.sum(dim=3).clamp_min(1)

@@ -9,6 +9,7 @@ Rotation followed by scalar codes has a history: DRIVE and EDEN (arXiv:2105.0833
 (arXiv:2404.00456), HIGGS (arXiv:2411.17525), RaBitQ (arXiv:2405.12497).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -62,11 +63,18 @@ class TurboQuant(BitsMethod):
         """Return the key bits and value bits of one layer."""
         return read_layer_bits(self.layers).get(layer_idx, self.resolved_bits)
 
-    def check_layers(self, count: int) -> None:
-        """Refuse bits for a layer that a model of `count` layers does not have."""
-        last = max(read_layer_bits(self.layers), default=0)
+    def check_layers(self, count: int, compressed: Collection[int]) -> None:
+        """Refuse bits for a layer that the model does not have, or that is not compressed."""
+        named = read_layer_bits(self.layers)
+        last = max(named, default=0)
         if last >= count:
             raise NoSuchLayerError(f"{self.name} gives bits to layer {last}, the model has layers 0 to {count - 1}")
+        if idle := {layer: named[layer] for layer in named if layer not in compressed}:
+            which = write_layer_bits(dict.fromkeys(idle, (1, 1))).removesuffix(":1")
+            raise NoSuchLayerError(
+                f"{self.name} gives bits to layers {which}, whose cache is not compressed in this model: they keep a "
+                f"window of tokens, or no keys and values ({len(compressed)} of {count} layers are compressed)"
+            )
 
     @property
     def payload_bits(self) -> float | None:

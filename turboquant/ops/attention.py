@@ -17,7 +17,6 @@ from turboquant.quantizer import PackedTensor, Quantizer
 
 MAX_SCORES = 2**24
 """Score elements held at once (64 MiB in float32), at least one query token's."""
-MASKED = torch.finfo(torch.float32).min / 2
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ def _bias(mask: Tensor, places: Tensor, groups: int) -> Tensor:
     """
     part = mask[..., places]
     if part.dtype == torch.bool:
-        part = torch.zeros(part.shape, device=part.device).masked_fill_(~part, MASKED)
-    part = part.float().clamp_min(MASKED)
+        part = torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill_(~part, -torch.inf)
+    part = part.float()
     if part.shape[1] == 1:  # one mask for all heads
         return part if part.shape[2] == 1 else part.repeat(1, 1, groups, 1)
     return part.unflatten(1, (-1, groups)).flatten(2, 3)
@@ -63,9 +62,11 @@ def _attend_rows(
     projected = packed.key_quantizer.project(query)
     tiles = _split(packed.keys, packed.key_quantizer.tile_tokens(projected))
     scores = torch.cat([query @ keys.mT, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
-    if bias is not None:
-        scores += bias
-    weights = scores.softmax(dim=-1)
+    if bias is None:
+        weights = scores.softmax(dim=-1)
+    else:  # a query that sees nothing gets zeros, as from SDPA
+        blind = bias.amax(dim=-1, keepdim=True) == -torch.inf
+        weights = scores.add_(bias).softmax(dim=-1).masked_fill_(blind, 0)
     exact_weights, packed_weights = weights.split([keys.shape[2], packed.keys.tokens], dim=-1)
     output = exact_weights @ values
     tiles = _split(packed.values, packed.value_quantizer.tile_tokens(packed_weights))

@@ -33,8 +33,12 @@ def compile_kernels() -> None:
     """Compile the CPU kernels now (seconds the first time on a machine, then from disk) and not in the first answer."""
     if _cpu_kernels() is None:
         return
-    planes, codebook, scales = (torch.zeros(1, 1, 1, 4, dtype=torch.uint8),), torch.zeros(16), torch.zeros(1, 1, 1)
-    rows = code_scores(torch.zeros(1, 1, 1, 8), planes, 4, codebook, scales)
+
+    def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+
+    planes, codebook, scales = (nothing(1, 1, 1, 4, dtype=torch.uint8),), nothing(16), nothing(1, 1, 1)
+    rows = code_scores(nothing(1, 1, 1, 8), planes, 4, codebook, scales)
     code_combine(rows, planes, 4, codebook, scales, 8)
 
 

@@ -57,7 +57,7 @@ def _fused(sides: tuple[Side, Side]) -> bool:
     def run() -> bool:
         targets = [room.extend(blank) for (*_, room), blank in zip(sides, blanks, strict=True)]
         kernels.encode(sides[0][1], sides[1][1], *_views(sides, targets))
-        return True
+        return all(quantizer.fits(target) for (quantizer, *_), target in zip(sides, targets, strict=True))
 
     if guarded("encode", run):
         return True

@@ -89,7 +89,7 @@ def _weigh(quantizer: "Quantizer[Any]", dim: int) -> _Packed:
     import torch
 
     group = quantizer.token_group
-    packed: PackedTensor = quantizer.quantize(torch.zeros(1, 1, group, dim))
+    packed: PackedTensor = quantizer.quantize(torch.zeros(1, 1, group, dim, dtype=torch.float32, device="cpu"))
     codes = sum(tensor.nbytes for tensor in packed.tensors(*packed.code_fields))
     once = sum(tensor.nbytes for name in sorted(packed.shared) for tensor in packed.tensors(name))
     return _Packed(group, codes, packed.nbytes - codes - once, once)
@@ -160,7 +160,7 @@ def kv_bytes(
         exact = tokens - packed_tokens
         places = tuple(i for i, kind in enumerate(shape.layers) if kind == "full")
         try:
-            method.check_layers(len(shape.layers))
+            method.check_layers(len(shape.layers), places)
             layout = _layout(method, shape.key_dim, shape.value_dim, places)
         except ValueError as error:  # the method's own rule about dims
             raise SizingError(f"{method.name} cannot hold this model's cache: {error}.") from None

@@ -132,14 +132,14 @@ class _Side:
 class _TimedLayer(QuantizedLayer):
     """A layer that notes how long it packs; only for the instrumented run, since it waits for the device."""
 
-    def __init__(self, method: Method, layer_idx: int, notes: Instruments) -> None:
-        super().__init__(method, layer_idx)
+    def __init__(self, layer: QuantizedLayer, notes: Instruments) -> None:
+        super().__init__(layer.method, layer.layer_idx, layer.last_reader, layer.config)
         self.notes = notes
 
-    def compress(self, visible: Tensor | None = None) -> None:
+    def compress(self, visible: Tensor | None = None, pads: bool = True) -> None:
         """Pack, with a clock."""
         with self.notes.time_into(self.notes.encode_ms, self.device):
-            super().compress(visible)
+            super().compress(visible, pads)
 
 
 class PeakMemory:
@@ -261,8 +261,7 @@ def _instrumented(
     side = _Side()
     cache = build_cache(loaded.model.config, method)
     cache.layers = [
-        _TimedLayer(method, i, side.instruments) if isinstance(layer, QuantizedLayer) else layer
-        for i, layer in enumerate(cache.layers)
+        _TimedLayer(layer, side.instruments) if isinstance(layer, QuantizedLayer) else layer for layer in cache.layers
     ]
     notes, device = side.instruments, loaded.model.device
     with time_attention(lambda: notes.time_into(notes.attention_ms, device)), PeakMemory(device) as memory:
