@@ -25,7 +25,7 @@ from turboquant.model_checks import (
     weight_bytes,
 )
 from turboquant.ops.codes import compile_kernels
-from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec, UnknownNameError, find_spec, is_local
+from turboquant.registry import MODELS, ModelError, ModelSpec, UnknownNameError, find_spec, is_embedded, is_local
 from turboquant.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_model(
             if is_local(spec):
                 raise ModelError(hub.no_safetensors(str(folder)))
             folder = hub.download(spec, folder, lambda f, text: report(0.05 + 0.55 * f, text), available_models())
-        if not is_local(spec) and spec.name != EMBEDDED:
+        if not is_local(spec) and not is_embedded(spec):
             spec = replace(spec, revision=folder.name)
         report(0.65, f"Loading {spec.name}")
         model = _load_weights(folder, weights, target, spec)
@@ -194,7 +194,7 @@ def _weights(weights: str, device: torch.device) -> str:
 
 def _folder_with_config(spec: ModelSpec, progress: Progress) -> Path:
     """The folder that holds the model's configuration; for a hub model the weights may still be missing."""
-    if spec.name == EMBEDDED:
+    if is_embedded(spec):
         return embedded.embedded_folder(progress)
     if not is_local(spec):
         progress(0.0, f"Looking for {spec.name}")
