@@ -28,6 +28,7 @@ LAYERS = (
     ("memory", "probe", "recommendation", "sizing"),
     ("generate", "graphs"),
     ("models",),
+    ("fingerprint",),
     ("embedded", "hub", "model_checks", "tiny"),
     ("hf_attention",),
     ("cache",),
