@@ -27,7 +27,7 @@ LAYERS = (
     ("comparison", "evaluation", "scoring", "summary", "synthetic"),
     ("memory", "probe", "recommendation", "sizing"),
     ("generate", "graphs"),
-    ("models",),
+    ("inputs", "models"),
     ("fingerprint",),
     ("embedded", "hub", "model_checks", "tiny"),
     ("hf_attention",),
