@@ -15,7 +15,7 @@ import torch
 
 from turboquant.cache import NothingCompressedError
 from turboquant.comparison import model_info
-from turboquant.fingerprint import fingerprint, unchanged
+from turboquant.fingerprint import is_current
 from turboquant.generate import CancelledError, PromptError
 from turboquant.inputs import inputs
 from turboquant.methods import Method, parse_method
@@ -117,8 +117,8 @@ class Models:
 
     def get(self, name: str, weights: str) -> LoadedModel:
         """Return a model, loading it where the one in memory is another or the name stands for something else now."""
-        same = self.loaded is not None and unchanged(self.loaded.fingerprint, fingerprint(name))
-        if self.loaded is None or self.held != (name, weights) or not same:
+        same = self.loaded is not None and self.held == (name, weights)
+        if self.loaded is None or not (same and is_current(name, self.loaded.fingerprint)):
             self.loaded = None  # let go of the old one first
             self.held = None  # a failed load leaves nothing behind
             self.loaded, self.held = self.load(name, weights), (name, weights)

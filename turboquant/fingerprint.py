@@ -64,9 +64,19 @@ def unchanged(before: str | None, now: str | None) -> bool:
     return before is None or before == now or (now is None and not before.startswith(_FOLDER))
 
 
+def is_current(name: str, before: str | None) -> bool:
+    """Return whether a name still stands for what had this fingerprint."""
+    return before is None or unchanged(before, fingerprint(name))
+
+
 def same_content(one: str, other: str | None) -> bool:
     """Return whether two fingerprints differ in the dates of files at most."""
     return other is not None and one.partition(_DATES)[0] == other.partition(_DATES)[0]
+
+
+def folder_digest(fingerprint: str) -> str | None:
+    """Return the digest in the fingerprint of a local folder; None of other models."""
+    return fingerprint.partition(_DATES)[0].removeprefix(_FOLDER) if fingerprint.startswith(_FOLDER) else None
 
 
 def folder_fingerprint(folder: Path) -> str:

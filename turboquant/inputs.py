@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from turboquant.fingerprint import commit, fingerprint, same_content, unchanged
+from turboquant.fingerprint import commit, fingerprint, folder_digest, same_content, unchanged
 from turboquant.results import Cell, ExperimentRecord
 from turboquant.texts import TEXTS, ReadText, read_text, reading
 
 MODEL, TEXT = "model", "text "
+DIGITS = 8
+"""Of a fingerprint, where it is shown to people."""
 _WORDS = "words "  # of older records: the sum of a text, not of the file's bytes
 _NAMED_TEXTS = ("texts", "text", "filler")  # settings of older records that name texts
 _NO_FILES = ("sentences", *TEXTS)
@@ -80,6 +82,17 @@ def reusable(records: Iterable[ExperimentRecord], cells: Iterable[Cell], model: 
     return Reusable(good, Counter(change for key, change in other.items() if key not in good))
 
 
+def as_here(record: ExperimentRecord, model: Model = fingerprint) -> ExperimentRecord:
+    """Return a record that another machine has made, with the dates that its model's files have here.
+
+    A copy of a folder has dates of its own; where nothing else differs, it is the same model.
+    """
+    before, here = record.inputs.get(MODEL), model(record.cell.model or "")
+    if before is None or here is None or not same_content(before, here):
+        return record
+    return record.model_copy(update={"inputs": {**record.inputs, MODEL: here}})
+
+
 def disagreement(records: Iterable[ExperimentRecord]) -> str | None:
     """Return a name that did not stand for the same in all records that use it; None where there is none."""
     seen: dict[tuple[str, str | None], str] = {}
@@ -91,8 +104,17 @@ def disagreement(records: Iterable[ExperimentRecord]) -> str | None:
     return None
 
 
+def own_files(record: ExperimentRecord) -> tuple[str | None, dict[str, str]]:
+    """Return the first digits of the fingerprints of a local model folder and of each text that is a file."""
+    noted = _noted(record)
+    folder = folder_digest(noted.get(MODEL) or "")
+    texts = {name.partition(" ")[2]: value for name, value in noted.items() if name != MODEL and value is not None}
+    files = {name: value[:DIGITS] for name, value in texts.items() if name not in TEXTS}
+    return None if folder is None else folder[:DIGITS], files
+
+
 def _change(record: ExperimentRecord, model: Model) -> Change | None:
-    for name, before in (record.inputs or _inputs_of_old(record)).items():
+    for name, before in _noted(record).items():
         if name == MODEL:
             named, text = record.cell.model or "", _of_model(before, model(record.cell.model or ""))
         else:
@@ -123,18 +145,22 @@ def _of_text(before: str | None, name: str, old: bool) -> str | None:
     return None if before == now else CHANGED
 
 
-def _inputs_of_old(record: ExperimentRecord) -> dict[str, str | None]:
-    """Return what a record from before there were inputs says of them: None where a file or folder was not noted.
+def _noted(record: ExperimentRecord) -> dict[str, str | None]:
+    """Return a record's inputs; None for a folder or file of which an older record does not say what it held.
 
-    Shipped texts and the built-in model come with the program, and a hub model was noted with its commit.
+    Shipped texts and the built-in model come with the program, and a hub model was noted with its commit before.
     """
-    settings, sums = record.cell.settings, record.detail.get("sha256") or {}
-    named = [settings[name] for name in _NAMED_TEXTS if isinstance(settings.get(name), str | list | tuple)]
-    texts = {text for one in named for text in ([one] if isinstance(one, str) else one)}
-    files = texts.difference(_NO_FILES)
-    found: dict[str, str | None] = {_WORDS + name: sums.get(name) for name in sorted(files.union(sums))}
-    if record.model is not None and record.model.revision is not None:
-        found[MODEL] = commit(record.model.revision)
-    elif record.model is not None and Path(record.model.hub_id).is_absolute():
+    found: dict[str, str | None] = {**(record.inputs or _texts_of_old(record))}
+    model = record.model
+    if MODEL not in found and model is not None and model.revision is not None:
+        found[MODEL] = commit(model.revision)
+    elif MODEL not in found and model is not None and Path(model.hub_id).is_absolute():
         found[MODEL] = None
     return found
+
+
+def _texts_of_old(record: ExperimentRecord) -> dict[str, str | None]:
+    values, sums = [record.cell.settings.get(name) for name in _NAMED_TEXTS], record.detail.get("sha256")
+    named = [name for value in values for name in (value if isinstance(value, list | tuple) else [value])]
+    found = {_WORDS + name: None for name in named if isinstance(name, str) and name not in _NO_FILES}
+    return found | ({_WORDS + name: str(value) for name, value in sums.items()} if isinstance(sums, dict) else {})

@@ -17,7 +17,7 @@ from turboquant import hub
 from turboquant.cli.app import run_recorded
 from turboquant.evaluation import read_document
 from turboquant.experiments import Experiment, Measurement, Models, Watch, cells_for, run_cells
-from turboquant.inputs import disagreement, reusable
+from turboquant.inputs import as_here, disagreement, reusable
 from turboquant.methods import Method, parse_method
 from turboquant.models import MODELS, LoadedModel, load_model
 from turboquant.results import Cell, ExperimentRecord, ModelInfo, Record, append_record, read_records
@@ -109,6 +109,22 @@ def test_an_old_record_says_of_its_model_what_it_can(tmp_path: Path, monkeypatch
     assert said("org/name", info("org/name", COMMIT))
     here["org/name"] = tmp_path / COMMIT
     assert not said("org/name", info("org/name", COMMIT))
+
+
+@pytest.mark.parametrize("settings", [{"texts": [["a"], 3, None]}, {"text": {"a": 1}}, {"filler": 7}], ids=str)
+def test_a_record_of_another_shape_is_no_error(tmp_path: Path, settings: dict) -> None:
+    record = old(tmp_path, **settings)
+    assert not lines([record])
+    assert not lines([record.model_copy(update={"detail": {"sha256": "none"}})])
+
+
+def test_a_model_that_was_loaded_by_other_means_is_not_known(tmp_path: Path) -> None:
+    record = old(tmp_path, model=str(tmp_path)).model_copy(update={"model": info(str(tmp_path))})
+    assert lines([record.model_copy(update={"inputs": {"text sqlite": "1"}})]) != []
+    shipped = hashlib.sha256(read_text("sqlite").encode()).hexdigest()
+    assert lines([record.model_copy(update={"inputs": {"text sqlite": shipped}})]) == [
+        f"1 record was made before it was noted what {tmp_path} held: it is measured again"
+    ]
 
 
 # New records
@@ -284,6 +300,23 @@ def test_records_with_and_without_inputs_are_read(tmp_path: Path) -> None:
     append_record(new, tmp_path / "new.jsonl")
     assert read_records(tmp_path / "new.jsonl") == [new]
     assert new.cell.key == record.cell.key
+
+
+def test_a_copy_on_another_machine_is_the_same_model_whatever_its_dates() -> None:
+    here, there = "folder a dates 1", "folder a dates 2"
+    record = sample_records.record(model="tiny").model_copy(update={"inputs": {"model": there, "text sqlite": "1"}})
+    assert reusable([record], [record.cell], lambda name: here).lines() == [
+        "the weights in tiny have new dates since 1 record was made: it is measured again"
+    ]
+    asked = as_here(record, lambda name: here)
+    assert asked.inputs == {"model": here, "text sqlite": "1"}
+    assert reusable([asked], [asked.cell], lambda name: here).lines() == [
+        "sqlite has changed since 1 record was made: it is measured again"
+    ]
+    others: dict[str, str | None] = {"b": "folder b dates 1", "c": f"commit {COMMIT}", "d": None}
+    for name in others:
+        elsewhere = record.model_copy(update={"cell": record.cell.model_copy(update={"model": name})})
+        assert as_here(elsewhere, others.get) == elsewhere
 
 
 def test_a_synthetic_cell_needs_no_inputs() -> None:
