@@ -1,8 +1,8 @@
 """What the name of a model stands for: fingerprints that show when its files have changed.
 
 A model of the hub is its commit, and the built-in one the SHA-256 of the file that it comes from. A local folder is the
-content of its files. Of files above `WHOLE` bytes, which are weights, that is the name, the size, the header and
-samples of the data; their dates stand beside it, since samples do not show every change.
+content of its files. Of weights beyond `WHOLE` bytes that is the name, the size, the header and samples of the data of
+each file; the dates of these files stand beside it, since samples do not show every change.
 """
 
 import hashlib
@@ -15,7 +15,15 @@ from typing import BinaryIO
 from turboquant import embedded, hub
 from turboquant.registry import ModelSpec, find_spec, is_embedded, is_local
 
-FILES = (*hub.WANTED, "*.safetensors", "*.gguf", "*.model", "*.tiktoken", "tekken.json", "additional_chat_templates/*")
+WEIGHTS = (".safetensors", ".gguf")
+FILES = (
+    *hub.WANTED,
+    *(f"*{end}" for end in WEIGHTS),
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "additional_chat_templates/*",
+)
 """What loading a folder may read."""
 WHOLE = 2**26
 SAMPLES, SAMPLE_BYTES = 16, 2**12
@@ -86,7 +94,7 @@ def folder_fingerprint(folder: Path) -> str:
         OSError: If one of them cannot be read.
     """
     content, dates = hashlib.sha256(), hashlib.sha256()
-    dated = False
+    dated, room = False, WHOLE
     found = {path.relative_to(folder).as_posix(): path for pattern in FILES for path in folder.glob(pattern)}
     for name, path in sorted(found.items()):
         if not path.is_file():
@@ -94,8 +102,10 @@ def folder_fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             content.update(f"{name}\0{status.st_size}\0".encode())
-            if status.st_size <= WHOLE:
+            are_weights = path.suffix in WEIGHTS
+            if status.st_size <= (room if are_weights else WHOLE):
                 content.update(hashlib.file_digest(file, "sha256").digest())
+                room -= status.st_size * are_weights
                 continue
             for part in _samples(file, status.st_size):
                 content.update(part)
@@ -110,5 +120,5 @@ def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
     header = int.from_bytes(start, "little")  # its length, in a safetensors file
     yield start + file.read(min(header, MOST_HEADER_BYTES))
     for number in range(SAMPLES):
-        file.seek((size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+        file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
         yield file.read(SAMPLE_BYTES)

@@ -91,6 +91,26 @@ def test_large_weights_are_not_read_as_a_whole(large: Path) -> None:
         assert not fingerprint.same_content(before, now(large))
 
 
+def test_weights_in_many_small_files_are_not_read_as_a_whole_either(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").unlink()
+    for number in range(5):
+        (folder / f"model-{number}.safetensors").write_bytes(bytes(8) + bytes([number]) * 4_000)
+    assert " dates " not in now(folder)
+    monkeypatch.setattr(fingerprint, "WHOLE", 10_000)
+    before = now(folder)
+    assert " dates " in before
+    (folder / "model-1.safetensors").touch()  # read as a whole, like all that is no weights
+    (folder / "tokenizer.json").touch()
+    assert now(folder) == before
+    (folder / "model-3.safetensors").touch()
+    assert fingerprint.same_content(before, now(folder))
+    assert now(folder) != before
+    flip(folder / "model-4.safetensors", 2_000)
+    assert not fingerprint.same_content(before, now(folder))
+
+
 def test_other_weights_of_the_same_size_and_dates_are_noticed(large: Path, tmp_path: Path) -> None:
     status, before = (large / "model.safetensors").stat(), now(large)
     other = save_tiny(tmp_path / "other", num_hidden_layers=2, seed=5) / "model.safetensors"

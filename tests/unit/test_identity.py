@@ -103,6 +103,11 @@ def test_what_has_changed_is_measured_again(
     assert any(newest[r.cell.key].detail != r.detail for r in first if r.cell.key in newest) or command == "recommend"
 
     replace_weights(model, saved[5])
+    if command == "sweep":  # its workers take seconds to start
+        listed = run(command, model, text, output, "--dry-run")
+        assert [line.split()[0] for line in listed.stdout.splitlines()[:-1]] == ["changed"]
+        assert f"{model} has changed since 1 record was made" in listed.stderr
+        return
     other = run(command, model, text, output)
     assert other.exit_code == 0, other.output
     named = model.name if command == "recommend" else str(model)
@@ -112,19 +117,73 @@ def test_what_has_changed_is_measured_again(
     for record in second:
         assert newest[record.cell.key].inputs["model"] != record.inputs["model"] or command == "recommend"
 
+    replace_weights(model, saved[4])  # as it was: the records of the second state are there, but for evaluate's
+    if command != "evaluate":
+        last = run(command, model, text, output)
+        assert last.exit_code == 0
+        assert "already (measured at" in last.stderr
+        assert "has changed" not in last.stderr
+        assert len(held(output)) == len(third)
 
-@pytest.mark.parametrize("command", ["perplexity", "recommend"])
-def test_what_came_before_a_change_is_used_where_it_is_taken_back(
-    command: str, model: Path, text: Path, tmp_path: Path, saved: dict[int, Path]
+
+def test_the_file_of_evaluate_holds_one_state_of_things(model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+
+    def evaluate(*more: str) -> Result:
+        words = [*BITS, "--queries", "8", "--filler", str(text), "--output", str(output), "--contexts", *more]
+        return RUNNER.invoke(cli.app, ["evaluate", "--model", str(model), *words])
+
+    assert evaluate("480").exit_code == 0
+    before = output.read_bytes()
+    text.write_text(TEXT.replace("keeper", "sailor"))
+    more = evaluate("500")
+    assert more.exit_code == 2
+    assert more.stderr.splitlines()[-1] == (
+        f"turboquant: {text} has changed since 1 record was made: it is not asked for and would stay in {output} "
+        "beside new ones: give another --output, or --overwrite"
+    )
+    assert output.read_bytes() == before
+    assert evaluate("480", "500").exit_code == 0
+    assert len(held(output)) == 2
+    assert len({record.inputs[f"text {text}"] for record in held(output)}) == 1
+    text.write_text(TEXT)
+    assert evaluate("500", "--overwrite").exit_code == 0
+    assert len(held(output)) == 1
+
+
+def test_what_a_stopped_run_shows_is_of_one_state_of_things(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C before the first new record: nothing of what was measured on the text before is shown."""
     output = tmp_path / "out.jsonl"
-    run(command, model, text, output)
-    replace_weights(model, saved[5])
-    run(command, model, text, output)
-    count = len(held(output))
-    replace_weights(model, saved[4])
-    last = run(command, model, text, output)
-    assert last.exit_code == 0
-    assert "already (measured at" in last.stderr
-    assert "has changed" not in last.stderr
-    assert len(held(output)) == count
+    assert run("variance", model, text, output).exit_code == 0
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turboquant.models.load_model", interrupted)
+    text.write_text(TEXT.replace("keeper", "sailor"))
+    stopped = run("variance", model, text, output)
+    assert stopped.exit_code == 1
+    assert "stopped with 0 of 2 records" in stopped.stderr
+    assert "records show:" not in stopped.stderr
+    text.write_text(TEXT)
+    again = run("variance", model, text, output, "--sampling-seeds", "2")
+    assert "what 2 of 3 records show:" in again.stderr
+
+
+def test_a_text_or_folder_that_has_gone_is_not_what_it_was(model: Path, text: Path, tmp_path: Path) -> None:
+    for command in ("perplexity", "evaluate"):
+        output = tmp_path / ("out.json" if command == "evaluate" else f"{command}.jsonl")
+        assert run(command, model, text, output).exit_code == 0
+        count = len(held(output))
+        text.rename(tmp_path / "away")
+        gone = run(command, model, text, output)
+        assert gone.exit_code == 2
+        assert f"or a file, got '{text}'" in gone.stderr
+        (tmp_path / "away").rename(text)
+        assert f"{count} of {count} records are in" in run(command, model, text, output).stderr
+    shutil.rmtree(model)
+    gone = run("perplexity", model, text, tmp_path / "perplexity.jsonl")
+    assert gone.exit_code == 2
+    assert f"There is no folder {model} on this machine" in gone.stderr
