@@ -54,7 +54,7 @@ def recommend(
         settings: Texts, limits and candidates.
         watch: Progress (the number of steps is estimated), cancelling, and stopping between two measurements.
         text: A text itself, in place of `settings.texts`.
-        known: Records from before; what they say of the same text is not measured again.
+        known: Records from before; what they say of the same model and text is not measured again.
         keep: Called with each new record.
 
     Raises:
