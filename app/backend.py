@@ -127,11 +127,12 @@ def _recommend(
     from turboquant.generate import CancelledError
     from turboquant.recommend import recommend
 
-    known, before = request.known, len(request.known)
-    watch = Watch(job.progress, cancelled, stopping=lambda: len(known) > before and yielding())
+    known, made = request.known, set[str]()
+    watch = Watch(job.progress, cancelled, stopping=lambda: bool(made) and yielding())
 
     def keep(record: "ExperimentRecord") -> None:
         known[record.cell.key] = record
+        made.add(record.cell.key)
 
     try:
         job.add(0, recommend(loaded, request.settings, watch, text=request.text, known=known.values(), keep=keep))

@@ -9,6 +9,9 @@ from turboquant.faults import out_of_disk, out_of_memory
 NO_MEMORY = "Not enough memory for this run; try a shorter prompt, fewer new tokens or a smaller model."
 NO_DISK = "The disk of the server is full, so this run could not be made; the server log has the details."
 NO_WORKER = "The worker that ran this has ended unexpectedly; a new one is at work. Start the run again."
+MODEL_CHANGED = (
+    "The files of the model have changed since this run began; what was measured stays. Start the run again."
+)
 SHUTDOWN = "the shutdown of the server"
 
 

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 
 from app.contract import EngineStatus, Loader, ModelKey, Runner
-from app.endings import NO_MEMORY, NO_WORKER, SHUTDOWN, Ending, ending_of, let_go
+from app.endings import MODEL_CHANGED, NO_MEMORY, NO_WORKER, SHUTDOWN, Ending, ending_of, let_go
 from app.job_queue import JobQueue
 from app.jobs import Job, Request
 from app.journal import Journal, Refusal
 from app.logs import event
 from app.result_cache import ResultCache
 from turboquant.faults import out_of_memory
+from turboquant.fingerprint import is_current
 
 JOIN_S = 2.0
 """How long the closing engine waits for its worker to notice, in seconds."""
@@ -291,6 +292,10 @@ class Engine:
             loaded = self._ensure((job.request.model, job.request.weights), job)
             if job.cancelled:
                 return Ending("stopped"), None
+            fingerprint = getattr(loaded, "fingerprint", None)
+            if job.results and job.fingerprint != fingerprint:
+                return Ending("failed", MODEL_CHANGED), None
+            job.fingerprint = fingerprint
             job.advance("running", "Reading the prompt" if job.request.sides else "Starting")
             self._set_status("running")
             self.journal.started(job, self.status().waiting)
@@ -332,8 +337,8 @@ class Engine:
             let_go(error)
 
     def _ensure(self, key: ModelKey, job: Job | None) -> Any:
-        """The model of `key`, loaded now if another one or none is resident; the other one goes first."""
-        if self._key == key:
+        """The model of `key`, loaded now if another one, none or an older one is resident; that goes first."""
+        if self._key == key and is_current(key[0], getattr(self._loaded, "fingerprint", None)):
             return self._loaded
         self._unload()
 

@@ -205,8 +205,9 @@ class View:
 class Job:
     """A request with everything the worker has reported about it.
 
-    `results` are by item and grow while it runs; `cached` names those that were there before. `stop_reason` says why it
-    stopped when nobody asked it to; `generated` counts the tokens that were generated, over all sides.
+    `results` are by item and grow while it runs; `cached` names those that were there before; `fingerprint` is that of
+    the model they come from. `stop_reason` says why it stopped when nobody asked it to; `generated` counts the tokens
+    that were generated, over all sides.
     """
 
     session: str
@@ -218,6 +219,7 @@ class Job:
     ended: float | None = None
     results: dict[int, Any] = field(default_factory=dict)
     cached: frozenset[int] = frozenset()
+    fingerprint: str | None = None
     stop_reason: str | None = None
     passed: int = 0
     worked_s: float = 0.0

@@ -1,15 +1,25 @@
 """Results of repeated settings: what was measured once is not measured again.
 
 Results that follow from shipped examples and numbers alone are given to everybody; those that follow from what a
-visitor wrote are kept for that visitor alone, and go when the visitor does.
+visitor wrote are kept for that visitor alone, and go when the visitor does. A result is of the model as it was then:
+once its folder has changed it is measured again.
 """
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from app.jobs import Job
 from turboquant.faults import UNMEASURED
+from turboquant.fingerprint import is_current
+
+
+@dataclass(frozen=True)
+class _Kept:
+    result: Any
+    fingerprint: str | None
 
 
 class ResultCache:
@@ -21,10 +31,11 @@ class ResultCache:
 
     def __init__(self, limit: int) -> None:
         self._limit, self._lock = limit, threading.Lock()
-        self._results: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._results: OrderedDict[tuple[str, str], _Kept] = OrderedDict()
 
     def fill(self, job: Job) -> None:
         """Give a new job the results that are known, and mark them as cached."""
+        is_so = cache(is_current)
         for item in range(job.request.items):
             key = _key(job, item)
             with self._lock:
@@ -32,7 +43,9 @@ class ResultCache:
                     continue
                 self._results.move_to_end(key)
                 known = self._results[key]
-            job.add(item, known)
+            if is_so(job.request.model, known.fingerprint):
+                job.fingerprint = known.fingerprint
+                job.add(item, known.result)
         job.cached = frozenset(job.results)
 
     def keep(self, job: Job) -> None:
@@ -41,11 +54,11 @@ class ResultCache:
         for item in done[:-1] if job.cancelled else done:
             key = _key(job, item)
             if key is not None and _whole(job.results[item]):
-                self._put(key, job.results[item])
+                self._put(key, _Kept(job.results[item], job.fingerprint))
 
-    def _put(self, key: tuple[str, str], result: object) -> None:
+    def _put(self, key: tuple[str, str], kept: _Kept) -> None:
         with self._lock:
-            self._results[key] = result
+            self._results[key] = kept
             self._results.move_to_end(key)
             while len(self._results) > self._limit:
                 self._results.popitem(last=False)

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, Request
 from app.measure.recommend import RecommendRequest
 from app.requests import Choices, RequestError, compare_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
+from turboquant.fingerprint import is_current
+from turboquant.inputs import MODEL
 from turboquant.recommendation import Recommendation
 from turboquant.results import ExperimentRecord, read_records
 
@@ -128,6 +131,14 @@ def records() -> dict[str, ExperimentRecord]:
     """Every cell that this tab has measured, by the cell's key."""
     kept: dict[str, ExperimentRecord] = st.session_state.setdefault("records", {})
     return kept
+
+
+def current_records() -> dict[str, ExperimentRecord]:
+    """The cells that this tab has measured on models as they are now; the folder of one may have changed since."""
+    is_so = cache(is_current)
+    return {
+        key: record for key, record in records().items() if is_so(record.cell.model or "", record.inputs.get(MODEL))
+    }
 
 
 def recommendation() -> tuple[Recommendation, bool] | None:

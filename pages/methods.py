@@ -24,7 +24,7 @@ if shown == RECORDED:
     records = state.recorded("methods")
     words = "No recorded comparison is shipped with this app. Press Measure to make one."
 else:
-    records = alike(measurement.asked(plan), state.records())
+    records = alike(measurement.asked(plan), state.current_records())
     words = "Nothing is measured in this tab with these settings yet. Press Measure, or look at the recorded results."
 
 if records or job is not None:

@@ -29,9 +29,9 @@ if shown == RECORDED:
 elif job := measurement.working():
     cells = measurement.asked(plan)
     work.watch(job)
-    needle.maps(present(cells, state.records()), cells)
+    needle.maps(present(cells, state.current_records()), cells)
 else:
-    records = present(plan.cells, state.records())
+    records = present(plan.cells, state.current_records())
     measurement.source(records, shown, needle.files(records))
     if records:
         needle.maps(records, plan.cells)

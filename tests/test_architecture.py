@@ -27,7 +27,8 @@ LAYERS = (
     ("comparison", "evaluation", "scoring", "summary", "synthetic"),
     ("memory", "probe", "recommendation", "sizing"),
     ("generate", "graphs"),
-    ("models",),
+    ("inputs", "models"),
+    ("fingerprint",),
     ("embedded", "hub", "model_checks", "tiny"),
     ("hf_attention",),
     ("cache",),
@@ -159,6 +160,16 @@ def test_kernels_are_imported_by_ops_and_only_when_called(path: Path) -> None:
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
     assert "kernels" not in library_parts(set(imports(tree)))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "turboquant" / "tasks").glob("*.py")), ids=name_of)
+def test_experiments_read_texts_in_the_one_way_that_is_noted(path: Path) -> None:
+    """What `turboquant.texts.read_text` reads is noted in records, so that they show when it has changed."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = {call.id for call in calls if isinstance(call, ast.Name)}
+    methods = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+    assert not (named | methods) & {"open", "Path", "read_bytes"}
+    assert "read_text" not in methods
 
 
 @pytest.mark.parametrize("path", APP, ids=name_of)

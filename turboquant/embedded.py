@@ -43,6 +43,14 @@ def is_available() -> bool:
     return _gguf() is not None or (cache_root() / EMBEDDED / CHECKSUMS).is_file()
 
 
+def source_sha256() -> str | None:
+    """SHA-256 sum of the GGUF file that the built-in model comes from, as the wheel's list or else the copy has it."""
+    try:
+        return _recorded_sha256() or json.loads((cache_root() / EMBEDDED / CHECKSUMS).read_text())["source_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def embedded_folder(progress: Progress) -> Path:
     """Return the folder of the converted copy, converting the wheel's GGUF file first where needed.
 
@@ -147,6 +155,8 @@ def _is_intact(folder: Path) -> bool:
         record = json.loads((folder / CHECKSUMS).read_text())
         gguf = _gguf()
         if record["format"] != FORMAT or (gguf and record["source"] != _source(gguf)):
+            return False
+        if gguf and record["source_sha256"] != (_recorded_sha256() or record["source_sha256"]):
             return False
         sizes = all((folder / name).stat().st_size == entry["bytes"] for name, entry in record["files"].items())
         return sizes and all(_sha256(folder / name) == entry["sha256"] for name, entry in record["files"].items())

@@ -15,10 +15,13 @@ import torch
 
 from turboquant.cache import NothingCompressedError
 from turboquant.comparison import model_info
+from turboquant.fingerprint import is_current
 from turboquant.generate import CancelledError, PromptError
+from turboquant.inputs import inputs
 from turboquant.methods import Method, parse_method
 from turboquant.models import LoadedModel, ModelError, load_model
 from turboquant.results import CacheReport, Cell, ExperimentRecord, Record, environment
+from turboquant.texts import ReadText, reading
 
 S = TypeVar("S", bound=Record)
 Load = Callable[[str, str], LoadedModel]
@@ -113,8 +116,9 @@ class Models:
         self.loaded: LoadedModel | None = None
 
     def get(self, name: str, weights: str) -> LoadedModel:
-        """Return a model, loading it where the one in memory is another."""
-        if self.loaded is None or self.held != (name, weights):
+        """Return a model, loading it where the one in memory is another or the name stands for something else now."""
+        same = self.loaded is not None and self.held == (name, weights)
+        if self.loaded is None or not (same and is_current(name, self.loaded.fingerprint)):
             self.loaded = None  # let go of the old one first
             self.held = None  # a failed load leaves nothing behind
             self.loaded, self.held = self.load(name, weights), (name, weights)
@@ -145,6 +149,18 @@ def _allocated(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
+def _within_reading(
+    running: Iterator[tuple[Method, Measurement]], texts: dict[str, ReadText]
+) -> Iterator[tuple[Method, Measurement]]:
+    """Let an experiment go on within its block of texts, and leave the block while it waits."""
+    while True:
+        with reading(texts):
+            found = next(running, None)
+        if found is None:
+            return
+        yield found
+
+
 def _measure(
     experiment: Experiment[Any], cells: Sequence[Cell], loaded: LoadedModel, watch: Watch
 ) -> Iterator[ExperimentRecord]:
@@ -153,7 +169,9 @@ def _measure(
     methods = [parse_method(cell.method or "") for cell in cells]
     device, started = loaded.model.device, time.perf_counter()
     held = _allocated(device)
-    for method, found in experiment.run(loaded, methods, settings, watch):
+    with reading() as texts:
+        running = experiment.run(loaded, methods, settings, watch)
+    for method, found in _within_reading(running, texts):
         elapsed, started = time.perf_counter() - started, time.perf_counter()
         peak = {} if held is None else {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(device) - held)}
         yield ExperimentRecord(
@@ -163,6 +181,7 @@ def _measure(
             cache=found.cache,
             timing={"elapsed": elapsed, **found.timing},
             detail=found.detail,
+            inputs=inputs(loaded.fingerprint, texts),
             environment=environment(device),
         )
         _allocated(device)

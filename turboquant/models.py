@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboquant import embedded, hub
+from turboquant.fingerprint import fingerprint_of
 from turboquant.hub import available_models
 from turboquant.model_checks import (
     BYTES_PER_PARAMETER,
@@ -25,7 +26,7 @@ from turboquant.model_checks import (
     weight_bytes,
 )
 from turboquant.ops.codes import compile_kernels
-from turboquant.registry import EMBEDDED, MODELS, ModelError, ModelSpec, UnknownNameError, find_spec, is_local
+from turboquant.registry import MODELS, ModelError, ModelSpec, UnknownNameError, find_spec, is_embedded, is_local
 from turboquant.tiny import tiny_model
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class LoadedModel:
         spec: Where it came from; the revision is the commit that was loaded.
         weights: Precision as read from the loaded modules: fp32, bf16, 8bit or 4bit.
         device: Where the weights are.
+        fingerprint: Of the files that it was loaded from (see `turboquant.fingerprint`); None where it came otherwise.
     """
 
     model: "PreTrainedModel"
@@ -66,6 +68,7 @@ class LoadedModel:
     spec: ModelSpec
     weights: str
     device: str
+    fingerprint: str | None = None
 
 
 def load_model(
@@ -98,9 +101,10 @@ def load_model(
             if is_local(spec):
                 raise ModelError(hub.no_safetensors(str(folder)))
             folder = hub.download(spec, folder, lambda f, text: report(0.05 + 0.55 * f, text), available_models())
-        if not is_local(spec) and spec.name != EMBEDDED:
+        if not is_local(spec) and not is_embedded(spec):
             spec = replace(spec, revision=folder.name)
         report(0.65, f"Loading {spec.name}")
+        files = fingerprint_of(spec, folder)
         model = _load_weights(folder, weights, target, spec)
         if (found := read_weights(model)) != weights:
             raise ModelError(
@@ -108,6 +112,8 @@ def load_model(
             )
         report(0.9, "Loading the tokenizer")
         tokenizer = _tokenizer(folder)
+        if is_local(spec) and fingerprint_of(spec, folder) != files:
+            raise ModelError(f"{spec.name} was changed while it was loaded: load it again.")
     if not spec.parameters:
         spec = replace(spec, parameters=sum(p.numel() for p in skeleton.parameters()) / 1e9)
     _set_attention(model, spec)
@@ -115,7 +121,7 @@ def load_model(
         report(0.95, "Compiling the kernels")
         compile_kernels()
     report(1.0, f"{spec.name} is ready")
-    return LoadedModel(model, tokenizer, spec, found, str(target))
+    return LoadedModel(model, tokenizer, spec, found, str(target), files)
 
 
 def read_config(name: str) -> "PreTrainedConfig":
@@ -194,7 +200,7 @@ def _weights(weights: str, device: torch.device) -> str:
 
 def _folder_with_config(spec: ModelSpec, progress: Progress) -> Path:
     """The folder that holds the model's configuration; for a hub model the weights may still be missing."""
-    if spec.name == EMBEDDED:
+    if is_embedded(spec):
         return embedded.embedded_folder(progress)
     if not is_local(spec):
         progress(0.0, f"Looking for {spec.name}")
@@ -254,7 +260,16 @@ def _load_weights(folder: Path, weights: str, device: torch.device, spec: ModelS
         raise ModelError(
             f"{spec.name} lacks {len(missing)} of its weights, {missing[0]} among them: fetch its files again."
         )
+    if is_local(spec) and device.type == "cpu":
+        _take_out_of_files(model)
     return model
+
+
+def _take_out_of_files(model: "PreTrainedModel") -> None:
+    """Copy weights, which may lie in the mapped file: what is written into it later would change them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # quantized ones were made anew
+            tensor.data = tensor.data.clone()
 
 
 def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -17,6 +17,7 @@ from typing import Any
 from turboquant.comparison import model_info
 from turboquant.experiments import Models, Watch, cells_for, run_group
 from turboquant.generate import CancelledError, PromptError
+from turboquant.inputs import Reusable, reusable
 from turboquant.methods import Method, parse_method
 from turboquant.methods.layer_bits import Bits, write_layer_bits
 from turboquant.models import LoadedModel
@@ -24,9 +25,9 @@ from turboquant.recommendation import MOST_TOKENS, Memory, Part, Recommendation,
 from turboquant.results import ExperimentRecord, environment
 from turboquant.search import Candidate, most, smallest
 from turboquant.sizing import KVBytes, SizingError, kv_bytes, read_config
-from turboquant.tasks.perplexity import EXPERIMENT, FullRun, PerplexitySettings, read_full, text_hashes
+from turboquant.tasks.perplexity import EXPERIMENT, FullRun, PerplexitySettings, read_full
 from turboquant.tasks.perplexity import run as run_perplexity
-from turboquant.texts import read_text
+from turboquant.texts import read_text, reading
 
 BITS = (2, 3, 4, 5, 6, 8)
 MOST_APART = 2
@@ -53,7 +54,7 @@ def recommend(
         settings: Texts, limits and candidates.
         watch: Progress (the number of steps is estimated), cancelling, and stopping between two measurements.
         text: A text itself, in place of `settings.texts`.
-        known: Records from before; what they say of the same text is not measured again.
+        known: Records from before; what they say of the same model and text is not measured again.
         keep: Called with each new record.
 
     Raises:
@@ -62,7 +63,15 @@ def recommend(
         CancelledError: The caller asked to cancel or to stop; what was kept can be given as `known` again.
     """
     asked, watch = settings or RecommendSettings(), watch or Watch()
-    return _Search(loaded, asked, watch, text, {one.cell.key: one for one in known}, keep).run()
+    return _Search(loaded, asked, watch, text, known, keep).run()
+
+
+def reusable_for(loaded: LoadedModel, texts: Sequence[str], known: Iterable[ExperimentRecord]) -> Reusable:
+    """Find the records that a search on these texts can use."""
+    records = list(known)
+    cells = [one.cell for one in records if one.cell.settings.get("texts") == list(texts)]
+    cells = [one for one in cells if (one.model, one.weights) == (loaded.spec.name, loaded.weights)]
+    return reusable(records, cells, model=lambda name: loaded.fingerprint)
 
 
 class _Search:
@@ -74,11 +83,10 @@ class _Search:
         settings: RecommendSettings,
         watch: Watch,
         text: str | None,
-        known: dict[str, ExperimentRecord],
+        known: Iterable[ExperimentRecord],
         keep: Callable[[ExperimentRecord], None],
     ) -> None:
-        self.loaded, self.settings, self.watch, self.known, self.keep = loaded, settings, watch, known, keep
-        self.read = read_text if text is None else lambda name: text
+        self.loaded, self.settings, self.watch, self.keep = loaded, settings, watch, keep
         self.texts = settings.texts if text is None else (TYPED,)
         self.shape = read_config(loaded.model.config.to_dict())
         if not self.shape.full_layers:
@@ -86,13 +94,14 @@ class _Search:
         longest = self.shape.max_positions or MOST_TOKENS
         self.tokens = settings.tokens or min(longest, MOST_TOKENS)
         self.candidates = candidates(settings.recipes, self.size)
-        self.choosing, self.confirming = self._parts()
-        self.sha256 = text_hashes(self.choosing, self.read)
+        with reading(given={} if text is None else {TYPED: text}) as self.read:
+            self.known = reusable_for(loaded, self.texts, known).records
+            self.choosing, self.confirming = self._parts()
         self.full: dict[str, FullRun] = {}
         self.tried: dict[tuple[str, Part], Tried] = {}
         self.layer_kl: dict[int, float] = {}
         self.lower: Bits | None = None
-        self.steps, self.reused, self.before = 0, 0, frozenset(known)
+        self.steps, self.reused, self.before = 0, 0, frozenset(self.known)
 
     def sized(self, method: Method, tokens: int) -> KVBytes:
         """Estimate a cache of so many tokens; exact tokens are held in the model's own number format."""
@@ -113,7 +122,7 @@ class _Search:
             raise PromptError(f"context must be at least {least} tokens ({because}), got {longest}")
         head = len(tokenizer("").input_ids)
         counts = {
-            name: len(tokenizer(self.read(name), add_special_tokens=False, verbose=False).input_ids)
+            name: len(tokenizer(read_text(name), add_special_tokens=False, verbose=False).input_ids)
             for name in self.texts
         }
         shortest = min(counts, key=lambda name: counts[name])
@@ -138,7 +147,7 @@ class _Search:
         """Return the record of a method, measured now unless it is known; the full cache reads each part once."""
         (cell,) = cells_for(EXPERIMENT, self.loaded.spec.name, [parse_method(method)], [settings], self.loaded.weights)
         found = self.known.get(cell.key)
-        if found is not None and found.error is None and found.detail.get("sha256") == self.sha256:
+        if found is not None and found.error is None:
             self.reused += cell.key in self.before
             return found
         self.watch.check()
@@ -152,7 +161,7 @@ class _Search:
             stopping=lambda: False,  # what is in hand is finished
         )
         if (part := settings.model_dump_json()) not in self.full:
-            self.full[part] = read_full(self.loaded, settings, inner.part(0, 0.5), self.read)
+            self.full[part] = read_full(self.loaded, settings, inner.part(0, 0.5))
         experiment = replace(EXPERIMENT, run=partial(run_perplexity, full=self.full[part]))
         (record,) = run_group(experiment, [cell], Models(lambda name, weights: self.loaded), inner)
         self.steps += 1
@@ -190,14 +199,15 @@ class _Search:
     def run(self) -> Recommendation:
         """Search, then look back at what was found."""
         started = time.perf_counter()
-        found = smallest(
-            self.candidates,
-            lambda one: self.passes(one.method, "choose"),
-            lambda one: self.passes(one.method, "confirm"),
-        )
-        method = found.method if found else None
-        if found and self.settings.layers:
-            method = self.fewer_bits(found) or found.method
+        with reading(self.read):
+            found = smallest(
+                self.candidates,
+                lambda one: self.passes(one.method, "choose"),
+                lambda one: self.passes(one.method, "confirm"),
+            )
+            method = found.method if found else None
+            if found and self.settings.layers:
+                method = self.fewer_bits(found) or found.method
         known = {one.method for one in self.candidates}
         close = [one for one in self.tried.values() if one.failure and one.kl is not None]
         return Recommendation(

@@ -81,9 +81,14 @@ def find_spec(name: str) -> ModelSpec:
     raise UnknownNameError(_unknown(name))
 
 
+def is_embedded(spec: ModelSpec) -> bool:
+    """Whether the spec is that of the built-in model; a folder may be called the same."""
+    return spec == MODELS[EMBEDDED]
+
+
 def is_local(spec: ModelSpec) -> bool:
     """Whether the spec names a folder of this machine rather than a hub repository."""
-    return spec.revision is None and spec.name != EMBEDDED
+    return spec.revision is None and not is_embedded(spec)
 
 
 def _local_spec(name: str) -> ModelSpec:

@@ -271,7 +271,7 @@ class DecodeBench(Record):
 
 
 class Cell(Record):
-    """What an experiment measures once: a record's identity. Two records of one cell measured the same thing.
+    """What an experiment measures once, in the words of who asks: records of one cell and equal inputs are alike.
 
     `model` and `weights` are as asked for, `method` is `str(method)`, `settings` are the experiment's own (context,
     seed, text ...). Synthetic experiments have no model.
@@ -299,11 +299,10 @@ def _short(value: object) -> str:
 
 
 class ExperimentRecord(Record):
-    """One finished cell: what was measured, what the cache held, how long it took, where.
+    """One finished cell: what was measured, what the cache held, how long it took, where; or its `error` alone.
 
     `metrics` are the headline numbers by name (percentages end in `_pct`, milliseconds in `_ms`, bytes in `_bytes`),
-    None where a number could not be had; `timing` is in seconds; `detail` is the experiment's own (per layer, per head,
-    per token ...). A cell that failed has its `error` and no metrics.
+    None where one could not be had; `timing` is in seconds; `detail` is the experiment's own (per layer, per head ...).
     """
 
     kind: Literal["experiment"] = "experiment"
@@ -314,6 +313,7 @@ class ExperimentRecord(Record):
     cache: CacheReport | None = None
     timing: dict[str, float] = Field({})
     detail: dict[str, Any] = Field({})
+    inputs: dict[str, str] = Field({})  # what the cell's names stood for: fingerprints, see `turboquant.inputs`
     environment: Environment
     error: str | None = None
 

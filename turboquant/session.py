@@ -93,7 +93,7 @@ class Session:
 
     def __init__(self, loaded: LoadedModel, method: Method, chat: bool = True) -> None:
         self.method, self.chat = method, chat
-        self._name = _name(loaded)
+        self._name, self._fingerprint = _name(loaded), loaded.fingerprint
         self._config = loaded.model.config
         self._loaded: LoadedModel | None = loaded
         self.reset()
@@ -117,10 +117,12 @@ class Session:
         """Take the model up again.
 
         Raises:
-            ValueError: If it is another model, or the same in other weights or on another device.
+            ValueError: If it is another model, the same in other weights or on another device, or its files changed.
         """
         if (name := _name(loaded)) != self._name:
             raise ValueError(f"The conversation was held with {self._name}, and cannot go on with {name}.")
+        if loaded.fingerprint != self._fingerprint:
+            raise ValueError(f"The files of {self._name} have changed since the conversation began.")
         self._loaded = loaded
 
     def reset(self) -> None:

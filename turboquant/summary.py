@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from turboquant.bench_records import GPU_BENCHES, GpuBench
+from turboquant.inputs import own_files
 from turboquant.methods import parse_method
 from turboquant.results import DecodeBench, Environment, ExperimentRecord, first_error
 
@@ -201,6 +202,8 @@ def _split(method: str | None, row: dict[str, Any]) -> tuple[str | None, str, fl
 def summarize(records: Iterable[ExperimentRecord]) -> list[Summary]:
     """Average records over contexts and seeds; failed ones are passed over.
 
+    Records of a text or a model folder of the user's stand apart from those of other contents under the same name.
+
     Returns:
         One summary for each experiment, settings, model, weights and method, in this order.
     """
@@ -210,10 +213,12 @@ def summarize(records: Iterable[ExperimentRecord]) -> list[Summary]:
             cell, settings = record.cell, record.cell.settings
             row = {name: settings[name] for name in ROW_SETTINGS if name in settings}
             fixed = {k: v for k, v in sorted(settings.items()) if k not in AVERAGED and k not in row and v is not None}
+            folder, files = own_files(record)
+            model = f"{cell.model}, {folder}" if folder else cell.model
             key = (
                 cell.experiment,
-                _text(fixed),
-                f"{cell.model} on a GPU" if cell.model and on_gpu(record) else cell.model,
+                _text(fixed | {f"SHA-256 of {name}": digits for name, digits in files.items()}),
+                f"{model} on a GPU" if model and on_gpu(record) else model,
                 cell.weights,
                 *_split(cell.method, row),
                 tuple(row.items()),

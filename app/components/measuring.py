@@ -81,7 +81,7 @@ class Measurement(Generic[C]):
     def run_bar(self, plan: Plan, *, shortcuts: bool = True) -> None:
         """Draw the buttons with what would be done and how long it takes; see `work.bar`."""
         disabled = escape(plan.refusal) if plan.refusal else None
-        left = missing(plan.cells, state.records())
+        left = missing(plan.cells, state.current_records())
         if not (disabled or left):
             disabled = f"All of it is measured ({self.describe(plan.cells)}). Change a setting to measure more."
         words = "" if disabled else self._words(plan, left)
@@ -91,13 +91,15 @@ class Measurement(Generic[C]):
     def _request(self) -> CellsRequest:
         plan = self.plan()
         own = any("needle" in cell.settings for cell in plan.cells)  # a visitor's own words
-        asked = plan.request(state.records(), self.name.capitalize(), self.name, private=own)
+        asked = plan.request(state.current_records(), self.name.capitalize(), self.name, private=own)
         st.session_state[f"{self.prefix}_view"] = HERE
         return asked
 
     def _words(self, plan: Plan, left: Sequence[Cell]) -> str:
         there = len(plan.cells) - len(left)
         line = self.describe(plan.cells) + (f", {there} of {len(plan.cells)} measured" if there else "")
+        if before := len(left) - len(missing(left, state.records())):
+            line += f" · {left[0].model} has changed since {counted(before, 'cell')} were measured"
         own = [record for record in state.records().values() if record.cell.experiment == self.experiment]
         for known, source in (
             (own, "what this tab measured"),

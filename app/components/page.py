@@ -31,7 +31,7 @@ TAGS: dict[Tag, tuple[str, str, str, str]] = {
         "Cached",
         ":material/cached:",
         "gray",
-        "Measured on this machine before, for the same settings; not measured again.",
+        "Measured on this machine before, for the same settings and model files; not measured again.",
     ),
 }
 

@@ -98,7 +98,7 @@ def recorded(metric: str) -> None:
 def measured(plan: Plan, metric: str) -> None:
     """Show what this tab has measured of the plan."""
     cells = MEASUREMENT.asked(plan)
-    records = present(cells, state.records())
+    records = present(cells, state.current_records())
     good = [record for record in records if record.error is None]
     MEASUREMENT.source(records, HERE, _files(good), f"{len(good)} of {counted(len(cells), 'cell')}.")
     if not records:

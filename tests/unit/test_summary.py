@@ -119,3 +119,17 @@ def test_the_place_of_a_measurement_is_said() -> None:
     assert measured_on([where()]) == "Measured 2026-01-01 on cpu: Some Processor, 2 threads, commit abc123."
     several = measured_on([where(3, None), where(1)])
     assert several == "Measured 2026-01-01 to 2026-01-03 on cpu: Some Processor, 2 threads, commit abc123, no commit."
+
+
+def test_other_contents_under_the_same_name_stand_apart() -> None:
+    def one(seed: int, text: str, folder: str):
+        inputs = {"model": f"folder {folder * 64} dates {seed}", "text my.txt": text * 64, "text sqlite": str(seed)}
+        return record(settings={"seed": seed, "texts": ["my.txt", "sqlite"]}, model="/m").model_copy(
+            update={"inputs": inputs}
+        )
+
+    first, second = summarize([one(0, "a", "f"), one(1, "a", "f"), one(2, "b", "f"), one(3, "b", "f")])
+    assert (first.records, second.records) == (2, 2)
+    assert first.settings == "filler=sentences, texts=my.txt sqlite, SHA-256 of my.txt=aaaaaaaa"
+    assert second.settings.endswith("SHA-256 of my.txt=bbbbbbbb")
+    assert [one.model for one in summarize([one(0, "a", "f"), one(1, "a", "e")])] == ["/m, eeeeeeee", "/m, ffffffff"]

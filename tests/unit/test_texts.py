@@ -1,12 +1,13 @@
 """The shipped texts, and reading a user's own."""
 
+import hashlib
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from turboquant import texts
-from turboquant.texts import TEXTS, read_text
+from turboquant.texts import TEXTS, read_text, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(texts.__file__).parent
@@ -59,3 +60,46 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes | No
 def test_a_folder_is_not_a_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         read_text(tmp_path)
+
+
+def test_line_ends_of_all_kinds_are_newlines(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_text(path) == "one\ntwo\nthree\n"
+
+
+def test_a_text_is_read_once_within_a_block_and_its_bytes_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n")
+    with reading() as texts:
+        assert not texts
+        assert read_text(path) == "first\n"
+        assert texts[str(path)].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        path.write_text("second\n")
+        with reading() as inner:
+            assert read_text(str(path)) == "first\n"
+            assert read_text("sqlite")
+        assert inner is texts
+        assert set(texts) == {str(path), "sqlite"}
+        path.unlink()
+        assert read_text(path) == "first\n"
+    with pytest.raises(ValueError, match="or a file"):
+        read_text(path)
+    with reading(texts):
+        assert read_text(path) == "first\n"
+
+
+def test_what_cannot_be_read_is_tried_again_in_a_block(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    with reading() as texts:
+        with pytest.raises(ValueError, match="or a file"):
+            read_text(path)
+        path.write_text("there now")
+        assert read_text(path) == "there now"
+        assert set(texts) == {str(path)}
+
+
+def test_a_text_can_be_given_in_place_of_a_file() -> None:
+    with reading(given={"typed in": "my words"}) as texts:
+        assert read_text("typed in") == "my words"
+        assert texts["typed in"].sha256 == hashlib.sha256(b"my words").hexdigest()

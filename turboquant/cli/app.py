@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from turboquant.cli.flags import Commands
+from turboquant.texts import reading
 
 if TYPE_CHECKING:
     from turboquant.experiments import Experiment, Watch
@@ -212,6 +213,7 @@ def finished(path: Path, experiments: set[str], overwrite: bool) -> "list[Experi
     return records
 
 
+@reading()  # every text is read once: what is compared with records is what is measured
 def run_recorded(
     title: str,
     cells: "Sequence[Cell]",
@@ -224,7 +226,8 @@ def run_recorded(
 ) -> "list[ExperimentRecord]":
     """Measure what is missing in an output, record by record; return the records of all cells, old and new.
 
-    A cell that failed before is tried again. Leaves with code 1 after Ctrl-C, saying how to go on.
+    A cell that failed before is tried again, and one whose model or text has changed since is measured again. Leaves
+    with code 1 after Ctrl-C, saying how to go on, and where a text or the model changed while other processes ran.
 
     Args:
         title: What the progress bar says.
@@ -237,18 +240,15 @@ def run_recorded(
         store: What the output held before, and how a record is added to it; without it the output is a file of records.
     """
     from turboquant.experiments import Watch
+    from turboquant.inputs import disagreement
     from turboquant.results import append_record
 
-    wanted = {cell.key for cell in cells}
     before, keep = store or (
         finished(output, set(experiments), overwrite),
         lambda record: append_record(record, output),
     )
-    known = {record.cell.key: record for record in before if record.error is None and record.cell.key in wanted}
+    known = _known(before, cells, output)
     missing = [cell for cell in cells if cell.key not in known]
-    if known:
-        commits = {record.environment.commit or "no commit" for record in known.values()}
-        say(f"{len(known)} of {len(cells)} records are in {output} already (measured at {', '.join(sorted(commits))})")
     with Stop().listening() as stop, progress_bar(title) as progress:
         watch = Watch(progress=progress)
         try:
@@ -269,7 +269,27 @@ def run_recorded(
     if stop.asked and len(known) < len(cells):
         again = "the same command without --overwrite" if overwrite else "the same command"
         fail(f"stopped with {len(known)} of {len(cells)} records in {output}; {again} goes on from there", 1)
+    if name := disagreement(known.values()):
+        why = "it changed while this ran, or differs between machines"
+        again = "the same command measures again those that are about something else"
+        fail(f"{name} was not the same for all {len(cells)} records ({why}): {again}", 1)
     return [known[cell.key] for cell in cells]
+
+
+def _known(
+    before: "Sequence[ExperimentRecord]", cells: "Sequence[Cell]", output: Path
+) -> "dict[str, ExperimentRecord]":
+    """Return the records that are about what the cells name now, by key; say how many, and what has changed."""
+    from turboquant.inputs import reusable
+
+    found = reusable(before, cells)
+    for line in found.lines():
+        say(line)
+    if found.records:
+        commits = {record.environment.commit or "no commit" for record in found.records.values()}
+        there = f"{len(found.records)} of {len(cells)} records are in {output} already"
+        say(f"{there} (measured at {', '.join(sorted(commits))})")
+    return found.records
 
 
 def _in_this_process(

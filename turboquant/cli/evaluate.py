@@ -89,7 +89,7 @@ def evaluate(
         for length in lengths
     ]
     cells = cells_for(EXPERIMENT, model, methods, settings, weights)
-    store = _store(output, overwrite, cells[0], records)
+    store = _store(output, overwrite, cells, records)
 
     found = run_recorded(f"evaluate {model}", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite, store=store)
     _table(found)
@@ -125,17 +125,24 @@ def _check_machine(model: str, weights: str, context: int) -> None:
         fail(error, 2)
 
 
-def _store(output: Path, overwrite: bool, cell: "Cell", also: Path | None) -> "Store":
-    """Return what the output holds and how a record is added; leave with code 2 for a file of something else."""
+def _store(output: Path, overwrite: bool, cells: "Sequence[Cell]", also: Path | None) -> "Store":
+    """Return what the output holds and how a record is added; leave with code 2 for a file of something else.
+
+    That is also a file with results from before a change that would stay beside new ones.
+    """
     from turboquant.evaluation import EvaluationFileError, difference, read_document, write_document
+    from turboquant.inputs import reusable
     from turboquant.results import append_record
 
     try:
         before = [] if overwrite else read_document(output)
     except (EvaluationFileError, OSError) as error:
         fail(f"{error}: give another --output, or --overwrite", 2)
-    if unlike := difference(before, cell):
+    if unlike := difference(before, cells[0]):
         fail(f"{output} holds results of {unlike}: give another --output, or --overwrite", 2)
+    asked = {cell.key for cell in cells}
+    for line in reusable(before, [one.cell for one in before if one.cell.key not in asked]).lines("not asked for"):
+        fail(f"{line} and would stay in {output} beside new ones: give another --output, or --overwrite", 2)
     held = {record.cell.key: record for record in before}
 
     def keep(record: "ExperimentRecord") -> None:

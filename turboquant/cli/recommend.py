@@ -21,6 +21,7 @@ from turboquant.cli.app import (
 )
 from turboquant.cli.quality import read_settings, read_texts
 from turboquant.cli.tables import interval, number, print_table
+from turboquant.texts import reading
 
 if TYPE_CHECKING:
     from turboquant.recommend import Recommendation, Tried
@@ -29,6 +30,7 @@ TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", 
 
 
 @app.command()
+@reading()
 def recommend(
     model: Annotated[str, typer.Argument(help="Name from `turboquant models`, hub id or local folder.")],
     text: Annotated[
@@ -65,7 +67,7 @@ def recommend(
     check_writable(output)
     from turboquant.experiments import Watch
     from turboquant.generate import CancelledError
-    from turboquant.recommend import RecommendSettings
+    from turboquant.recommend import RecommendSettings, reusable_for
     from turboquant.recommend import recommend as search
     from turboquant.results import append_record
 
@@ -75,6 +77,8 @@ def recommend(
     read_texts(settings.texts)
     known = finished(output, {"perplexity"}, overwrite)
     loaded = load(model, weights)
+    for line in reusable_for(loaded, settings.texts, known).lines("measured again where needed"):
+        say(line)
     if overwrite:
         output.write_bytes(b"")
     with Stop().listening() as stop, progress_bar("recommend") as progress:

@@ -150,13 +150,20 @@ def _engine(engine: EngineName, workers: int | None, address: str | None, num_cp
 
 
 def _list(cells: "list[Cell]", output: Path, overwrite: bool) -> None:
+    from turboquant.inputs import reusable
     from turboquant.tasks import EXPERIMENTS
 
     before = finished(output, set(EXPERIMENTS), False) if output.exists() and not overwrite else []
     latest = {record.cell.key: record for record in before}
-    done = {key for key, record in latest.items() if record.error is None}
+    found = reusable(before, cells)
+    for line in found.lines():
+        say(line)
+    done = set(found.records)
     for cell in cells:
-        state = "done" if cell.key in done else "failed" if cell.key in latest else "to do"
+        record = latest.get(cell.key)
+        state = (
+            "done" if cell.key in done else "failed" if record and record.error else "changed" if record else "to do"
+        )
         typer.echo(f"{state:7} {cell}")
     count = sum(cell.key in done for cell in cells)
     typer.echo(json.dumps({"cells": len(cells), "done": count, "to_do": len(cells) - count, "output": str(output)}))

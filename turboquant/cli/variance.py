@@ -131,11 +131,11 @@ def _cells(
 
 def _show_partial(cells: "Sequence[Cell]", methods: "Sequence[Method]", reference: "Method", output: Path) -> None:
     """Show what a stopped run has measured."""
+    from turboquant.inputs import reusable
     from turboquant.results import RecordFileError, read_records
 
-    wanted = {cell.key for cell in cells}
     try:
-        done = [r for r in read_records(output) if not r.error and r.cell.key in wanted]
+        done = list(reusable(read_records(output), cells).records.values())
     except RecordFileError:
         return
     if done:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from turboquant.experiments import Experiment, Models, Watch, failed, groups, run_group
+from turboquant.inputs import as_here
 from turboquant.models import load_model
 from turboquant.results import Cell, ExperimentRecord
 
@@ -88,7 +89,7 @@ class _Cluster:
         for records in ready:
             task = self.flying[records]
             try:
-                record: ExperimentRecord = self.ray.get(next(records))
+                record = as_here(self.ray.get(next(records)))
             except StopIteration:
                 del self.flying[records]
             except self.ray.exceptions.RayError as error:

@@ -1,7 +1,8 @@
 """What is asked of a model under a cache: needles, perplexity, generation, attention. One file an experiment.
 
 Each module has its settings (a pydantic record, whose fields become the cell's settings) and an `EXPERIMENT`, whose
-`run` measures any number of methods against the full cache and shares what they have in common.
+`run` measures any number of methods against the full cache and shares what they have in common. Texts are read with
+`turboquant.texts.read_text`, which notes them for the record.
 """
 
 import importlib

@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -34,14 +34,13 @@ from turboquant.models import LoadedModel
 from turboquant.probe import packing_runs
 from turboquant.results import CacheReport, Record
 from turboquant.statistics import block_interval
-from turboquant.texts import read_text
+from turboquant.texts import read_text, reading
 
 CHUNK = 64
 """Tokens of one forward call at most: their logits are all that is held at once."""
 BLOCK = 32
 """Neighbouring positions that the bootstrap draws together."""
 BUCKETS = 4
-Read = Callable[[str], str]  # a text by its name
 
 
 class PerplexitySettings(Record):
@@ -104,8 +103,8 @@ class FullRun:
     seconds: float
 
 
-def text_windows(loaded: LoadedModel, settings: PerplexitySettings, read: Read = read_text) -> list[Window]:
-    """Return the windows of all texts, which `read` finds; each begins as the tokenizer begins a text.
+def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Window]:
+    """Return the windows of all texts; each begins as the tokenizer begins a text.
 
     Raises:
         ValueError: If a text cannot be read.
@@ -118,7 +117,7 @@ def text_windows(loaded: LoadedModel, settings: PerplexitySettings, read: Read =
     size = settings.context + 1 - len(head)
     windows = []
     for text in settings.texts:
-        ids: list[int] = tokenizer(read(text), add_special_tokens=False, verbose=False).input_ids
+        ids: list[int] = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
         places = range(settings.start, len(ids) - size + 1, size)
         if len(places) < settings.windows:
             raise PromptError(
@@ -308,25 +307,22 @@ def _by_position(kl: Tensor, same: Tensor, prefill: int) -> list[dict[str, float
     ]
 
 
-def text_hashes(settings: PerplexitySettings, read: Read = read_text) -> dict[str, str]:
-    """Return the SHA-256 of each text, by name."""
-    return {text: hashlib.sha256(read(text).encode()).hexdigest() for text in settings.texts}
-
-
-def read_full(loaded: LoadedModel, settings: PerplexitySettings, watch: Watch, read: Read = read_text) -> FullRun:
+@reading()
+def read_full(loaded: LoadedModel, settings: PerplexitySettings, watch: Watch) -> FullRun:
     """Read the windows with the full cache.
 
     Raises:
         PromptError: If a text is too short, or the context longer than the model's.
         CancelledError: If the caller asked to stop.
     """
-    windows = text_windows(loaded, settings, read)
+    windows = text_windows(loaded, settings)
     began = time.perf_counter()
     references = []
     for i, window in enumerate(windows):
         watch.progress(i / len(windows), f"full cache: {window.text}")
         references.append(_reference(loaded, window, settings.prefill, watch))
-    return FullRun(settings, windows, references, text_hashes(settings, read), time.perf_counter() - began)
+    sums = {text: hashlib.sha256(read_text(text).encode()).hexdigest() for text in settings.texts}
+    return FullRun(settings, windows, references, sums, time.perf_counter() - began)
 
 
 def run(

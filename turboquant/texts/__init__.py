@@ -1,13 +1,20 @@
 """Public-domain texts that ship with the package, of different kinds, for perplexity and for the needle's filler.
 
 They are excerpts, cut at a paragraph's end, as plain UTF-8 with single line ends; the words are the editions' own.
+
+Whatever is measured on a text reads it with `read_text`, within a block of `reading`: so it is known which texts a
+result comes from, and what they held.
 """
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["TEXTS", "Text", "read_text"]
+__all__ = ["TEXTS", "ReadText", "Text", "read_text", "reading"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,45 @@ TEXTS: dict[str, Text] = {
 }
 
 
+@dataclass(frozen=True)
+class ReadText:
+    """A text as it was read.
+
+    Attributes:
+        text: Without byte order mark, line ends as newlines.
+        sha256: Of the very bytes.
+    """
+
+    text: str
+    sha256: str
+
+
+_read: ContextVar[dict[str, ReadText] | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def reading(
+    texts: dict[str, ReadText] | None = None, given: Mapping[str, str] | None = None
+) -> Iterator[dict[str, ReadText]]:
+    """Read each text once within the block: who reads it again is given the same, whatever becomes of the file.
+
+    Args:
+        texts: What another block has read, to go on with. Without it the block shares what one around it reads.
+        given: Texts by a name under which they are to be had, that are no files.
+
+    Yields:
+        What has been read, by name; it grows.
+    """
+    held = texts if texts is not None else _read.get()
+    held = {} if held is None else held
+    held |= {name: ReadText(text, hashlib.sha256(text.encode()).hexdigest()) for name, text in (given or {}).items()}
+    token = _read.set(held)
+    try:
+        yield held
+    finally:
+        _read.reset(token)
+
+
 def read_text(source: str | Path) -> str:
     """Return a shipped text by name, or the text of a file.
 
@@ -78,17 +124,29 @@ def read_text(source: str | Path) -> str:
     Raises:
         ValueError: If there is no such text or file, or the file cannot be read, is empty or is not UTF-8.
     """
-    if str(source) in TEXTS:
-        return resources.files(__name__).joinpath(f"{source}.txt").read_text(encoding="utf-8")
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {str(source)!r}")
+    name, held = str(source), _read.get()
+    if held is None:
+        return _read_now(name).text
+    if name not in held:
+        held[name] = _read_now(name)
+    return held[name].text
+
+
+def _read_now(name: str) -> ReadText:
+    content = resources.files(__name__).joinpath(f"{name}.txt").read_bytes() if name in TEXTS else _file(name)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the text file {path} is not UTF-8: byte {error.start} cannot be read") from error
-    except OSError as error:
-        raise ValueError(f"the text file {path} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"the text file {name} is not UTF-8: byte {error.start} cannot be read") from error
     if not text.strip():
-        raise ValueError(f"the text file {path} is empty")
-    return text
+        raise ValueError(f"the text file {name} is empty")
+    return ReadText(text.replace("\r\n", "\n").replace("\r", "\n"), hashlib.sha256(content).hexdigest())
+
+
+def _file(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {name!r}") from None
+    except OSError as error:
+        raise ValueError(f"the text file {name} cannot be read: {error.strerror or error}") from error
