@@ -31,7 +31,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Also fills new memory with NaN, so that nothing may read what it did not write."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(
+        True, warn_only=torch.cuda.is_available()
+    )  # cuBLAS asks for a setting of its own
     try:
         yield
     finally:
@@ -49,7 +51,7 @@ def several() -> Iterator[None]:
 MODES: dict[str, Callable[[], AbstractContextManager]] = {
     "none": nullcontext,
     "inference": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast": lambda: torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16),
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device": lambda: torch.device("meta"),
     "deterministic": deterministic,
@@ -91,7 +93,8 @@ def model():
 
 def run(model, spec: str, prefill: str, decode: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Fill a cache in one mode, go on in another; the last logits, and what the cache then holds."""
-    ids, cache = tokens(1, PROMPT + STEPS), build_cache(model.config, parse_method(spec))
+    ids = tokens(1, PROMPT + STEPS).to(model.device)
+    cache = build_cache(model.config, parse_method(spec))
     with MODES[prefill]():
         model(ids[:, :PROMPT], past_key_values=cache)
     with MODES[decode]():
@@ -100,6 +103,22 @@ def run(model, spec: str, prefill: str, decode: str) -> tuple[torch.Tensor, list
     assert spec == "full" or cache_report(cache).compressed_tokens
     held = [state.clone() for index in range(2) for state in layer_states(cache, index)]
     return logits.clone(), held
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("hf-")])
+def test_every_method_in_every_mode_on_a_gpu(spec: str) -> None:
+    """As below, with the kernels: what the modes change is held against bfloat16's own rounding."""
+    model = tiny_model("llama", num_hidden_layers=2).to("cuda", torch.bfloat16)
+    expected, _ = run(model, spec, "none", "none")
+    for prefill in MODES:
+        forget_tables()
+        for decode in MODES:
+            logits, _ = run(model, spec, prefill, decode)
+            assert (logits.float() - expected).abs().max() <= SPECS[spec] * expected.abs().max(), (prefill, decode)
+        again, _ = run(model, spec, "none", "none")
+        assert torch.equal(again, expected), prefill
 
 
 @pytest.mark.parametrize("spec", SPECS)
