@@ -39,10 +39,20 @@ def stored(
     return x.float().nan_to_num(nan=torch.nan)
 
 
+def median(x: Float[Tensor, "*batch count"], dim: int) -> Float[Tensor, "*rest"]:
+    """Return the lower median along a dim, which is kept; NaN is left out, and stands where there is nothing else.
+
+    It is found by sorting: torch's own is not deterministic on a GPU.
+    """
+    ordered = x.sort(dim=dim).values  # NaN comes last
+    count = (~ordered.isnan()).sum(dim=dim, keepdim=True)
+    return ordered.gather(dim, ((count - 1) // 2).clamp_min(0))
+
+
 def uneven(x: Float[Tensor, "batch kv_heads tokens dim"]) -> bool:
     """Return whether some vectors are much longer than others of their head or of other heads, or all far from 1."""
     lengths = x.float().norm(dim=-1)
-    usual = lengths.median(dim=2, keepdim=True).values
+    usual = median(lengths, dim=2)
     apart = (lengths > 4 * usual).any() | (usual.max() > OUTLIER * usual.min())
     return bool(apart | (lengths.max() > FP16_MAX) | (usual.min() < FP16_TINY))
 
@@ -58,7 +68,7 @@ def misread(x: Float[Tensor, "batch kv_heads tokens dim"], read: Float[Tensor, "
         read: What is read back.
     """
     lengths = x.float().norm(dim=-1, keepdim=True)
-    usual = lengths.median(dim=2, keepdim=True).values
+    usual = median(lengths, dim=2)
     error = read.float() - x.float()
     along = (x.float() * error).sum(dim=-1, keepdim=True) / lengths.square()  # 0 where it is read right
     size = error.norm(dim=-1, keepdim=True)

@@ -98,11 +98,14 @@ def attention_forward(
         with _clock.get()():
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _check_reading(states, attention_mask)
-    layer = states.layer
+    layer, home = states.layer, query.device
     if layer.lengths is not None:
         return _replayed_forward(layer, query, scaling), None
+    if layer.device != home:  # a layer on another device shares its keys and values
+        query = query.to(layer.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(layer.device)
     with _clock.get()():
-        output = _attend(module, query, states, attention_mask, scaling, kwargs)
+        output = _attend(module, query, states, attention_mask, scaling, kwargs).to(home)
     if layer.last_reader is None or layer.last_reader == module.layer_idx:
         layer.compress(*_visible(attention_mask))
         states.spent = True

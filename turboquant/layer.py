@@ -53,6 +53,10 @@ class CachedStates:
         self.spent = False
         self.on_unread: Callable[[], None] = lambda: None
 
+    def to(self, *args: Any, **kwargs: Any) -> "CachedStates":
+        """Return the states as they are: a layer that reads another one's brings its queries to them."""
+        return self
+
     def undo(self) -> None:
         """Let the layer give the call's tokens back, where the call cannot go on."""
         self.layer.take_back(self.added)

@@ -1,5 +1,7 @@
 """Values from 1e-8 to 1e8 in single channels, tokens and heads: read back within a method's own error, or counted."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import cache_utils
 
 from turboquant.cache import build_cache, cache_report, fill_cache, layer_states
-from turboquant.grouping import FP16_MAX, FP16_TINY, in_float16, misread, stored, uneven
+from turboquant.grouping import FP16_MAX, FP16_TINY, in_float16, median, misread, stored, uneven
 from turboquant.methods import METHODS, parse_method
 from turboquant.models import tiny_model
 from turboquant.token_buffer import TokenBuffer
@@ -162,6 +164,12 @@ def test_float16_is_kept_where_it_serves() -> None:
     assert infinite[..., 2].isnan().all()
     pads = torch.tensor([[False, True]])
     assert stored(torch.tensor([[[1e9, 1.0]]]), pads).dtype == torch.float16
+
+
+@given(st.lists(st.floats(-9, 9) | st.just(math.nan), min_size=1, max_size=9))
+def test_the_median_leaves_out_what_is_no_number(numbers: list[float]) -> None:
+    x = torch.tensor(numbers, dtype=torch.float32)
+    assert torch.equal(median(x, 0), x.nanmedian(dim=0, keepdim=True).values) or x.isnan().all()
 
 
 def test_only_what_is_really_lost_is_counted() -> None:

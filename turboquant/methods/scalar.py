@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from turboquant.codebook import boundaries, check_bits, lloyd_max
-from turboquant.grouping import FP16_MAX, OUTLIER, in_float16, stored
+from turboquant.grouping import FP16_MAX, OUTLIER, in_float16, median, stored
 from turboquant.kernel_view import KernelView
 from turboquant.methods import check_choice
 from turboquant.modes import plain, shared_table
@@ -175,7 +175,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
                 return _steps(groups, tops.unsqueeze(-1), 255).to(torch.uint8).flatten(2), tops
         scales = norms.squeeze(-1)
         asked = scales if valid is None else torch.where(valid[:, None], scales, torch.nan)
-        far = asked.nan_to_num(nan=0.0).amax(dim=2) > FAR_OUTLIER * asked.nanmedian(dim=2).values
+        far = asked.nan_to_num(nan=0.0).amax(dim=2, keepdim=True) > FAR_OUTLIER * median(asked, dim=2)
         return scales if bool(far.any()) else stored(scales, valid), None
 
     def quantize(
@@ -240,8 +240,8 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         """Return whether the mean of the first block, which is subtracted, is far longer than these vectors."""
         if like is None or like.center is None:
             return False
-        usual = x.float().norm(dim=-1).median(dim=2).values
-        return bool((like.center.float().norm(dim=-1).squeeze(2) > OUTLIER * usual).any())
+        usual = median(x.float().norm(dim=-1), dim=2)
+        return bool((like.center.float().norm(dim=-1) > OUTLIER * usual).any())
 
     def blank(self, x: Float[Tensor, "batch kv_heads tokens dim"], like: PackedMSE | None) -> PackedMSE | None:
         """Return room for these vectors, which a fused kernel fills; only the center is set.
@@ -414,7 +414,7 @@ def _mean_without_outliers(
     """Mean of each group's real vectors; those more than `OUTLIER` times as long as the median one are left out."""
     lengths = groups.norm(dim=-1, keepdim=True)
     counted = lengths if real is None else torch.where(real, lengths, torch.nan)
-    outlier = lengths > OUTLIER * counted.nanmedian(dim=3, keepdim=True).values
+    outlier = lengths > OUTLIER * median(counted, dim=3)
     if bool(outlier.any()):
         real = ~outlier if real is None else real & ~outlier
     if real is None:
