@@ -51,6 +51,7 @@ LAYERS = (
         "record",
         "search",
         "texts",
+        "threads",
     ),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -2,9 +2,12 @@
 
 import sys
 
+from turboquant.threads import sleep_while_waiting
+
 
 def lm_eval() -> None:
     """Run lm-evaluation-harness with the model class `turboquant`: the console script `turboquant-lm-eval`."""
+    sleep_while_waiting()
     try:
         from turboquant.integrations.lm_eval import main
     except ModuleNotFoundError as error:

@@ -1,0 +1,23 @@
+"""How OpenMP's threads wait for each other, which decides how fast PyTorch is on a CPU that others use too.
+
+PyTorch splits most operations over its threads and waits at the end of each. By default GCC's OpenMP waits by spinning,
+for milliseconds: on a busy machine the threads that wait take the processor from the one that they wait for, hundreds of
+times a token. Measured on two cores with two other busy processes, a step of SmolLM2-135M took 5 seconds that way, and
+0.3 where the threads soon go to sleep (`turboquant bench decode --busy 2`).
+"""
+
+import os
+
+SPINS = 1000
+"""Rounds of waiting (some 20 microseconds) before a thread goes to sleep: most waits of a quiet machine are shorter."""
+
+
+def sleep_while_waiting() -> None:
+    """Let the threads of OpenMP sleep while they wait, in this process and those it starts.
+
+    It must be called before PyTorch is imported, whose OpenMP reads the environment once. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # other builds of OpenMP
+    os.environ["GOMP_SPINCOUNT"] = str(SPINS)
