@@ -187,7 +187,11 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
         layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
     )
     notes: _Notes | None = getattr(mask, NOTES, None)
-    starts = layer.padding if notes is not None and notes.left_padded else None
+    starts = None
+    if notes is not None and notes.causal and notes.real is None:
+        mask = None  # it says no more than that
+    elif notes is not None and notes.hides_pads_of(layer):
+        starts = layer.padding
     if mask is not None and layer.padding is not None:
         slots = layer.slots(mask.shape[-1])[:, None, None, :]
         mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
@@ -208,17 +212,31 @@ def _replayed_forward(layer: QuantizedLayer, query: Tensor, scaling: float) -> T
     return output.transpose(1, 2)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Notes:
     """What is known of a mask that was made here, beside its entries.
 
     Attributes:
         real: (batch, tokens) as the 2D mask says; None where every token is real.
-        left_padded: Whether causality and pads in front of rows are all that the mask says. Kernels ask it on GPUs.
+        causal: Whether causality and pads are all that the mask says.
     """
 
     real: Tensor | None
-    left_padded: bool = False
+    causal: bool
+    _hides_pads: bool | None = None
+
+    def hides_pads_of(self, layer: QuantizedLayer) -> bool:
+        """Return whether the mask says no more than causality and hides exactly the pads in front of a layer's rows.
+
+        Only kernels ask, on GPUs: the answer is waited for, once for all layers of a call, whose pads are the same.
+        """
+        if self.real is None or layer.padding is None or not self.real.is_cuda:
+            return False
+        if self._hides_pads is None:
+            place = torch.arange(self.real.shape[1], device=self.real.device)
+            same = self.real == (place >= layer.padding.to(place.device)[:, None])
+            self._hides_pads = self.causal and bool(same.all())
+        return self._hides_pads
 
 
 def _visible(mask: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -241,11 +259,10 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return None
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     if pads is None and causal:
-        setattr(mask, NOTES, _Notes(None))
+        setattr(mask, NOTES, _Notes(None, causal))
     elif pads is not None and pads.dim() == 2 and pads.shape[1] == mask.shape[-1]:
         real = pads.bool()
-        in_front = causal and mask.is_cuda and bool((real[:, 1:] >= real[:, :-1]).all())
-        setattr(mask, NOTES, _Notes(None if bool(real.all()) else real, in_front))
+        setattr(mask, NOTES, _Notes(None if bool(real.all()) else real, causal))
     return mask
 
 

@@ -1,9 +1,8 @@
 """How OpenMP's threads wait for each other, which decides how fast PyTorch is on a CPU that others use too.
 
 PyTorch splits most operations over its threads and waits at the end of each. By default GCC's OpenMP waits by spinning,
-for milliseconds: on a busy machine the threads that wait take the processor from the one that they wait for, hundreds of
-times a token. Measured on two cores with two other busy processes, a step of SmolLM2-135M took 5 seconds that way, and
-0.3 where the threads soon go to sleep (`turboquant bench decode --busy 2`).
+for milliseconds: on a busy machine the threads that wait take the processor from the one that they wait for, hundreds
+of times a token. What that costs is measured by `turboquant bench decode --busy 2`: docs/results.md.
 """
 
 import os

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from tests.helpers import Lossless, tokens
+from turboquant import hf_attention
 from turboquant.cache import build_cache, cache_report, fill_cache, layer_states
-from turboquant.hf_attention import _visible, attention_forward
+from turboquant.hf_attention import _visible, attend, attention_forward
 from turboquant.methods import parse_method
 from turboquant.models import tiny_model
+from turboquant.ops import backend
 
 FIRST, LAST = 160, 6
 WINDOW = "residual_length=16,sink_length=2"
@@ -121,6 +123,50 @@ def test_additive_masks_hide_in_every_dtype(dtype: torch.dtype) -> None:
     see = torch.ones(1, 1, 3, 5, dtype=torch.bool)
     see[..., :2] = False
     assert _visible(added(see, dtype))[0].tolist() == [[False, False, True, True, True]]
+
+
+def test_a_mask_that_says_nothing_but_causality_is_left_out(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks behind a filled cache come with a mask; where no row is padded, kernels need none of it."""
+    masks = []
+
+    def noting(*args, **kwargs):
+        masks.append(args[5])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(hf_attention, "attend", noting)
+    padded = torch.ones(2, FIRST + LAST, dtype=torch.long)
+    padded[0, :30] = 0
+    expected = {}
+    for name, mask in (("none", None), ("ones", torch.ones_like(padded)), ("padded", padded)):
+        cache = build_cache(model.config, Lossless())
+        first = None if mask is None else mask[:, :FIRST]
+        model(tokens(2, FIRST), attention_mask=first, past_key_values=cache)
+        expected[name] = model(tokens(2, LAST, seed=1), attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(expected["none"], expected["ones"])
+    assert [mask is None for mask in masks] == [True] * 6 + [False] * 3  # three layers each
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("hidden", [(30, 0), (30, 20), (0, 0)], ids=str)
+@pytest.mark.parametrize("later", ["the same", "all shown", "more hidden"])
+@pytest.mark.parametrize("count", [1, LAST])
+def test_kernels_follow_2d_masks_that_change(hidden, later: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read of pads is what the present mask says, not what it said when the prompt was packed."""
+    model = tiny_model("llama").to("cuda", torch.bfloat16)
+    first = torch.ones(2, FIRST + count, dtype=torch.long, device="cuda")
+    for row, pads in enumerate(hidden):
+        first[row, :pads] = 0
+    second = torch.ones_like(first) if later == "all shown" else first.clone()
+    if later == "more hidden":
+        second[:, :50] = 0
+    logits = []
+    for failed in (set(), {"attention", "prefill", "encode"}):
+        monkeypatch.setattr(backend, "_failed", failed)
+        cache = build_cache(model.config, parse_method(f"turboquant:bits=4,{WINDOW}"))
+        model(tokens(2, FIRST).cuda(), attention_mask=first[:, :FIRST], past_key_values=cache)
+        logits.append(model(tokens(2, count, seed=1).cuda(), attention_mask=second, past_key_values=cache).logits)
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[1].abs().max()
 
 
 @given(sizes=st.lists(st.integers(1, 60), min_size=2, max_size=6), seed=st.integers(0, 1000))

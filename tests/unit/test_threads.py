@@ -28,7 +28,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def spins(printed: str) -> int:
-    """How long OpenMP will spin, by what it has printed; a build of OpenMP that prints nothing of the kind is another."""
+    """How long OpenMP will spin, by what it has printed."""
     found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", printed)
     if found is None:
         pytest.skip("PyTorch has another OpenMP than GCC's")
