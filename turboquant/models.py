@@ -5,6 +5,7 @@ Whatever goes wrong is a `ModelError` with one sentence. Nothing falls back sile
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -307,9 +308,7 @@ def _library_errors(spec: ModelSpec, device: torch.device) -> Iterator[None]:
             "choose fewer bits for the weights or a smaller model."
         ) from error
     except ImportError as error:
-        raise ModelError(
-            f"{spec.name} cannot be loaded: a package is missing ({_first_line(error)}); run `make setup`."
-        ) from error
+        raise ModelError(f"{spec.name} cannot be loaded: {_what_is_missing(error)}.") from error
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
@@ -317,6 +316,15 @@ def _library_errors(spec: ModelSpec, device: torch.device) -> Iterator[None]:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def _what_is_missing(error: ImportError) -> str:
+    """Name the package that a model or its weights need, as transformers or Python name it."""
+    named = re.search(r"requires (?:the )?([\w.-]+)(?: library)?,? but it was not found", str(error), re.IGNORECASE)
+    package = named.group(1).lower() if named else error.name
+    if not package:
+        return _first_line(error)
+    return f"it needs the package {package}, which is not installed here (pip install {package})"
 
 
 def _first_line(error: BaseException) -> str:

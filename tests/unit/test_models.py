@@ -15,8 +15,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, DeepseekV3Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast
+from transformers.utils import requires_backends
 
-from turboquant import embedded, hub, model_checks
+from turboquant import embedded, hub, model_checks, models
 from turboquant.models import (
     MODELS,
     WEIGHTS,
@@ -400,3 +401,18 @@ class TestTinyModels:
         assert tiny_model("llama", num_hidden_layers=2, head_dim=96).model.layers[1].self_attn.head_dim == 96
         with pytest.raises(ValueError, match="architecture must be one of llama"):
             tiny_model("transformer-xl")
+
+
+def test_a_missing_package_is_named_and_its_own_command_given() -> None:
+    """`make setup` does not install what single models need."""
+    spec = ModelSpec("some-model", "test/some-model", None, "")
+    for missing, package in (
+        (lambda: requires_backends("SomeModel", "natten"), "natten"),
+        (lambda: import_module("no_such_package"), "no_such_package"),
+    ):
+        with (
+            pytest.raises(ModelError, match=rf"needs the package {package}, .* \(pip install {package}\)\.$") as caught,
+            models._library_errors(spec, torch.device("cpu")),
+        ):
+            missing()
+        assert "make setup" not in str(caught.value)
