@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import reprlib
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -22,7 +21,7 @@ from filelock import FileLock
 from pydantic import Field, ValidationError
 
 from turboquant.attention import AttentionDetail
-from turboquant.record import Matrix, Record
+from turboquant.record import Matrix, Record, first_error
 
 
 class Environment(Record):
@@ -314,14 +313,6 @@ class ExperimentRecord(Record):
     detail: dict[str, Any] = Field({})
     environment: Environment
     error: str | None = None
-
-
-def first_error(error: ValidationError) -> str:
-    """Return what pydantic found wrong first: where, the rule and the value, in one line."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    got = "" if first["type"] == "missing" or not where else f", got {reprlib.repr(first['input'])}"
-    return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ") + got
 
 
 class RecordFileError(ValueError):

@@ -116,12 +116,12 @@ WRONG = [
     ("needle", ["--contexts", "600"], "tiny has a context of 512 tokens, got 616"),
     ("needle", ["--contexts", "50"], "a prompt with a needle has at least"),
     ("needle", ["--filler", "nope.txt"], "the text must be one of"),
-    ("needle", ["--repetitions", "20000"], "repetitions: Input should be less than or equal to 10000"),
+    ("needle", ["--repetitions", "20000"], "--repetitions should be less than or equal to 10000, got 20000"),
     ("needle", ["--model", "no-such-model"], "Unknown model 'no-such-model'"),
     ("methods", ["--weights", "3bit"], "Unknown weights '3bit'"),
     ("methods", ["--method", "rtn:bitz=4"], "unknown option of rtn 'bitz': did you mean 'bits'"),
     ("generate-bench", ["--prompt-tokens", "600"], "tiny has a context of 512 tokens, got 728"),
-    ("generate-bench", ["--shortest", "0"], "shortest: Input should be greater than 0, got 0.0"),
+    ("generate-bench", ["--shortest", "0"], "--shortest should be greater than 0, got 0.0"),
 ]
 
 

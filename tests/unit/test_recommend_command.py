@@ -73,10 +73,10 @@ def test_nothing_within_the_limits_is_exit_code_1(model: str, text: str, tmp_pat
     ("words", "message"),
     [
         (["--text", "nowhere.txt"], "the text must be one of"),
-        (["--max-kl", "0"], "max_kl: Input should be greater than 0"),
+        (["--max-kl", "0"], "--max-kl should be greater than 0, got 0.0"),
         (["--recipe", "turboquant:bits=4"], "a recipe names no bits"),
         (["--context", "100"], "context must be at least 320 tokens"),
-        (["--tokens", "99999999"], "tokens: Input should be less than or equal to"),
+        (["--tokens", "99999999"], "--tokens should be less than or equal to 16777216, got 99999999"),
         (["--windows", "3", "--text", "SHORT"], "too few to choose on one half and confirm on the other"),
     ],
 )

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -16,22 +17,29 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from turboquant.cli.errors import Program, fail, say
 from turboquant.cli.flags import Commands
 
 if TYPE_CHECKING:
     from turboquant.experiments import Experiment, Watch
     from turboquant.methods import Method
     from turboquant.models import LoadedModel, ModelError
-    from turboquant.results import Cell, ExperimentRecord
+    from turboquant.results import Cell, ExperimentRecord, Record
 
     Engine = Callable[
         [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
     ]
     Store = tuple[Sequence[ExperimentRecord], Callable[[ExperimentRecord], None]]
 
-app = Commands(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = Commands(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = Commands(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
+
+MOST_RUNS = 10_000
+"""Timed rounds, seeds and the like that a command takes at most."""
+MOST_TOKENS = 2**24
+MOST_ANSWER = 2**16
+"""Tokens that are generated at most, as `turboquant.results.Settings` has it."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
@@ -54,17 +62,6 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 @app.callback()
 def _callback() -> None:
     """What happens to a model's answers, memory and speed when its KV cache is compressed."""
-
-
-def say(text: str) -> None:
-    """Print a line for people, on standard error."""
-    typer.echo(text, err=True)
-
-
-def fail(error: Exception | str, code: int) -> NoReturn:
-    """Say what is wrong in one line and leave with this exit code: 1 the run failed, 2 wrong use."""
-    say(f"turboquant: {error}")
-    raise typer.Exit(code)
 
 
 def read_method(spec: str) -> "Method":
@@ -99,6 +96,25 @@ def _with_bits(spec: str, bits: Sequence[int]) -> "list[Method]":
     return [read_method(f"{spec}{',' if ':' in spec else ':'}bits={one}") for one in bits]
 
 
+def read_settings(kind: "type[Record]", values: dict[str, Any], **options: str) -> Any:
+    """Return settings, or leave with code 2; None stands for a setting's default.
+
+    Args:
+        kind: Their class.
+        values: By field.
+        options: Flags that are not called as their fields are.
+    """
+    from pydantic import ValidationError
+
+    from turboquant.record import first_error
+
+    try:
+        return kind(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        field, *_ = map(str, error.errors()[0]["loc"] or ("",))
+        fail(first_error(error, options.get(field, field and f"--{field.replace('_', '-')}")), 2)
+
+
 def load(name: str, weights: str) -> "LoadedModel":
     """Return a model, or leave."""
     from turboquant.models import ModelError, load_model
@@ -116,20 +132,37 @@ def fail_model(error: "ModelError") -> NoReturn:
     fail(error, 2 if isinstance(error, UnknownNameError) else 1)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, read_back: bool = True) -> None:
     """Leave with code 2 where a file cannot be written; asked before the work starts.
 
     It is tried, since permissions do not tell (of read-only disks, full ones, and to the superuser). The folder is
-    tried too: a lock or a partial file will stand beside the output.
+    tried too: a lock or a partial file will stand beside the output. A pipe that nobody reads fails at once.
+
+    Args:
+        path: The file.
+        read_back: Whether it is a file of records, which are read as well: a pipe or a device cannot be one.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            path.open("ab").close()
-        if path.is_file() or not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+            usable = path.is_file() or not read_back
+        else:
+            path.with_name(f".{path.name}.partial").exists()  # raises where the name is too long
             tempfile.TemporaryFile(dir=path.parent).close()
+            usable = not path.is_symlink()
     except OSError as error:
         fail(f"the output {path} cannot be written: {error.strerror or error}", 2)
+    if not usable:
+        fail(f"the output {path} must be a file that can be read again, or not be there yet", 2)
+
+
+def check_apart(**files: Path | None) -> None:
+    """Leave with code 2 where two options name one file; the names are those of the options."""
+    named: dict[Path, str] = {}
+    for name, path in files.items():
+        if path is not None and (other := named.setdefault(path.resolve(), name)) != name:
+            fail(f"--{other} and --{name} must be two files, got {path} for both", 2)
 
 
 class Stop:
@@ -256,7 +289,7 @@ def run_recorded(
             if overwrite and not store:
                 output.write_bytes(b"")
             for record in running:
-                keep(record)
+                _keep(record, keep, output)
                 known[record.cell.key] = record
                 if record.error:
                     say(f"failed: {record.cell}: {record.error}")
@@ -264,12 +297,17 @@ def run_recorded(
                     show(record)
         except KeyboardInterrupt:
             stop.asked = True
-        except OSError as error:
-            fail(f"{output} cannot be written: {error.strerror or error}", 1)
     if stop.asked and len(known) < len(cells):
         again = "the same command without --overwrite" if overwrite else "the same command"
         fail(f"stopped with {len(known)} of {len(cells)} records in {output}; {again} goes on from there", 1)
     return [known[cell.key] for cell in cells]
+
+
+def _keep(record: "ExperimentRecord", keep: "Callable[[ExperimentRecord], None]", output: Path) -> None:
+    try:
+        keep(record)
+    except OSError as error:
+        fail(f"{output} cannot be written: {error.strerror or error}; what was finished before is kept", 1)
 
 
 def _in_this_process(

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from turboquant.cli.app import BitsOption, MethodsOption, bench, check_writable, fail, read_methods
+from turboquant.cli.app import (
+    MOST_RUNS,
+    MOST_TOKENS,
+    BitsOption,
+    MethodsOption,
+    bench,
+    check_writable,
+    fail,
+    read_methods,
+)
 
 if TYPE_CHECKING:
     from turboquant.results import Record
@@ -14,8 +23,11 @@ if TYPE_CHECKING:
 ShapeOption = Annotated[
     list[str] | None, typer.Option("--shape", help="Heads of llama-3.1-8b, qwen2.5-3b, phi-2 or smollm2-135m; several.")
 ]
-BatchOption = Annotated[list[int] | None, typer.Option("--batch", help="Rows; one or several.")]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed rounds; sides take turns.")]
+BatchOption = Annotated[list[int] | None, typer.Option("--batch", min=1, max=MOST_RUNS, help="Rows; one or several.")]
+ContextOption = Annotated[
+    list[int] | None, typer.Option("--context", min=1, max=MOST_TOKENS, help="Tokens a row; one or several.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Timed rounds; sides take turns.")]
 
 
 def _write(records: "Iterable[Record]", output: Path) -> None:
@@ -27,7 +39,11 @@ def _write(records: "Iterable[Record]", output: Path) -> None:
             typer.echo(record.model_dump_json())
     except ValueError as error:
         fail(error, 2)
-    except (OSError, RuntimeError) as error:  # memory that runs out is a RuntimeError; finished records are written
+    except RuntimeError as error:  # the GPU's; finished records are written
+        from turboquant.faults import out_of_memory
+
+        if out_of_memory(error):
+            raise
         fail(error, 1)
 
 
@@ -37,8 +53,8 @@ def bench_attention_command(
     method: MethodsOption = None,
     bits: BitsOption = None,
     batch: BatchOption = None,
-    context: Annotated[list[int] | None, typer.Option("--context", help="Tokens a row; one or several.")] = None,
-    query_tokens: Annotated[int, typer.Option(min=1, help="Query tokens a row.")] = 1,
+    context: ContextOption = None,
+    query_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Query tokens a row.")] = 1,
     repeats: RepeatsOption = 20,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-attention.jsonl"),
 ) -> None:
@@ -60,7 +76,7 @@ def bench_scores_command(
     method: MethodsOption = None,
     bits: BitsOption = None,
     batch: BatchOption = None,
-    context: Annotated[list[int] | None, typer.Option("--context", help="Tokens a row; one or several.")] = None,
+    context: ContextOption = None,
     repeats: RepeatsOption = 20,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-scores.jsonl"),
 ) -> None:
@@ -81,7 +97,9 @@ def bench_encode_command(
     method: MethodsOption = None,
     bits: BitsOption = None,
     batch: BatchOption = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", help="Tokens a row; one or several.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, max=MOST_TOKENS, help="Tokens a row; one or several.")
+    ] = None,
     repeats: RepeatsOption = 20,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-encode.jsonl"),
 ) -> None:
@@ -112,9 +130,9 @@ def bench_model_command(
     model: ShapedOption = "mistral-7b",
     weights: PrecisionOption = "4bit",
     method: MethodsOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    context: Annotated[int, typer.Option(min=256, help="Tokens a row.")] = 32_768,
-    steps: Annotated[int, typer.Option(min=1, help="Timed decode steps.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Rows.")] = 1,
+    context: Annotated[int, typer.Option(min=256, max=MOST_TOKENS, help="Tokens a row.")] = 32_768,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Timed decode steps.")] = 64,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-model.jsonl"),
 ) -> None:
     """Time decode steps of a whole model of a known shape on a GPU, called step by step and as a CUDA graph."""
@@ -131,7 +149,7 @@ def bench_memory_command(
     model: ShapedOption = "mistral-7b",
     weights: PrecisionOption = "4bit",
     method: MethodsOption = None,
-    budget_gb: Annotated[float, typer.Option(min=1, help="GPU memory to stay within, GB.")] = 16,
+    budget_gb: Annotated[float, typer.Option(min=1, max=10_000, help="GPU memory to stay within, GB.")] = 16,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-memory.jsonl"),
 ) -> None:
     """Find the longest context that fits a budget of GPU memory, by filling the cache and decoding."""

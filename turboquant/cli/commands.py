@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
+    MOST_RUNS,
+    MOST_TOKENS,
     MethodsOption,
     ModelOption,
     WeightsOption,
@@ -34,9 +37,9 @@ def bench_decode_command(
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     weights: WeightsOption = "auto",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a run.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cache.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, max=MOST_ANSWER, help="Tokens generated in a run.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Runs of each cache.")] = 5,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""

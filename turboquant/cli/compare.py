@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
     MethodOption,
     ModelOption,
     OverwriteOption,
@@ -21,6 +22,7 @@ from turboquant.cli.app import (
     fail,
     load,
     read_method,
+    read_settings,
     say,
 )
 
@@ -44,11 +46,13 @@ def compare(
     method: MethodOption = "turboquant:bits=4",
     weights: WeightsOption = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="One conversation; each side keeps its cache.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample from this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of the table of steps, evenly spaced; 0 for all.")] = 12,
+    rows: Annotated[
+        int, typer.Option(min=0, max=MOST_ANSWER, help="Rows of the table of steps, evenly spaced; 0 for all.")
+    ] = 12,
     output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -62,7 +66,8 @@ def compare(
         fail("the prompt is given twice, as an argument and by --prompt", 2)
     first = sys.stdin.read() if text == "-" else text if text is not None else prompt
     chosen = read_method(method)
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings = read_settings(Settings, values)
     if output is not None:
         _check_output(output, chat, overwrite)
     loaded = load(model, weights)

@@ -14,11 +14,13 @@ from turboquant.cli.app import (
     OverwriteOption,
     WeightsOption,
     app,
+    check_apart,
     check_writable,
     fail,
     fail_model,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
     say,
 )
@@ -78,13 +80,17 @@ def evaluate(
     check_writable(output)
     if records is not None:
         _check_records(records)
+        check_apart(output=output, records=records)
     _check_machine(model, weights, max(lengths))
     from turboquant.experiments import cells_for
     from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
 
+    chunks = {"chunk_tokens": chunk_tokens}
     settings = [
-        AttentionSettings(
-            context=length, depth=depth, queries=queries, seed=seed, filler=filler, chunk_tokens=chunk_tokens
+        read_settings(
+            AttentionSettings,
+            {"context": length, "depth": depth, "queries": queries, "seed": seed, "filler": filler, **chunks},
+            context="--contexts",
         )
         for length in lengths
     ]

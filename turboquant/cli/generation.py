@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboquant.cli.app import (
+    MOST_RUNS,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -17,9 +18,10 @@ from turboquant.cli.app import (
     check_writable,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
 )
-from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.quality import read_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def generate_bench(
     shortest: Annotated[
         float, typer.Option(help="Shortest prompt as a share of the longest; below 1 rows are left-padded.")
     ] = 1.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; all sides in turn in each.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Timed rounds; all sides in turn in each.")] = 5,
     text: Annotated[str, typer.Option(help="Where prompts come from: a shipped text or a path.")] = "persuasion",
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method and batch.")] = Path("results/generation.jsonl"),

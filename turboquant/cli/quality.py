@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -18,13 +19,14 @@ from turboquant.cli.app import (
     fail,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
 )
 from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.results import ExperimentRecord, Record
+    from turboquant.results import ExperimentRecord
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 
@@ -36,18 +38,6 @@ ChunkOption = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens fed at once; faster and coarser. Default: exactly as decoding token by token."),
 ]
-
-
-def read_settings(kind: "type[Record]", values: dict[str, Any]) -> Any:
-    """Return an experiment's settings, or leave with code 2; None stands for a setting's default."""
-    from pydantic import ValidationError
-
-    from turboquant.results import first_error
-
-    try:
-        return kind(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        fail(first_error(error), 2)
 
 
 def read_texts(texts: Sequence[str]) -> None:
@@ -132,7 +122,7 @@ def measure_perplexity(
     from turboquant.experiments import cells_for
     from turboquant.tasks.perplexity import EXPERIMENT
 
-    settings = read_settings(EXPERIMENT.settings, values)
+    settings = read_settings(EXPERIMENT.settings, values, texts="--text")
     read_texts(settings.texts)
     cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
     return run_recorded(title, cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
@@ -171,7 +161,7 @@ def needle(
     filler: Annotated[
         str, typer.Option(help="Text around the needle: sentences (RULER's), a shipped text or a UTF-8 file.")
     ] = "sentences",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer.")] = 16,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),
     overwrite: OverwriteOption = False,
@@ -187,7 +177,9 @@ def needle(
         read_texts([filler])
     shared = {"repetitions": repetitions, "seed": seed, "filler": filler, "max_new_tokens": max_new_tokens}
     grid = [
-        read_settings(EXPERIMENT.settings, {"context": context, "depth": depth, **shared})
+        read_settings(
+            EXPERIMENT.settings, {"context": context, "depth": depth, **shared}, context="--contexts", depth="--depths"
+        )
         for context in contexts or (1024, 2048)
         for depth in depths or (0.0, 0.5, 1.0)
     ]

@@ -17,9 +17,10 @@ from turboquant.cli.app import (
     finished,
     load,
     progress_bar,
+    read_settings,
     say,
 )
-from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.quality import read_texts
 from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def recommend(
 
     values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}
     values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
-    settings = read_settings(RecommendSettings, values)
+    flags = {"texts": "--text", "recipes": "--recipe", "min_same_top_pct": "--min-same-top"}
+    settings = read_settings(RecommendSettings, values, **flags)
     read_texts(settings.texts)
     known = finished(output, {"perplexity"}, overwrite)
     loaded = load(model, weights)
