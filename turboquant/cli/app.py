@@ -261,7 +261,7 @@ def run_recorded(
 
     Args:
         title: What the progress bar says.
-        cells: What is wanted.
+        cells: What is wanted; one that comes twice is measured once.
         experiments: By name; the output may hold records of these and of no others.
         output: The file of records.
         overwrite: Whether to begin anew; what the output held goes once the model is loaded and the settings checked.
@@ -272,6 +272,7 @@ def run_recorded(
     from turboquant.experiments import Watch
     from turboquant.results import append_record
 
+    cells = list({cell.key: cell for cell in cells}.values())  # what is asked for twice counts once
     wanted = {cell.key for cell in cells}
     before, keep = store or (
         finished(output, set(experiments), overwrite),

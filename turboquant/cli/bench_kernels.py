@@ -63,9 +63,9 @@ def bench_attention_command(
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
     check_writable(output)
-    for name in shape or ["llama-3.1-8b"]:
-        for rows in batch or [1]:
-            for tokens in context or [8192]:
+    for name in dict.fromkeys(shape or ["llama-3.1-8b"]):
+        for rows in dict.fromkeys(batch or [1]):
+            for tokens in dict.fromkeys(context or [8192]):
                 options = {"batch": rows, "context": tokens, "query_tokens": query_tokens, "repeats": repeats}
                 _write(bench_attention(name, chosen, **options), output)
 
@@ -85,9 +85,9 @@ def bench_scores_command(
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
     check_writable(output)
-    for name in shape or ["llama-3.1-8b"]:
-        for rows in batch or [1]:
-            for tokens in context or [8192]:
+    for name in dict.fromkeys(shape or ["llama-3.1-8b"]):
+        for rows in dict.fromkeys(batch or [1]):
+            for tokens in dict.fromkeys(context or [8192]):
                 _write(bench_scores(name, chosen, batch=rows, context=tokens, repeats=repeats), output)
 
 
@@ -108,9 +108,9 @@ def bench_encode_command(
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
     check_writable(output)
-    for name in shape or ["llama-3.1-8b"]:
-        for rows in batch or [1]:
-            for count in tokens or [12_800]:
+    for name in dict.fromkeys(shape or ["llama-3.1-8b"]):
+        for rows in dict.fromkeys(batch or [1]):
+            for count in dict.fromkeys(tokens or [12_800]):
                 _write(bench_encode(name, chosen, batch=rows, tokens=count, repeats=repeats), output)
 
 

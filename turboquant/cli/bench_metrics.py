@@ -25,7 +25,7 @@ def bench_metrics_command(
     from turboquant.results import append_record
 
     check_writable(output)
-    for count in tokens or [512, 2048, 8192]:
+    for count in dict.fromkeys(tokens or [512, 2048, 8192]):
         try:
             record = bench_metrics(
                 count, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, repeats=repeats

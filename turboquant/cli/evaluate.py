@@ -24,6 +24,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def evaluate(
     if records is not None:
         _check_records(records)
         check_apart(output=output, records=records)
+    if filler != "sentences":
+        check_texts([filler], output, "filler")
     _check_machine(model, weights, max(lengths))
     from turboquant.experiments import cells_for
     from turboquant.tasks.attention import EXPERIMENT, AttentionSettings

@@ -21,7 +21,7 @@ from turboquant.cli.app import (
     read_settings,
     run_recorded,
 )
-from turboquant.cli.quality import read_texts
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def generate_bench(
     from turboquant.experiments import cells_for
     from turboquant.tasks.generation import EXPERIMENT
 
-    read_texts([text])
+    check_texts([text], output)
     shared: dict[str, object] = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens}
     shared |= {"shortest": shortest, "repeats": repeats, "text": text}
     grid = [read_settings(EXPERIMENT.settings, {"batch": rows, **shared}) for rows in batch or (1, 4)]

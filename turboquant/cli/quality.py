@@ -15,6 +15,7 @@ from turboquant.cli.app import (
     OverwriteOption,
     WeightsOption,
     app,
+    check_apart,
     check_writable,
     fail,
     finish,
@@ -40,15 +41,17 @@ ChunkOption = Annotated[
 ]
 
 
-def read_texts(texts: Sequence[str]) -> None:
-    """Leave with code 2 where a text cannot be read; asked before a model is loaded."""
-    from turboquant.texts import read_text
+def check_texts(texts: Sequence[str], output: Path, option: str = "text") -> None:
+    """Leave with code 2 where a text cannot be read, counts twice or is the output; asked before a model is loaded."""
+    from turboquant.texts import TEXTS, read_texts
 
+    try:
+        read_texts(texts)
+    except ValueError as error:
+        fail(error, 2)
     for text in texts:
-        try:
-            read_text(text)
-        except ValueError as error:
-            fail(error, 2)
+        if text not in TEXTS:
+            check_apart(**{option: Path(text)}, output=output)
 
 
 PERPLEXITY = (
@@ -123,7 +126,7 @@ def measure_perplexity(
     from turboquant.tasks.perplexity import EXPERIMENT
 
     settings = read_settings(EXPERIMENT.settings, values, texts="--text")
-    read_texts(settings.texts)
+    check_texts(settings.texts, output)
     cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
     return run_recorded(title, cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
 
@@ -174,7 +177,7 @@ def needle(
     from turboquant.tasks.needle import EXPERIMENT
 
     if filler != "sentences":
-        read_texts([filler])
+        check_texts([filler], output, "filler")
     shared = {"repetitions": repetitions, "seed": seed, "filler": filler, "max_new_tokens": max_new_tokens}
     grid = [
         read_settings(

@@ -20,7 +20,7 @@ from turboquant.cli.app import (
     read_settings,
     say,
 )
-from turboquant.cli.quality import read_texts
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def recommend(
     values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
     flags = {"texts": "--text", "recipes": "--recipe", "min_same_top_pct": "--min-same-top"}
     settings = read_settings(RecommendSettings, values, **flags)
-    read_texts(settings.texts)
+    check_texts(settings.texts, output)
     known = finished(output, {"perplexity"}, overwrite)
     loaded = load(model, weights)
     if overwrite:

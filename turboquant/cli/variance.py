@@ -25,7 +25,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
-from turboquant.cli.quality import TextsOption, read_texts
+from turboquant.cli.quality import TextsOption, check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def variance(
         "prompts": prompts,
     }
     values |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "temperature": temperature}
-    cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights)
+    cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights, output)
     try:
         records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
     except typer.Exit as stopped:
@@ -116,12 +116,13 @@ def _cells(
     rotations: Sequence[int],
     samplings: Sequence[int],
     weights: str,
+    output: Path,
 ) -> "tuple[list[Cell], Any]":
     from turboquant.experiments import cells_for
     from turboquant.tasks.variance import EXPERIMENT, with_seeds
 
     settings = read_settings(EXPERIMENT.settings, values, texts="--text")
-    read_texts(settings.texts)
+    check_texts(settings.texts, output)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):
             if one.name != "full" and not one.foreign and not one.packed_length(tokens - 1):

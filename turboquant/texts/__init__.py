@@ -3,11 +3,20 @@
 They are excerpts, cut at a paragraph's end, as plain UTF-8 with single line ends; the words are the editions' own.
 """
 
+import codecs
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["TEXTS", "Text", "read_text"]
+__all__ = ["TEXTS", "Text", "decode_text", "read_text", "read_texts"]
+
+_MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,22 +82,57 @@ def read_text(source: str | Path) -> str:
     """Return a shipped text by name, or the text of a file.
 
     Args:
-        source: Key of `TEXTS`, or the path of a UTF-8 file. A name goes before a file called the same.
+        source: Key of `TEXTS`, or the path of a file (see `decode_text`). A name goes before a file called the same.
 
     Raises:
-        ValueError: If there is no such text or file, or the file cannot be read, is empty or is not UTF-8.
+        ValueError: If there is no such text or file, or the file cannot be read, is empty or is not text.
     """
     if str(source) in TEXTS:
         return resources.files(__name__).joinpath(f"{source}.txt").read_text(encoding="utf-8")
     path = Path(source)
-    if not path.exists():
-        raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {str(source)!r}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if not path.exists():
+            raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {str(source)!r}")
+        if not (path.is_file() or path.is_dir()):  # a pipe could be read only once
+            raise ValueError(f"the text {path} must be a file, and this is a pipe or a device")
+        text = decode_text(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ValueError(f"the text file {path} is not UTF-8: byte {error.start} cannot be read") from error
+        name = error.encoding.upper()
+        raise ValueError(f"the text file {path} is not {name}: byte {error.start} cannot be read") from error
     except OSError as error:
         raise ValueError(f"the text file {path} cannot be read: {error.strerror or error}") from error
     if not text.strip():
         raise ValueError(f"the text file {path} is empty")
-    return text
+    if "\0" in text:
+        raise ValueError(
+            f"the text file {path} must be UTF-8 or have a byte order mark: character {text.index(chr(0))} is null"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is no part of it.
+
+    Raises:
+        UnicodeDecodeError: If it is something else.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    return data.decode(encoding) if encoding else data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+
+
+def read_texts(sources: Sequence[str], read: Callable[[str], str] = read_text) -> dict[str, str]:
+    """Return several texts by name.
+
+    Raises:
+        ValueError: If one cannot be read, or two are the same: it would count twice.
+    """
+    found: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for source in sources:
+        text = read(source)
+        if (first := names.setdefault(text, source)) != source:
+            raise ValueError(f"the texts {first} and {source} are the same, which would count twice")
+        if source in found:
+            raise ValueError(f"the text {source} is given twice, and would count twice")
+        found[source] = text
+    return found
