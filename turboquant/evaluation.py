@@ -90,6 +90,8 @@ def read_document(path: Path) -> list[ExperimentRecord]:
         raise EvaluationFileError(f"{path} is not an output of evaluate: it is not text") from error
     except json.JSONDecodeError as error:
         raise EvaluationFileError(f"{path} is not JSON ({error.msg} in line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:
+        raise EvaluationFileError(f"{path} is not JSON that can be read ({error})") from error
     runs = content.get("runs", [content]) if isinstance(content, dict) else None
     if not isinstance(runs, list) or not all(isinstance(run, dict) and "by_context" in run for run in runs):
         raise EvaluationFileError(f"{path} is not an output of evaluate: it has no by_context")

@@ -109,6 +109,17 @@ def test_each_line_of_a_pipe_is_a_prompt_and_records_are_kept(folder, tmp_path: 
     assert Turn.model_validate_json(output.read_text()).index == 0
 
 
+def test_a_file_that_a_crash_left_is_gone_on_with(folder, tmp_path: Path) -> None:
+    output = tmp_path / "compare.jsonl"
+    assert invoke(folder, "hello", "--output", str(output)).exit_code == 0
+    whole = output.read_bytes()
+    for left in (whole + b"\0" * 4096, whole + whole[:99] + b"\0" * 9, b"\xef\xbb\xbf" + whole[:-1] + b"\r\n"):
+        output.write_bytes(left)
+        assert invoke(folder, "again", "--output", str(output)).exit_code == 0
+        lines = output.read_text(encoding="utf-8-sig").splitlines()
+        assert [Comparison.model_validate_json(line).prompt for line in lines] == ["hello", "again"]
+
+
 def test_a_refused_prompt_does_not_end_the_loop_and_shows_in_the_exit_code(folder) -> None:
     result = invoke(folder, text=f"{'x' * 600}\nhello\n")
     assert result.exit_code == 1

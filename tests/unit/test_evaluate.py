@@ -208,6 +208,8 @@ def test_too_little_memory_says_how_many_tokens_fit(
     ("content", "message"),
     [
         ("{", "is not JSON (Expecting property name enclosed in double quotes in line 1)"),
+        ("[" * 100_000, "is not JSON that can be read (maximum recursion depth exceeded"),
+        ('{"bits":' + "9" * 5000 + "}", "is not JSON that can be read (Exceeds the limit (4300 digits)"),
         ("[1, 2]", "is not an output of evaluate"),
         ('{"runs": [{"model": 1}]}', "is not an output of evaluate: it has no by_context"),
         ('{"model": "m", "bits": 3, "by_context": {"600": {"seq_len": 600}}}', "a context of it has no record"),

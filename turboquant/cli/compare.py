@@ -85,20 +85,19 @@ def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
     """Leave with code 2 where the file cannot be written or holds something else."""
     from pydantic import ValidationError
 
-    from turboquant.results import Comparison
+    from turboquant.results import Comparison, read_lines
     from turboquant.session import Turn
 
     check_writable(path)
     if overwrite or not path.exists():
         return
     kind: type[Record] = Turn if chat else Comparison
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                kind.model_validate_json(line)
-            except ValidationError:
-                what = "a turn of a conversation" if chat else "a comparison"
-                fail(f"line {number} of {path} is not {what}: give another --output, or --overwrite", 2)
+    for number, line in read_lines(path)[0]:
+        try:
+            kind.model_validate_json(line)
+        except ValidationError:
+            what = "a turn of a conversation" if chat else "a comparison"
+            fail(f"line {number} of {path} is not {what}: give another --output, or --overwrite", 2)
 
 
 Ask = Callable[[str, "Callable[[Event], None]", Callable[[], bool]], "Comparison | Turn"]
