@@ -77,8 +77,8 @@ def _file() -> tuple[tuple[str, ...], str | None]:
 def _rules(config: AppConfig) -> str:
     return (
         ".txt: one prompt a line, or blocks between blank lines or lines of three hyphens. .csv: the column named "
-        "prompt; without one, the first column of every row. .jsonl: a text in quotes or an object with a prompt on "
-        f"each line. At most {MAX_BYTES // 1_000_000} MB, {config.max_prompts} prompts and "
+        "prompt, whatever the separator; without a header, one prompt a row. .jsonl: a text in quotes or an object "
+        f"with a prompt on each line. At most {MAX_BYTES // 1_000_000} MB, {config.max_prompts} prompts and "
         f"{config.max_prompt_chars:,} characters each."
     )
 
