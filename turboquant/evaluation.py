@@ -119,5 +119,6 @@ def difference(records: Iterable[ExperimentRecord], cell: Cell) -> str | None:
         held = asked(record.cell)
         for name in {**wanted, **held}:
             if held.get(name) != wanted.get(name):
-                return f"{name} {held.get(name)}, not {wanted.get(name)}"
+                there, here = (one.get(name, "as by default") for one in (held, wanted))
+                return f"{name} {there}, not {here}"
     return None

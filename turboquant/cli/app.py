@@ -56,6 +56,9 @@ BitsOption = Annotated[
 WeightsOption = Annotated[
     str, typer.Option("--weights", help="Precision of the model: auto (fp32, 4bit on a GPU), fp32, bf16, 8bit or 4bit.")
 ]
+NoTemplateOption = Annotated[
+    bool, typer.Option("--no-chat-template", help="Put prompts to the model as plain text, without its chat template.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
 
 

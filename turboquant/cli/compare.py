@@ -14,6 +14,7 @@ from turboquant.cli.app import (
     MOST_ANSWER,
     MethodOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     Stop,
     WeightsOption,
@@ -53,6 +54,7 @@ def compare(
     rows: Annotated[
         int, typer.Option(min=0, max=MOST_ANSWER, help="Rows of the table of steps, evenly spaced; 0 for all.")
     ] = 12,
+    no_chat_template: NoTemplateOption = False,
     output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -73,7 +75,8 @@ def compare(
     loaded = load(model, weights)
     if output is not None and overwrite:
         output.write_bytes(b"")
-    asking = _Asking(_chat(loaded, chosen, settings) if chat else _single(loaded, chosen, settings), rows, output)
+    answerer = (_chat if chat else _single)(loaded, chosen, settings, not no_chat_template)
+    asking = _Asking(answerer, rows, output)
     if first is not None and not chat:
         if not asking.answer(first):
             raise typer.Exit(asking.code)
@@ -111,16 +114,18 @@ class _Answerer:
     session: "Session | None" = None
 
 
-def _single(loaded: Any, method: Any, settings: Any) -> _Answerer:
+def _single(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
     from turboquant.comparison import compare
 
-    return _Answerer(lambda p, show, stop: compare(loaded, p, method, settings, on_event=show, cancelled=stop))
+    return _Answerer(
+        lambda p, show, stop: compare(loaded, p, method, settings, chat=template, on_event=show, cancelled=stop)
+    )
 
 
-def _chat(loaded: Any, method: Any, settings: Any) -> _Answerer:
+def _chat(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
     from turboquant.session import Session
 
-    session = Session(loaded, method)
+    session = Session(loaded, method, chat=template)
     return _Answerer(lambda p, show, stop: session.ask(p, settings, on_event=show, cancelled=stop), session)
 
 

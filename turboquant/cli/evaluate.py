@@ -11,6 +11,7 @@ from turboquant.cli.app import (
     BitsOption,
     MethodsOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     WeightsOption,
     app,
@@ -66,6 +67,7 @@ def evaluate(
         str, typer.Option(help="Text around the needle: sentences, a shipped text or a UTF-8 file.")
     ] = "sentences",
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once; memory against speed.")] = 512,
+    no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     overwrite: OverwriteOption = False,
     records: Annotated[Path | None, typer.Option(help="Append the records to this JSONL file as well.")] = None,
@@ -88,11 +90,12 @@ def evaluate(
     from turboquant.experiments import cells_for
     from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
 
-    chunks = {"chunk_tokens": chunk_tokens}
+    shared = {"depth": depth, "queries": queries, "seed": seed, "filler": filler, "chunk_tokens": chunk_tokens}
+    shared["chat"] = not no_chat_template
     settings = [
         read_settings(
             AttentionSettings,
-            {"context": length, "depth": depth, "queries": queries, "seed": seed, "filler": filler, **chunks},
+            {"context": length, **shared},
             context="--contexts",
         )
         for length in lengths

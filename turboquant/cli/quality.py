@@ -12,6 +12,7 @@ from turboquant.cli.app import (
     BitsOption,
     MethodsOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     WeightsOption,
     app,
@@ -165,6 +166,7 @@ def needle(
         str, typer.Option(help="Text around the needle: sentences (RULER's), a shipped text or a UTF-8 file.")
     ] = "sentences",
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer.")] = 16,
+    no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),
     overwrite: OverwriteOption = False,
@@ -178,7 +180,8 @@ def needle(
 
     if filler != "sentences":
         check_texts([filler], output, "filler")
-    shared = {"repetitions": repetitions, "seed": seed, "filler": filler, "max_new_tokens": max_new_tokens}
+    shared: dict[str, Any] = {"repetitions": repetitions, "seed": seed, "filler": filler}
+    shared |= {"max_new_tokens": max_new_tokens, "chat": not no_chat_template}
     grid = [
         read_settings(
             EXPERIMENT.settings, {"context": context, "depth": depth, **shared}, context="--contexts", depth="--depths"
