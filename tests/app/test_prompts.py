@@ -144,6 +144,12 @@ def test_any_typed_text_is_read_or_refused(text: str) -> None:
         return
 
 
+def test_the_report_says_how_large_a_cache_is_in_words(ran: tuple[Job, list[Run]]) -> None:
+    text = to_markdown(rows(*ran))
+    assert "the cache is: 4.00 times smaller than a 16-bit cache, everything counted" in text
+    assert "times smaller:" not in text
+
+
 def test_the_request_is_checked_once_more_on_the_server() -> None:
     asked = prompts_request(Choices(bits=3), example_set(), AppConfig())
     assert asked.items == len(example_set())
