@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.helpers import save_tiny
+from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
 from turboquant.cli.methods import GRID, usable
 from turboquant.methods import parse_method
@@ -159,6 +159,17 @@ def test_wrong_use_is_one_sentence_and_code_2(
     assert message in said
     assert (tmp_path / "tiny.txt").read_bytes() == b"five!"
     assert not output.exists() or not output.read_bytes()
+
+
+def test_at_a_terminal_the_line_at_the_end_is_short(model: str, tmp_path: Path) -> None:
+    words = ["perplexity", "--model", model, *COMMANDS["perplexity"], "--output", str(tmp_path / "out.jsonl")]
+    code, text = at_terminal(words)
+    assert code == 0
+    *table, last = text.splitlines()
+    assert json.loads(last).keys() == {"experiment", "records", "failed", "output", "seconds"}
+    piped = invoke(*words)
+    assert last_line(piped)["results"].keys() == {"turboquant:bits=2", "turboquant:bits=4"}
+    assert piped.stdout.splitlines()[:-1] == table
 
 
 def test_what_is_asked_for_twice_counts_once(model: str, tmp_path: Path) -> None:

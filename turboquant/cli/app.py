@@ -59,6 +59,9 @@ WeightsOption = Annotated[
 NoTemplateOption = Annotated[
     bool, typer.Option("--no-chat-template", help="Put prompts to the model as plain text, without its chat template.")
 ]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the JSON at a terminal too; a pipe or a file always gets it.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
 
 
@@ -343,8 +346,27 @@ def _in_this_process(
     return run_cells(cells, experiments, load=lambda name, weights: loaded, watch=watch, stopping=stopping)
 
 
-def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, **more: Any) -> None:
-    """Print the JSON line that ends a command; leave with code 1 where a cell failed."""
+def at_terminal() -> bool:
+    """Does a person read standard output? Then JSON of any length is not for it."""
+    return sys.stdout.isatty()
+
+
+def finish(
+    records: "Sequence[ExperimentRecord]",
+    output: Path,
+    started: float,
+    details: Mapping[str, Any] = {},
+    **more: Any,
+) -> None:
+    """Print the JSON line that ends a command; leave with code 1 where a cell failed.
+
+    Args:
+        records: Of all cells.
+        output: Where they are.
+        started: When the command began.
+        details: What the line has as well, but for a terminal.
+        more: Whatever else the line has.
+    """
     failed = [record for record in records if record.error]
     summary = {
         "experiment": records[0].cell.experiment if records else None,
@@ -353,8 +375,8 @@ def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, 
         "output": str(output),
         "seconds": round(time.perf_counter() - started, 1),
         **more,
+        **({} if at_terminal() else details),
     }
-    sys.stdout.flush()
     typer.echo(json.dumps(summary))
     if failed:
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import MOST_RUNS, MOST_TOKENS, bench, check_writable, fail
+from turboquant.cli.app import MOST_RUNS, MOST_TOKENS, at_terminal, bench, check_writable, fail
 
 
 @bench.command("metrics")
@@ -35,4 +35,5 @@ def bench_metrics_command(
         append_record(record, output)
         sides = f"{record.vectorised_ms.median:.1f} ms at once, {record.loop_ms.median:.1f} ms in a loop"
         typer.echo(f"{count:>8,} tokens: {sides}, {record.ratio:.1f} times", err=True)
-        typer.echo(record.model_dump_json())
+        if not at_terminal():
+            typer.echo(record.model_dump_json())

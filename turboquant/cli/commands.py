@@ -15,10 +15,11 @@ from turboquant.cli.app import (
     app,
     bench,
     check_writable,
-    fail,
     load,
     read_methods,
+    say,
 )
+from turboquant.cli.bench_kernels import write_benches
 
 
 @app.command()
@@ -44,26 +45,11 @@ def bench_decode_command(
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""
     from turboquant.bench import bench_decode
-    from turboquant.cache import NothingCompressedError
-    from turboquant.comparison import PromptError
-    from turboquant.results import append_record
+    from turboquant.report.tables import decode_table
 
     chosen = read_methods(method, ["turboquant:bits=4"])
     check_writable(output)
     loaded = load(model, weights)
-    for one in chosen:
-        try:
-            record = bench_decode(
-                loaded,
-                one,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                progress=lambda text: typer.echo(text, err=True),
-            )
-            append_record(record, output)
-        except PromptError as error:
-            fail(error, 2)
-        except (NothingCompressedError, OSError) as error:
-            fail(error, 1)
-        typer.echo(record.model_dump_json())
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    running = (bench_decode(loaded, one, **sizes, progress=say) for one in chosen)
+    write_benches(running, output, decode_table)

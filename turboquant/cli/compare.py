@@ -12,6 +12,7 @@ import typer
 
 from turboquant.cli.app import (
     MOST_ANSWER,
+    JsonOption,
     MethodOption,
     ModelOption,
     NoTemplateOption,
@@ -19,6 +20,7 @@ from turboquant.cli.app import (
     Stop,
     WeightsOption,
     app,
+    at_terminal,
     check_writable,
     fail,
     load,
@@ -57,10 +59,12 @@ def compare(
     no_chat_template: NoTemplateOption = False,
     output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
     overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
 ) -> None:
-    """Answer prompts with the full cache and with a compressed one; the record is the JSON line after each.
+    """Answer prompts with the full cache and with a compressed one, and say what changed.
 
-    Without a prompt it asks for one after the other: at the terminal, or one a line from standard input.
+    The record goes to --output, and as a JSON line to standard output where that is a pipe or a file. Without a prompt
+    it asks for one after the other: at the terminal, or one a line from standard input.
     """
     from turboquant.results import Settings
 
@@ -76,7 +80,7 @@ def compare(
     if output is not None and overwrite:
         output.write_bytes(b"")
     answerer = (_chat if chat else _single)(loaded, chosen, settings, not no_chat_template)
-    asking = _Asking(answerer, rows, output)
+    asking = _Asking(answerer, rows, output, json_ or not at_terminal())
     if first is not None and not chat:
         if not asking.answer(first):
             raise typer.Exit(asking.code)
@@ -141,17 +145,17 @@ class _StopAnswer(Stop):
 
 @dataclass
 class _Asking:
-    """Answers prompts, prints what came of them and keeps the records; `code` is the exit code of the last failure."""
+    """Answers prompts, keeps the records and prints what came of them; `code` is the exit code of the last failure."""
 
     answerer: _Answerer
     rows: int
     output: Path | None
+    json: bool
     code: int = 0
 
     def answer(self, prompt: str) -> bool:
         """Answer one prompt; return False where it was refused or stopped, or its record could not be kept."""
         from turboquant.comparison import PromptError
-        from turboquant.results import append_record
 
         with _StopAnswer().listening() as stop, _streaming() as show:
             try:
@@ -160,18 +164,27 @@ class _Asking:
                 say(f"turboquant: {error}")
                 self.code = 2
                 return False
+        kept = self._keep(result)
         _print_result(result, self.rows)
-        kept = True
-        if self.output is not None:
-            try:
-                append_record(result, self.output)
-            except OSError as error:
-                kept, reason = False, error.strerror or error
-                say(f"turboquant: {self.output} cannot be written: {reason}; the record follows on standard output")
-        typer.echo(result.model_dump_json())
+        if self.json or not kept:
+            typer.echo(result.model_dump_json())
         if stop.asked or not kept:
             self.code = 1
         return kept and not stop.asked
+
+    def _keep(self, result: "Comparison | Turn") -> bool:
+        """Append the record to the output, before anything is printed; return False where that cannot be."""
+        from turboquant.results import append_record
+
+        if self.output is None:
+            return True
+        try:
+            append_record(result, self.output)
+        except OSError as error:
+            reason = error.strerror or error
+            say(f"turboquant: {self.output} cannot be written: {reason}; the record follows on standard output")
+            return False
+        return True
 
     def command(self, line: str) -> None:
         """Carry out a command other than /exit."""
@@ -278,7 +291,7 @@ def _print_result(result: "Comparison | Turn", rows: int) -> None:
 
 
 def _side_line(side: "SideResult", packed: bool) -> str:
-    from turboquant.verdict import human_bytes
+    from turboquant.verdict import cache_size, human_bytes
 
     parts = [f"{len(side.token_ids)} tokens"]
     if side.tokens_per_second:
@@ -290,7 +303,7 @@ def _side_line(side: "SideResult", packed: bool) -> str:
         parts.append(f"{human_bytes(report.bytes)} held for {report.tokens:,} tokens")
         if report.compressed_tokens:
             parts.append(f"{report.compressed_tokens:,} of them packed")
-            parts.append(f"{report.compression_ratio:.2f} times the tokens of a 16-bit cache, everything counted")
+            parts.append(cache_size(report))
     return ", ".join(parts)
 
 

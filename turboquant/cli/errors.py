@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: with one line on standard error and an exit code, never a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,10 +67,10 @@ def _let_streams_take_any_text() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
-    stdin: Any = sys.stdin
-    stdout: Any = sys.stdout
-    stdin.reconfigure(errors="surrogateescape")
-    stdout.reconfigure(encoding=None if stdout.isatty() else "utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="backslashreplace")
 
 
 def _check_arguments(words: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ def perplexity(
     measured = [record for record in records if not record.error]
     if measured:
         show_perplexity(measured)
-    finish(records, output, started, results={str(r.cell.method): r.metrics for r in measured})
+    finish(records, output, started, details={"results": {str(r.cell.method): r.metrics for r in measured}})
 
 
 def measure_perplexity(

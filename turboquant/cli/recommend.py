@@ -1,17 +1,18 @@
 """`turboquant recommend`: the smallest cache that stays within limits on a text of the user's."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turboquant.cli.app import (
+    JsonOption,
     OverwriteOption,
     Stop,
     WeightsOption,
     app,
+    at_terminal,
     check_writable,
     fail,
     finished,
@@ -58,6 +59,7 @@ def recommend(
         "results/recommend.jsonl"
     ),
     overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Search recipe, key and value bits and bits of layers for the smallest cache within limits on a text.
 
@@ -94,14 +96,16 @@ def recommend(
         commits = ", ".join(sorted({record.environment.commit or "no commit" for record in known}))
         say(f"{found.reused} measurements were in {output} already (measured at {commits})")
     show(found)
-    sys.stdout.flush()
-    typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
+    if json_ or not at_terminal():
+        typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
     if found.method is None:
         raise typer.Exit(1)
 
 
 def show(found: "Recommendation") -> None:
     """Print the evidence, the memory and the outcome."""
+    from turboquant.verdict import against_16_bits
+
     typer.echo(
         f"{found.model.name} {found.model.dtype} on {found.environment.device}; "
         f"{', '.join(found.texts)}: windows of {found.context:,} tokens, the first {found.prefill:,} read in "
@@ -116,8 +120,8 @@ def show(found: "Recommendation") -> None:
         typer.echo(f"{found.uniform} with {keys} bits a key and {values} a value in some layers {gain}.")
     for row in found.memory:
         typer.echo(
-            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB in place of {row.full_bytes / 1e6:,.1f} in 16 bits, "
-            f"{row.times_smaller:.2f} times smaller ({'measured' if row.measured else 'estimated'})"
+            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB, {against_16_bits(row.bytes, row.full_bytes)} of "
+            f"{row.full_bytes / 1e6:,.1f} MB ({'measured' if row.measured else 'estimated'})"
         )
     typer.echo(found.sentence)
     if found.caution:

@@ -92,7 +92,7 @@ def variance(
         raise
     done = [record for record in records if not record.error]
     found = _show(done, methods, reference)
-    finish(records, output, started, **found)
+    finish(records, output, started, details=found)
 
 
 def _methods(
