@@ -53,11 +53,7 @@ def conversation_ids(
     Raises:
         PromptError: If the last message is empty or no text, or the chat template cannot be used.
     """
-    prompt = messages[-1]["content"]
-    if not prompt.strip():
-        raise PromptError("The prompt is empty: type some text first.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise PromptError("The prompt must be text: it has bytes that are not valid UTF-8.")
+    check_prompt(messages[-1]["content"])
     tokenizer: Any = loaded.tokenizer
     if chat and tokenizer.chat_template:
         encoded = tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
@@ -67,6 +63,14 @@ def conversation_ids(
     if not ids.shape[1]:
         raise PromptError("The prompt has no tokens: the model's tokenizer leaves nothing of it.")
     return ids.to(loaded.model.device)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise PromptError where a prompt is empty or no text, whatever the model."""
+    if not prompt.strip():
+        raise PromptError("The prompt is empty: type some text first.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise PromptError("The prompt must be text: it has bytes that are not valid UTF-8.")
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:

@@ -130,6 +130,32 @@ def test_ctrl_c_says_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "turboquant: stopped\n"
 
 
+def test_a_prompt_that_is_no_text_is_refused_before_the_model_loads() -> None:
+    """No such model is there: it would be what is wrong."""
+    for given in (b"caf\xe9", b" \n"):
+        result = RUNNER.invoke(cli.app, ["compare", "-", "--model", "no-such-model"], input=given)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("turboquant: The prompt ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('filler="\\ud800"', "--set takes text in UTF-8"),
+        ("texts=" + "[" * 100_000, "texts should be a valid tuple"),
+        ("start=" + "9" * 5000, "start: Unable to parse input string as an integer, exceeded maximum size"),
+        ("start=NaN", "start should be a finite number"),
+    ],
+)
+def test_values_of_settings_are_read_or_refused(value: str, said: str) -> None:
+    names = ["needle"] if value.startswith("filler") else ["perplexity"]
+    result = RUNNER.invoke(cli.app, ["sweep", "--experiment", *names, "--set", value, "--dry-run"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_table_goes_into_a_pipe_of_any_encoding() -> None:
     done = subprocess.run(
         [*PROGRAM, "--help"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False

@@ -66,11 +66,17 @@ def compare(
     The record goes to --output, and as a JSON line to standard output where that is a pipe or a file. Without a prompt
     it asks for one after the other: at the terminal, or one a line from standard input.
     """
+    from turboquant.generate import PromptError, check_prompt
     from turboquant.results import Settings
 
     if text is not None and prompt is not None:
         fail("the prompt is given twice, as an argument and by --prompt", 2)
     first = sys.stdin.read() if text == "-" else text if text is not None else prompt
+    if first is not None:
+        try:
+            check_prompt(first)
+        except PromptError as error:
+            fail(error, 2)
     chosen = read_method(method)
     values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     settings = read_settings(Settings, values)

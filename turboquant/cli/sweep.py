@@ -99,7 +99,10 @@ def _read_settings(given: Sequence[str]) -> dict[str, list[Any]]:
             fail(f"--set takes FIELD=VALUE (--contexts and --seeds have options of their own), got {item!r}", 2)
         try:
             value = json.loads(text)
-        except ValueError:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            fail(f"--set takes text in UTF-8, got {item!r}", 2)
+        except (ValueError, RecursionError):
             value = text
         found.setdefault(name, []).append(value)
     return found
