@@ -364,13 +364,13 @@ def _mend(file: BinaryIO) -> None:
 
 
 def read_lines(path: Path) -> tuple[list[tuple[int, bytes]], bytes]:
-    """Return the lines of a file of records with their numbers, and what stands behind the last line end.
+    """Return the lines of a file of records with their numbers, and a record that was begun behind the last line end.
 
     Blank lines are left out; a byte order mark, and NULs around a line (what a crash leaves), are cut off.
     """
-    *lines, torn = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
-    numbered = ((number, line.strip(BLANK)) for number, line in enumerate(lines, start=1))
-    return [(number, line) for number, line in numbered if line], torn.strip(BLANK)
+    lines = [line.strip(BLANK) for line in path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")]
+    torn = lines.pop() if lines[-1].startswith(b"{") else b""
+    return [(number, line) for number, line in enumerate(lines, start=1) if line], torn
 
 
 def read_records(path: Path) -> list[ExperimentRecord]:

@@ -141,6 +141,12 @@ def test_a_whole_record_without_its_line_end_is_kept(tmp_path: Path) -> None:
 def test_text_of_another_kind_is_never_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("two lines\nof a person")
+    with pytest.raises(RecordFileError, match=r"^line 1 of .*notes\.txt is not an experiment record .*1 more"):
+        read_records(path)
+    path.write_text("one line of a person")
+    with pytest.raises(RecordFileError, match=r"^line 1 of .*notes\.txt is not an experiment record"):
+        read_records(path)
+    path.write_text("two lines\nof a person")
     append_record(record(1), path)
     assert path.read_text().startswith("two lines\nof a person\n{")
 

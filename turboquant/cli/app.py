@@ -157,6 +157,8 @@ def check_writable(path: Path, *, read_back: bool = True) -> None:
             path.with_name(f".{path.name}.partial").exists()  # raises where the name is too long
             tempfile.TemporaryFile(dir=path.parent).close()
             usable = not path.is_symlink()
+    except FileExistsError:
+        fail(f"the output {path} cannot be written: {path.parent} is not a folder", 2)
     except OSError as error:
         fail(f"the output {path} cannot be written: {error.strerror or error}", 2)
     if not usable:

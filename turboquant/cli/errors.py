@@ -1,5 +1,6 @@
 """How a command ends when something is wrong: with one line on standard error and an exit code, never a traceback."""
 
+import errno
 import io
 import os
 import sys
@@ -90,7 +91,7 @@ def _sentence(error: Any) -> tuple[str, int] | None:
     if hasattr(error, "format_message"):
         return _wrong_use(error), error.exit_code
     if isinstance(error, OSError):
-        return _fault_of_files(error), 1
+        return _fault_of_files(error), 2 if error.errno == errno.ENAMETOOLONG else 1
     if isinstance(error, MemoryError | RuntimeError):
         from turboquant.faults import out_of_memory
 

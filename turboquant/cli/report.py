@@ -77,9 +77,11 @@ def _own_files() -> list[Path]:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            fail(f"{path} must be a file, and this is a pipe or a device", 2)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {error}", 2)
+        fail(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", 2)
 
 
 def _fill(files: list[Path], places: list[Path], check: bool) -> dict[str, object]:
