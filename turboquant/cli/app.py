@@ -316,7 +316,7 @@ def _keep(record: "ExperimentRecord", keep: "Callable[[ExperimentRecord], None]"
     try:
         keep(record)
     except OSError as error:
-        fail(f"{output} cannot be written: {error.strerror or error}; what was finished before is kept", 1)
+        fail(f"{output} cannot be written: {error.strerror or error}", 1)
 
 
 def _in_this_process(
