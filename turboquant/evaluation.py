@@ -85,7 +85,7 @@ def read_document(path: Path) -> list[ExperimentRecord]:
     if not path.exists() or not path.stat().st_size:
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise EvaluationFileError(f"{path} is not an output of evaluate: it is not text") from error
     except json.JSONDecodeError as error:

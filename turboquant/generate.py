@@ -71,6 +71,8 @@ def check_prompt(prompt: str) -> None:
         raise PromptError("The prompt is empty: type some text first.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise PromptError("The prompt must be text: it has bytes that are not valid UTF-8.")
+    if "\0" in prompt:
+        raise PromptError("The prompt must be text: it has null characters.")
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:

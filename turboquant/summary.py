@@ -124,7 +124,7 @@ def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | GpuB
 def _read_document(path: Path) -> list[ExperimentRecord]:
     """Return the records embedded in a JSON file, wherever they stand; other JSON has none."""
     try:
-        queue: list[Any] = [json.loads(path.read_text(encoding="utf-8"))]
+        queue: list[Any] = [json.loads(path.read_text(encoding="utf-8-sig"))]
         found = []
         while queue:
             item = queue.pop(0)

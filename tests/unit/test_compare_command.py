@@ -129,6 +129,19 @@ def test_a_refused_prompt_does_not_end_the_loop_and_shows_in_the_exit_code(folde
     assert [record["prompt"] for record in records(result.stdout)] == ["hello"]
 
 
+def test_prompts_of_other_systems_are_read_or_refused(folder) -> None:
+    """A byte order mark and line ends of Windows are no part of a prompt; UTF-16 is no text here."""
+    words = ["compare", "--model", folder, "--max-new-tokens", "2"]
+    lines = RUNNER.invoke(cli.app, words, input=b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert [record["prompt"] for record in records(lines.stdout)] == ["one", "two"]
+    words.append("-")
+    assert records(RUNNER.invoke(cli.app, words, input=b"\xef\xbb\xbfone").stdout)[0]["prompt"] == "one"
+    for given in ("one\n".encode("utf-16"), "one\n".encode("utf-16-le")):
+        refused = RUNNER.invoke(cli.app, words, input=given)
+        assert refused.exit_code == 2
+        assert "The prompt must be text" in refused.stderr
+
+
 def test_a_conversation_keeps_its_caches_from_turn_to_turn(folder) -> None:
     result = invoke(folder, LONG, "--chat", text="And then?\n/fork compressed\nWhat else?\n/reset\nhello\n")
     assert result.exit_code == 0, result.output

@@ -217,6 +217,7 @@ def test_the_ids_are_those_of_the_library() -> None:
         (" \n", "The prompt is empty"),
         ("caf\udce9", "The prompt must be text: it has bytes that are not valid UTF-8"),
         ("\ud83d", "The prompt must be text"),
+        ("a\0", "The prompt must be text: it has null characters"),
     ],
 )
 def test_a_prompt_that_is_no_text_is_refused(loaded: LoadedModel, prompt: str, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.sample_records import record, where, write
-from turboquant.evaluation import write_document
+from turboquant.evaluation import read_document, write_document
 from turboquant.report import ReportError, build_report, read_results
 from turboquant.summary import measured_on, summarize
 
@@ -34,6 +34,9 @@ def test_outputs_of_evaluate_are_read(tmp_path: Path) -> None:
     write_document(records, one)
     write_document([*records, record("turboquant:bits=2", 512)], several)
     assert [found for found, _ in read_results([one]).records] == records
+    one.write_bytes(b"\xef\xbb\xbf" + one.read_bytes())  # as some editors save it
+    assert [found for found, _ in read_results([one]).records] == records
+    assert read_document(one) == records
     assert len(read_results([several]).records) == 3
     assert len(read_results([tmp_path]).records) == 3
 

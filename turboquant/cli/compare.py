@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from turboquant.results import Comparison, Record, SideResult
     from turboquant.session import Session, Turn
 
+MARK = "\ufeff"
+"""The byte order mark that some programs write in front of text."""
 HELP = """Type a prompt; both answers appear, then the figures.
 /help    this text
 /reset   begin a new conversation (with --chat)
@@ -71,7 +73,7 @@ def compare(
 
     if text is not None and prompt is not None:
         fail("the prompt is given twice, as an argument and by --prompt", 2)
-    first = sys.stdin.read() if text == "-" else text if text is not None else prompt
+    first = sys.stdin.read().removeprefix(MARK) if text == "-" else text if text is not None else prompt
     if first is not None:
         try:
             check_prompt(first)
@@ -230,7 +232,7 @@ def _loop(asking: _Asking, first: str | None) -> None:
 def _lines(typing: bool) -> Iterator[str]:
     while True:
         try:
-            line = input("\n> ") + "\n" if typing else sys.stdin.readline()
+            line = input("\n> ") + "\n" if typing else sys.stdin.readline().removeprefix(MARK)
         except EOFError:
             return
         except KeyboardInterrupt:
