@@ -102,8 +102,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: 
 def template_error(reason: str) -> PromptError:
     """Return the error of a chat template that cannot be used, with what can be done."""
     return PromptError(
-        f"The model's chat template cannot be used: {reason}. The prompt can be put without it: --no-chat-template on "
-        "the command line, the switch Chat template in the app."
+        f"The model's chat template cannot be used ({reason}): leave it out with --no-chat-template, or in the app "
+        "with the switch Chat template."
     )
 
 

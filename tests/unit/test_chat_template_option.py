@@ -36,7 +36,7 @@ def test_a_template_that_refuses_is_one_line_and_can_be_left_out(folder: Path, t
     refused = RUNNER.invoke(cli.app, words)
     assert refused.exit_code == 2, refused.output
     said = refused.stderr.splitlines()[-1]
-    assert said.startswith("turboquant: The model's chat template cannot be used: System role not supported. ")
+    assert said.startswith("turboquant: The model's chat template cannot be used (System role not supported): ")
     assert "--no-chat-template" in said
     assert refused.stdout == ""
     done = RUNNER.invoke(cli.app, [*words, "--no-chat-template"])
@@ -61,7 +61,7 @@ def test_named_templates_without_a_default_are_read_from_a_folder(tmp_path: Path
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     refused = RUNNER.invoke(cli.app, ["compare", "Why?", "--model", str(folder)])
     assert refused.exit_code == 2
-    assert "cannot be used: none of rag, tool_use is called default" in refused.stderr.splitlines()[-1]
+    assert "cannot be used (none of rag, tool_use is called default)" in refused.stderr.splitlines()[-1]
 
 
 def test_what_was_put_stands_in_the_record(folder: Path, tmp_path: Path) -> None:

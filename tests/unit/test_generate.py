@@ -149,18 +149,18 @@ def test_the_chat_template_is_used_unless_it_is_turned_off() -> None:
 
 
 UNUSABLE = {
-    "{{ raise_exception('System role not supported') }}": "cannot be used: System role not supported. The prompt can",
+    "{{ raise_exception('System role not supported') }}": r"cannot be used \(System role not supported\): leave it out",
     "": None,  # no template
     " ": "does not hold the prompt",
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}": "does not hold the prompt",
     "{{ messages[0].content[:3] }}": "does not hold the prompt",
     "{{ messages[0].content.text }}": "does not hold the prompt",
-    "{{ tools.first.name }}": "cannot be used: 'None' has no attribute 'first'|'first'",
-    "{{ user_name.first }}": "cannot be used: 'user_name' is undefined",
-    "{{ 1 / 0 }}": "cannot be used: division by zero",
-    "{% for m in messages %}": "cannot be used: Unexpected end of template",
-    "{% for i in range(1000000) %}{% endfor %}": "cannot be used: Range too big",
-    "{{ messages[0].__class__.__mro__ }}": "cannot be used: access to attribute '__class__'",
+    "{{ tools.first.name }}": "cannot be used .*'first'",
+    "{{ user_name.first }}": r"cannot be used \('user_name' is undefined",
+    "{{ 1 / 0 }}": r"cannot be used \(division by zero",
+    "{% for m in messages %}": r"cannot be used \(Unexpected end of template",
+    "{% for i in range(1000000) %}{% endfor %}": r"cannot be used \(Range too big",
+    "{{ messages[0].__class__.__mro__ }}": r"cannot be used \(access to attribute '__class__'",
 }
 
 
@@ -180,7 +180,7 @@ def test_a_template_that_fails_or_loses_the_prompt_is_refused_in_one_sentence(te
 def test_templates_by_name_need_a_default() -> None:
     loaded = tiny_loaded(chat_template="")
     loaded.tokenizer.chat_template = {"rag": "{{ messages[0].content }}", "tool_use": "x"}
-    with pytest.raises(PromptError, match="cannot be used: none of rag, tool_use is called default"):
+    with pytest.raises(PromptError, match=r"cannot be used \(none of rag, tool_use is called default"):
         prompt_ids(loaded, "Hello")
     loaded.tokenizer.chat_template["default"] = "({{ messages[0].content }})"
     assert prompt_ids(loaded, "Hello").shape == (1, 7)
