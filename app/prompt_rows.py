@@ -8,7 +8,7 @@ import pandas as pd
 
 from app.jobs import Job, PromptsRequest
 from app.runs import Run, csv_text, fenced
-from app.verdict import verdict
+from app.verdict import cache_size, verdict
 from turboquant.results import Comparison
 
 START = 60
@@ -121,7 +121,10 @@ def to_markdown(found: Sequence[PromptRow]) -> str:
         "through both caches; the most damaged first.",
     ]
     for row in found:
-        figures = [f"{name}: {value}" for name, value in list(_line(row).items())[2:] if value not in (None, "")]
+        line = {name: value for name, value in list(_line(row).items())[2:] if value not in (None, "")}
+        if line.pop("times smaller", None) is not None and row.comparison:
+            line["the cache is"] = cache_size(row.comparison.compressed.report)
+        figures = [f"{name}: {value}" for name, value in line.items()]
         said = fenced(verdict(row.comparison)) if row.comparison else ""
         parts += [f"## Prompt {row.number}", fenced(row.prompt), said, "; ".join(figures)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,18 +1,25 @@
 """Sets of prompts: reading them from typed text or a file, and the request that runs them."""
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 
 from app.config import AppConfig
 from app.examples import EXAMPLES
 from app.jobs import PromptsRequest
 from app.requests import Choices, RequestError, check_loading, method_text, sampling_settings
+from turboquant.texts import decode_text
 
 MAX_BYTES = 1_000_000
 SEPARATOR = "---"
 SUFFIXES = ("txt", "csv", "jsonl")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n])"?[^\r\n]*(?:\r\n|\r|\n|$)', re.IGNORECASE)
+"""What spreadsheets write in front of a table."""
 _Numbered = list[tuple[int, str]]
 
 
@@ -36,7 +43,7 @@ def read_file(data: bytes, name: str, config: AppConfig) -> tuple[str, ...]:
     """Prompts from the content of a .txt, .csv or .jsonl file.
 
     Raises:
-        RequestError: It is too large, of another kind, no UTF-8 text, or breaks a rule of its kind; the message names
+        RequestError: It is too large, of another kind, no text, or breaks a rule of its kind; the message names
             the line and the rule.
     """
     if len(data) > MAX_BYTES:
@@ -46,10 +53,12 @@ def read_file(data: bytes, name: str, config: AppConfig) -> tuple[str, ...]:
     if suffix not in readers:
         raise RequestError(f"The file must end in .{', .'.join(SUFFIXES)}; {name[-40:]!r} does not.")
     try:
-        text = data.decode("utf-8-sig")
+        text = decode_text(data)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise RequestError(f"Line {line}: the file must be UTF-8 text, and this line is not.") from None
+        raise RequestError(
+            f"Line {line}: the file must be UTF-8 text, or UTF-16 with its byte order mark, and is not."
+        ) from None
     return _checked(readers[suffix](text), config)
 
 
@@ -78,32 +87,79 @@ def _between(lines: Sequence[str], ends: Callable[[str], bool], skipped: int) ->
 
 
 def _csv_rows(text: str) -> _Numbered:
-    """The column named prompt; where the first row names none, the first column of every row."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    found: _Numbered = []
-    column: int | None = None
+    """The column named prompt; where every row is a single cell, each is a prompt."""
+    first = _SEPARATOR_LINE.match(text)
+    skipped, separator = (first[0], first[1]) if first else ("", _separator(text))
+    if separator not in _SEPARATORS:
+        raise RequestError(f"Line 1: the separator must be a comma, semicolon, tab or bar, got {separator!r}.")
+    rows = list(_cells(text[len(skipped) :], separator, len(skipped.splitlines())))
+    if not rows:
+        return []
+    names = _names(rows[0][1])
+    if "prompt" not in names:
+        _check_single(rows, separator)
+        column = 0
+    else:
+        column = names.index("prompt")
+        del rows[0]
+    for line, cells in rows:
+        if any(cell.strip() for cell in cells[len(names) :]):
+            raise RequestError(
+                f"Line {line}: the row has {len(cells)} cells and the first row {len(names)}; a prompt with "
+                f"{_SEPARATORS[separator]} in it must be in quotes."
+            )
+        if column >= len(cells) or not cells[column].strip():
+            raise RequestError(f"Line {line}: the prompt of a row must not be empty.")
+    return [(line, cells[column].strip()) for line, cells in rows]
+
+
+def _cells(text: str, separator: str, skipped: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank, each with the number of its line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     begin = 1
     try:
         for row in reader:
             line, begin = begin, reader.line_num + 1
-            if not any(cell.strip() for cell in row):
-                continue
-            if column is None:
-                names = [cell.strip().lower() for cell in row]
-                column = names.index("prompt") if "prompt" in names else 0
-                if "prompt" in names:
-                    continue
-            if column >= len(row) or not row[column].strip():
-                raise RequestError(f"Line {line}: the prompt of a row must not be empty.")
-            found.append((line, row[column].strip()))
+            if any(cell.strip() for cell in row):
+                yield skipped + line, row
     except csv.Error as error:
-        raise RequestError(f"Line {max(reader.line_num, 1)}: this is no CSV ({str(error)[:80]}).") from None
-    return found
+        line = skipped + max(reader.line_num, 1)
+        raise RequestError(f"Line {line}: this is no CSV ({str(error)[:80]}).") from None
+
+
+def _names(row: Sequence[str]) -> list[str]:
+    return [cell.strip().lower() for cell in row]
+
+
+def _first_row(text: str, separator: str) -> list[str]:
+    with contextlib.suppress(RequestError):
+        return next((cells for _, cells in _cells(text, separator)), [])
+    return []
+
+
+def _separator(text: str) -> str:
+    """The separator by which the first row has a column named prompt; a comma where it has none by any."""
+    return next((one for one in _SEPARATORS if "prompt" in _names(_first_row(text, one))), ",")
+
+
+def _check_single(rows: Sequence[tuple[int, list[str]]], separator: str) -> None:
+    """Refuse rows of several columns of which none is named prompt: which one is meant is not to be guessed."""
+    header = rows[0][1]
+    for other in _SEPARATORS if len(header) == 1 and len(rows) > 1 else ():
+        parted = [_first_row(cells[0], other) for _, cells in rows]
+        if len(parted[0]) > 1 and len({len(cells) for cells in parted}) == 1:
+            header, separator = parted[0], other
+    if len(header) > 1:
+        shown = ", ".join(repr(cell.strip()[:30]) for cell in header[:5])
+        raise RequestError(
+            f"Line {rows[0][0]}: no column is named prompt; the first row, parted by {_SEPARATORS[separator]}, has "
+            f"{shown}. Name the column of the prompts so, or put texts with {_SEPARATORS[separator]} into quotes."
+        )
 
 
 def _json_lines(text: str) -> _Numbered:
     found: _Numbered = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -113,7 +169,8 @@ def _json_lines(text: str) -> _Numbered:
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError(
-                f'Line {number}: each line must be a text in quotes or {{"prompt": "a text"}}, and not empty.'
+                f'Line {number}: each line must be a text in quotes or {{"prompt": "a text"}}, and not empty, '
+                f"got {reprlib.repr(value)}."
             )
         found.append((number, prompt.strip()))
     return found
@@ -131,7 +188,7 @@ def _checked(found: _Numbered, config: AppConfig) -> tuple[str, ...]:
             )
         if "\x00" in prompt or any("\ud800" <= ch <= "\udfff" for ch in prompt):
             raise RequestError(f"Line {line}: the prompt must be text, without null characters or half characters.")
-    return tuple(prompt for _, prompt in found)
+    return tuple(dict.fromkeys(prompt for _, prompt in found))  # what is given twice would count twice
 
 
 def prompts_request(choices: Choices, prompts: Sequence[str], config: AppConfig) -> PromptsRequest:

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from turboquant.results import Comparison
-from turboquant.verdict import human_bytes, quoted, verdict
+from turboquant.verdict import cache_size, human_bytes, quoted, verdict
 
-__all__ = ["cosine", "facts", "human_bytes", "number", "percent", "provenance", "quoted", "verdict"]
+__all__ = ["cache_size", "cosine", "facts", "human_bytes", "number", "percent", "provenance", "quoted", "verdict"]
 
 MISSING = "not measured"
 
@@ -54,7 +54,7 @@ def facts(c: Comparison) -> list[tuple[str, str]]:
     rows += [
         ("KV cache held", human_bytes(report.bytes)),
         ("16-bit baseline", human_bytes(report.full_precision_bytes)),
-        ("Compression ratio, everything counted", number(report.compression_ratio, 2, "x")),
+        ("Beside the baseline", cache_size(report)),
         ("Payload ratio (formula: 16 / bits of a code)", number(report.payload_ratio, 2, "x")),
         ("Bits per value, everything counted", number(report.bits_per_value, 2)),
     ]

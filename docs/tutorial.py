@@ -13,6 +13,7 @@ from turboquant.experiments import Watch
 from turboquant.recommend import recommend
 from turboquant.recommendation import RecommendSettings
 from turboquant.sizing import kv_bytes, read_config
+from turboquant.verdict import against_16_bits
 
 MODEL, TEXT, MAX_KL = [*sys.argv[1:], *("smollm2-135m", "persuasion", "0.01")[len(sys.argv) - 1 :]]
 
@@ -56,7 +57,7 @@ if found.caution:
     print(found.caution)
 for row in found.memory:
     print(
-        f"{row.tokens:,} tokens: {row.times_smaller:.2f} times smaller than a full cache in 16 bits "
+        f"{row.tokens:,} tokens: {against_16_bits(row.bytes, row.full_bytes)} "
         f"({'measured' if row.measured else 'estimated'})"
     )
 

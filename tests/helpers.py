@@ -1,7 +1,13 @@
 """What several tests share: a method that packs without loss, a small model with a tokenizer, a walk over storages."""
 
+import contextlib
+import io
+import os
+import pty
 import shutil
 import subprocess
+import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +22,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, cache_utils
 
+from turboquant import cli
 from turboquant.methods import Method
 from turboquant.models import LoadedModel, ModelSpec, tiny_model
 from turboquant.quantizer import PackedTensor, Quantizer
@@ -149,3 +156,32 @@ def save_tiny(folder: Path, architecture: str = "llama", **overrides) -> Path:
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder
+
+
+def at_terminal(words: list[str]) -> tuple[int, str]:
+    """Run a command in this process with a real terminal as its standard output; return its code and what stood there.
+
+    Standard error is no terminal, so that nothing is drawn.
+    """
+    ours, theirs = pty.openpty()
+    found = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # what a terminal whose other end is closed says
+            while data := os.read(ours, 65536):
+                found.extend(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    stdin, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal):
+            try:
+                cli.app(words)
+            except SystemExit as left:
+                code = int(left.code or 0)
+    finally:
+        sys.stdin = stdin
+        reader.join()
+        os.close(ours)
+    return code, found.decode().replace("\r\n", "\n")

@@ -85,11 +85,13 @@ def read_document(path: Path) -> list[ExperimentRecord]:
     if not path.exists() or not path.stat().st_size:
         return []
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise EvaluationFileError(f"{path} is not an output of evaluate: it is not text") from error
     except json.JSONDecodeError as error:
         raise EvaluationFileError(f"{path} is not JSON ({error.msg} in line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:
+        raise EvaluationFileError(f"{path} is not JSON that can be read ({error})") from error
     runs = content.get("runs", [content]) if isinstance(content, dict) else None
     if not isinstance(runs, list) or not all(isinstance(run, dict) and "by_context" in run for run in runs):
         raise EvaluationFileError(f"{path} is not an output of evaluate: it has no by_context")
@@ -117,5 +119,6 @@ def difference(records: Iterable[ExperimentRecord], cell: Cell) -> str | None:
         held = asked(record.cell)
         for name in {**wanted, **held}:
             if held.get(name) != wanted.get(name):
-                return f"{name} {held.get(name)}, not {wanted.get(name)}"
+                there, here = (one.get(name, "as by default") for one in (held, wanted))
+                return f"{name} {there}, not {here}"
     return None

@@ -35,7 +35,7 @@ def prompt_ids(loaded: LoadedModel, prompt: str, chat: bool = True) -> Int[Tenso
     """Return the prompt's token ids, (1, tokens), through the model's chat template where it has one.
 
     Raises:
-        PromptError: If the prompt is empty.
+        PromptError: If the prompt is empty or no text, or the chat template cannot be used.
     """
     return conversation_ids(loaded, [{"role": "user", "content": prompt}], chat)
 
@@ -51,19 +51,60 @@ def conversation_ids(
         chat: Go through the model's chat template, where it has one; otherwise the contents are lines of one text.
 
     Raises:
-        PromptError: If the last message is empty.
+        PromptError: If the last message is empty or no text, or the chat template cannot be used.
     """
-    if not messages[-1]["content"].strip():
-        raise PromptError("The prompt is empty: type some text first.")
+    check_prompt(messages[-1]["content"])
     tokenizer: Any = loaded.tokenizer
     if chat and tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        encoded = tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, return_tensors="pt")
     else:
         encoded = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
+    if not ids.shape[1]:
+        raise PromptError("The prompt has no tokens: the model's tokenizer leaves nothing of it.")
     return ids.to(loaded.model.device)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise PromptError where a prompt is empty or no text, whatever the model."""
+    if not prompt.strip():
+        raise PromptError("The prompt is empty: type some text first.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise PromptError("The prompt must be text: it has bytes that are not valid UTF-8.")
+    if "\0" in prompt:
+        raise PromptError("The prompt must be text: it has null characters.")
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """Return a conversation as the tokenizer's chat template writes it, up to where the model's turn begins.
+
+    Args:
+        tokenizer: One with a chat template.
+        messages: As for `conversation_ids`.
+        options: Variables of the template.
+
+    Raises:
+        PromptError: If there is no default template, it fails, or it leaves out what the last message says.
+    """
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise template_error(f"none of {', '.join(sorted(named))} is called default")
+    try:
+        text = str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **options))
+    except Exception as error:  # a template is a program that came with the model, and fails in its own ways
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise template_error(reason[:200] or type(error).__name__) from error
+    if "".join(messages[-1]["content"].split()) not in "".join(text.split()):
+        raise template_error("what it writes does not hold the prompt")
+    return text
+
+
+def template_error(reason: str) -> PromptError:
+    """Return the error of a chat template that cannot be used, with what can be done."""
+    return PromptError(
+        f"The model's chat template cannot be used ({reason}): leave it out with --no-chat-template, or in the app "
+        "with the switch Chat template."
+    )
 
 
 def check_length(loaded: LoadedModel, prompt_tokens: int, max_new_tokens: int) -> None:

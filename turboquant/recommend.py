@@ -282,14 +282,14 @@ def candidates(recipes: Iterable[str], size: Callable[[Method], int]) -> list[Ca
         recipes: Methods without bits, such as `rtn:rotation=hadamard`.
         size: Bytes that a method's cache holds.
     """
-    found = []
-    for recipe in dict.fromkeys(recipes):
+    found: dict[str, Candidate] = {}
+    for recipe in recipes:
         for bits in product(BITS, BITS):
             if abs(BITS.index(bits[0]) - BITS.index(bits[1])) > MOST_APART:
                 continue
             method = parse_method(f"{recipe}{',' if ':' in recipe else ':'}key_bits={bits[0]},value_bits={bits[1]}")
-            found.append(Candidate(str(method), recipe, bits, size(method)))
-    return found
+            found.setdefault(str(method), Candidate(str(method), recipe, bits, size(method)))
+    return list(found.values())
 
 
 def first_packed(method: Method) -> int:

@@ -9,8 +9,8 @@ import json
 import os
 import platform
 import re
-import reprlib
 import subprocess
+from codecs import BOM_UTF8
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from filelock import FileLock
 from pydantic import Field, ValidationError
 
 from turboquant.attention import AttentionDetail
-from turboquant.record import Matrix, Record
+from turboquant.record import Matrix, Record, first_error
 
 
 class Environment(Record):
@@ -318,12 +318,7 @@ class ExperimentRecord(Record):
     error: str | None = None
 
 
-def first_error(error: ValidationError) -> str:
-    """Return what pydantic found wrong first: where, the rule and the value, in one line."""
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    got = "" if first["type"] == "missing" or not where else f", got {reprlib.repr(first['input'])}"
-    return (f"{where}: " if where else "") + first["msg"].removeprefix("Value error, ") + got
+BLANK = b" \t\r\0"  # what may stand around a record in its line
 
 
 class RecordFileError(ValueError):
@@ -338,7 +333,7 @@ def append_record(record: Record, path: Path) -> None:
     """Append one record as a JSON line, whole or not at all; folders are made where they are missing.
 
     The line goes out under a lock, so that several processes may append to one file, and is on the disk when this
-    returns. What an interrupted write left at the end of the file (the start of a record) is cut off first.
+    returns. What an interrupted write left at the end of the file (the start of a record, NULs) is cut off first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = record.model_dump_json().encode() + b"\n"
@@ -350,7 +345,7 @@ def append_record(record: Record, path: Path) -> None:
 
 
 def _mend(file: BinaryIO) -> None:
-    """Make a file opened with "ab+" end with a line end: cut off half a record, complete anything else."""
+    """Make a file opened with "ab+" end with a line end: cut off NULs and half a record, complete anything else."""
     end = start = file.seek(0, os.SEEK_END)
     tail = b""
     while start and b"\n" not in tail:
@@ -359,18 +354,25 @@ def _mend(file: BinaryIO) -> None:
         file.seek(start)
         tail = file.read(step) + tail
     torn = tail[tail.rfind(b"\n") + 1 :]
-    file.seek(0, os.SEEK_END)
-    if torn.startswith(b"{") and not _is_json(torn):
-        file.truncate(end - len(torn))
-    elif torn:
+    kept = torn.rstrip(b"\0")
+    if kept.lstrip(BLANK).startswith(b"{"):
+        try:
+            json.loads(kept.lstrip(BLANK))
+        except (ValueError, RecursionError):
+            kept = b""
+    file.truncate(end - len(torn) + len(kept))
+    if kept:
         file.write(b"\n")
 
 
-def _is_json(line: bytes) -> bool:
-    with contextlib.suppress(ValueError):
-        json.loads(line)
-        return True
-    return False
+def read_lines(path: Path) -> tuple[list[tuple[int, bytes]], bytes]:
+    """Return the lines of a file of records with their numbers, and a record that was begun behind the last line end.
+
+    Blank lines are left out; a byte order mark, and NULs around a line (what a crash leaves), are cut off.
+    """
+    lines = [line.strip(BLANK) for line in path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")]
+    torn = lines.pop() if lines[-1].startswith(b"{") else b""
+    return [(number, line) for number, line in enumerate(lines, start=1) if line], torn
 
 
 def read_records(path: Path) -> list[ExperimentRecord]:
@@ -383,17 +385,15 @@ def read_records(path: Path) -> list[ExperimentRecord]:
     """
     if not path.exists():
         return []
-    *lines, torn = path.read_bytes().split(b"\n")
+    lines, torn = read_lines(path)
     records: list[ExperimentRecord] = []
     broken: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
             records.append(ExperimentRecord.model_validate_json(line))
         except ValidationError as error:
             broken.append(f"line {number} of {path} is not an experiment record ({first_error(error)})")
-    if torn.strip():  # complete records are kept even without their line end
+    if torn:  # complete records are kept even without their line end
         with contextlib.suppress(ValidationError):
             records.append(ExperimentRecord.model_validate_json(torn))
     if broken:

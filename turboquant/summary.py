@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from turboquant.bench_records import GPU_BENCHES, GpuBench
 from turboquant.inputs import own_files
 from turboquant.methods import parse_method
-from turboquant.results import DecodeBench, Environment, ExperimentRecord, first_error
+from turboquant.results import DecodeBench, Environment, ExperimentRecord, first_error, read_lines
 
 CONTEXT_SETTINGS = ("context", "tokens")
 AVERAGED = frozenset((*CONTEXT_SETTINGS, "seed", "seeds", "depth", "rotation_seed", "sampling_seed", "repetition"))
@@ -87,18 +87,20 @@ def _files(places: Iterable[Path]) -> list[Path]:
     for place in places:
         if place.is_dir():
             found += sorted(path for path in place.rglob("*") if path.suffix in (".jsonl", ".json"))
-        elif place.exists():
+        elif place.is_file():
             found.append(place)
+        elif place.exists():
+            raise ReportError(f"{place} must be a file or a folder, and this is a pipe or a device")
         else:
             raise ReportError(f"{place} does not exist")
     return list(dict.fromkeys(found))
 
 
 def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench | GpuBench]:
-    *lines, torn = path.read_bytes().split(b"\n")
-    read = (_read_line(line, f"line {i} of {path}") for i, line in enumerate(lines, start=1) if line.strip())
+    lines, torn = read_lines(path)
+    read = (_read_line(line, f"line {number} of {path}") for number, line in lines)
     found = [record for record in read if record]
-    if torn.strip():  # an interrupted write leaves half a line, an editor a whole one
+    if torn:  # an interrupted write leaves half a line, an editor a whole one
         with contextlib.suppress(ReportError):
             found += filter(None, [_read_line(torn, "")])
     return found
@@ -108,22 +110,22 @@ def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | GpuB
     """Read a line; benchmarks of other kinds, which no report shows, are None."""
     try:
         content = json.loads(line)
-        kind = content.get("kind") if isinstance(content, dict) else None
+        kind = str(content.get("kind")) if isinstance(content, dict) else ""
         if kind in GPU_BENCHES:
             return GPU_BENCHES[kind].model_validate_json(line)
-        if isinstance(kind, str) and kind.startswith("bench-") and kind != "bench-decode":
+        if kind.startswith("bench-") and kind != "bench-decode":
             return None
         return (DecodeBench if kind == "bench-decode" else ExperimentRecord).model_validate_json(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ReportError(f"{where} is not JSON") from None
     except ValidationError as error:
         raise ReportError(f"{where} is neither an experiment record nor a benchmark ({first_error(error)})") from None
+    except (ValueError, RecursionError):
+        raise ReportError(f"{where} is not JSON") from None
 
 
 def _read_document(path: Path) -> list[ExperimentRecord]:
     """Return the records embedded in a JSON file, wherever they stand; other JSON has none."""
     try:
-        queue: list[Any] = [json.loads(path.read_text(encoding="utf-8"))]
+        queue: list[Any] = [json.loads(path.read_text(encoding="utf-8-sig"))]
         found = []
         while queue:
             item = queue.pop(0)
@@ -131,7 +133,7 @@ def _read_document(path: Path) -> list[ExperimentRecord]:
                 found.append(ExperimentRecord.model_validate(item))
             elif isinstance(item, (dict, list)):
                 queue += item.values() if isinstance(item, dict) else item
-    except (ValidationError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is broken: {str(error).splitlines()[0]}") from None
     return found
 
@@ -256,7 +258,8 @@ def _order(one: Summary) -> tuple[Any, ...]:
 
 
 def _context(record: ExperimentRecord) -> int:
-    return next((int(record.cell.settings[name]) for name in CONTEXT_SETTINGS if name in record.cell.settings), 0)
+    found = next((record.cell.settings[name] for name in CONTEXT_SETTINGS if name in record.cell.settings), 0)
+    return found if isinstance(found, int) else 0
 
 
 def _collect(

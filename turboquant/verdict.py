@@ -1,6 +1,6 @@
 """A comparison in words: sizes, quoted tokens and the verdict sentence. Plain text, for pages and the command line."""
 
-from turboquant.results import Comparison
+from turboquant.results import CacheReport, Comparison
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -12,6 +12,25 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def against_16_bits(held: int, full: int) -> str:
+    """Bytes held beside those of a 16-bit cache: `1.90 times smaller than a 16-bit cache`."""
+    if f"{full / held:.2f}" == "1.00":
+        return "as large as a 16-bit cache"
+    if held < full:
+        return f"{full / held:.2f} times smaller than a 16-bit cache"
+    return f"larger by {human_bytes(held - full)} than a 16-bit cache"
+
+
+def cache_size(report: CacheReport) -> str:
+    """What a compressed cache holds beside a 16-bit cache, and where it is larger, why."""
+    words = against_16_bits(report.bytes, report.full_precision_bytes)
+    if not words.startswith("larger"):
+        return f"{words}, everything counted"
+    if 2 * report.compressed_tokens < report.tokens:
+        return f"{words}: only {report.compressed_tokens:,} of {report.tokens:,} tokens are packed"
+    return f"{words}: spare room, tables and exact tokens outweigh what packing saves"
 
 
 def quoted(token: str | None) -> str:

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, Chart, layout, line
-from app.verdict import human_bytes
+from app.verdict import cache_size, human_bytes
 from turboquant.results import CacheReport, Comparison
 from turboquant.sizing import KVBytes
 
@@ -109,7 +109,7 @@ def bytes_by_part(c: Comparison) -> Chart:
     name, most = max(parts(report), key=lambda part: part[1])
     total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
     alt = (
-        f"{total} held against {full} at 16 bit (16-bit size / held size = {report.compression_ratio:.2f}); "
+        f"{total} held against {full} at 16 bit, {cache_size(report)}; "
         f"the largest part, {human_bytes(most)}, is {PART_WORDS[name]}."
     )
     return Chart(figure, alt, table)

@@ -19,7 +19,7 @@ _TEXT, _FILE, _READ, _JOB = "prompts_text", "prompts_file", "prompts_read", "pro
 
 
 def chooser() -> tuple[tuple[str, ...], str | None]:
-    """The prompts that were chosen, and if there are none, why."""
+    """The prompts that were chosen, and if there are none, why (as Markdown)."""
     source = st.segmented_control(
         "Prompts from", SOURCES, default=SOURCES[0], required=True, key="prompts_source", bind="query-params"
     )
@@ -31,7 +31,7 @@ def chooser() -> tuple[tuple[str, ...], str | None]:
                 for number, prompt in enumerate(prompts, start=1):
                     st.caption(f"Prompt {number}")
                     st.code(prompt, language=None, wrap_lines=True, height="content" if len(prompt) < 600 else 160)
-    return prompts, wrong
+    return prompts, wrong and escape(wrong)
 
 
 def _examples() -> tuple[tuple[str, ...], str | None]:
@@ -77,8 +77,8 @@ def _file() -> tuple[tuple[str, ...], str | None]:
 def _rules(config: AppConfig) -> str:
     return (
         ".txt: one prompt a line, or blocks between blank lines or lines of three hyphens. .csv: the column named "
-        "prompt; without one, the first column of every row. .jsonl: a text in quotes or an object with a prompt on "
-        f"each line. At most {MAX_BYTES // 1_000_000} MB, {config.max_prompts} prompts and "
+        "prompt, whatever the separator; without a header, one prompt a row. .jsonl: a text in quotes or an object "
+        f"with a prompt on each line. At most {MAX_BYTES // 1_000_000} MB, {config.max_prompts} prompts and "
         f"{config.max_prompt_chars:,} characters each."
     )
 

@@ -13,7 +13,7 @@ from app.components.panes import LETTERS, code, escape
 from app.components.tokens import strip
 from app.examples import LONG_EXAMPLE
 from app.runs import Run
-from app.verdict import cosine, human_bytes, number, percent, verdict
+from app.verdict import cache_size, cosine, human_bytes, number, percent, verdict
 from turboquant.faults import UNMEASURED
 
 VIEWS = ("side by side", "diff", "focus")
@@ -113,6 +113,7 @@ def _nothing_packed(run: Run, letter: str) -> None:
 def _metrics(run: Run, letter: str) -> None:
     c = run.comparison
     report = c.compressed.report
+    larger = report.bytes > report.full_precision_bytes
     cards: list[tuple[str, str, str | None, str]] = [
         (
             "KV cache held",
@@ -121,8 +122,10 @@ def _metrics(run: Run, letter: str) -> None:
             definitions.KV_BYTES,
         ),
         (
-            "Smaller than 16 bit",
-            number(report.compression_ratio, 2, "x"),
+            "Larger than 16 bit" if larger else "Smaller than 16 bit",
+            human_bytes(report.bytes - report.full_precision_bytes)
+            if larger
+            else number(report.compression_ratio, 2, "x"),
             f"{number(report.payload_ratio, 2, 'x')} payload",
             definitions.RATIO,
         ),
@@ -140,11 +143,8 @@ def _metrics(run: Run, letter: str) -> None:
         ("First token after", number(first, 0, " ms"), number(other, 0, " ms original"), definitions.FIRST_TOKEN)
     )
     _row(cards, f"memory{letter}")
-    if report.bytes >= report.full_precision_bytes:
-        st.caption(
-            "The compressed cache is not smaller than 16 bit here: in so short a text the exact tokens, the spare "
-            "capacity and the shared tables outweigh what packing saves."
-        )
+    if larger:
+        st.caption(escape(f"The compressed cache is {cache_size(report)}."))
     _quality(run, letter)
 
 

@@ -61,6 +61,7 @@ def cells(chosen: NeedleChoices, choices: Choices, config: AppConfig) -> tuple[C
         "seed": check_bound("Seed of the needles", chosen.seed, 0, MAX_SEED),
         "filler": check_each("Filler", [chosen.filler], FILLERS)[0],
         "max_new_tokens": OWN_ANSWER_TOKENS if chosen.own else ANSWER_TOKENS,
+        "chat": bool(choices.chat),
     }
     if chosen.own:
         texts = {"needle": chosen.needle, "question": chosen.question, "answer": chosen.answer}

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from app import state
+from app.charts.memory import bytes_by_part
 from app.components import diff, result
 from app.engine import Engine
 from app.jobs import PromptsRequest
 from app.runs import Run
+from app.verdict import facts
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from tests.app.test_page import ask, request, texts
@@ -99,6 +101,28 @@ def test_a_result_that_was_there_before_says_so(page: AppTest, bench: Bench) -> 
     assert bench.served == ["hello"]
     assert "Cached" in said
     assert "nothing was computed this time" in said
+
+
+def test_a_cache_that_is_larger_is_said_to_be(page: AppTest, bench: Bench) -> None:
+    made = comparison(packed=8)
+    held = made.compressed.report.model_copy(update={"bytes": 3 * 2**20, "full_precision_bytes": 2**20})
+    larger = made.model_copy(update={"compressed": made.compressed.model_copy(update={"report": held})})
+    bench.result = lambda prompt, method: larger
+    words = "larger by 2.00 MiB than a 16-bit cache: only 8 of 28 tokens are packed"
+    page.run()
+    ask(page, "hello")
+    cards = {metric.label: metric.value for metric in page.metric}
+    assert cards["Larger than 16 bit"] == "2.00 MiB"
+    assert "Smaller than 16 bit" not in cards
+    assert f"The compressed cache is {words}." in texts(page)
+    assert ("Beside the baseline", words) in facts(larger)
+    assert words in bytes_by_part(larger).alt
+    assert words in Run(comparison=larger).to_markdown()
+
+
+def test_a_cache_that_is_smaller_is_said_to_be(two: AppTest) -> None:
+    assert [metric.value for metric in two.metric if metric.label == "Smaller than 16 bit"] == ["4.00x", "4.00x"]
+    assert "4.00 times smaller than a 16-bit cache, everything counted" in bytes_by_part(comparison()).alt
 
 
 def test_a_link_names_the_run_to_show(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,32 @@ def test_typed_text_is_lines_or_blocks(text: str, prompts: tuple[str, ...]) -> N
     ("name", "text", "prompts"),
     [
         ("a.csv", 'id,Prompt\n1,hello\n2,"two\nlines, and a comma"\n\n', ("hello", "two\nlines, and a comma")),
-        ("a.csv", "first\nsecond,with more\n", ("first", "second")),
+        ("a.csv", 'first\n"second, with more"\nthird; or not\n', ("first", "second, with more", "third; or not")),
+        ("a.csv", "id;prompt\n1;hello, you\n2;'so'\n", ("hello, you", "'so'")),
+        ("a.csv", "id\tPROMPT \tx\n1\thello; you, \t\n\n", ("hello; you,",)),
+        ("a.csv", "prompt|id\nhello|1\n", ("hello",)),
+        ("a.csv", 'sep=;\nid;prompt\n1;"a;b"\n', ("a;b",)),
+        ("a.csv", '\ufeff"SEP=\t"\r\nprompt\tid\r\na,b\t1\r\n', ("a,b",)),
+        ("a.csv", "sep=;\none\ntwo, three\n", ("one", "two, three")),
+        ("a.csv", "prompt\rone\rtwo\r", ("one", "two")),
+        ("a.csv", "id,prompt\n1,one,,\n2,two,\n", ("one", "two")),
+        ("a.csv", "text; more\nand\n", ("text; more", "and")),
+        ("a.csv", "a; b\n", ("a; b",)),
+        ("a.jsonl", '"one"\r"two"\r', ("one", "two")),
+        ("a.jsonl", '"one\u2028two"\n"one\u2028two"\n', ("one\u2028two",)),
         ("a.csv", "\ufeffprompt\nhello\n", ("hello",)),
         ("a.jsonl", '{"prompt": "one", "id": 3}\n\n"two\\nlines"\n', ("one", "two\nlines")),
     ],
 )
 def test_files_are_read(name: str, text: str, prompts: tuple[str, ...]) -> None:
-    assert read_file(text.encode(), name, CONFIG) == prompts
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert read_file(text.removeprefix("\ufeff").encode(encoding), name, CONFIG) == prompts
+
+
+def test_a_prompt_that_is_given_twice_counts_once() -> None:
+    assert read_typed("one\ntwo\n one\n", CONFIG) == ("one", "two")
+    assert read_file(b"prompt\none\ntwo\none\n", "a.csv", CONFIG) == ("one", "two")
+    assert prompts_request(Choices(), ["one", "two", "one"], CONFIG).prompts == ("one", "two")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +85,21 @@ def test_files_are_read(name: str, text: str, prompts: tuple[str, ...]) -> None:
         ("a.csv", b'prompt\none\n"open', "Line 3: this is no CSV"),
         ("a.csv", b"id,prompt\n1,one\n2\n", "Line 3: the prompt of a row must not be empty"),
         ("a.csv", b'id,prompt\n1,"one\ntwo"\n2,\n', "Line 4: the prompt of a row"),
+        ("a.csv", b"prompt\n", "no prompt"),
+        ("a.csv", b"sep=;\n", "no prompt"),
+        ("a.csv", b"sep=x\nprompt\n1", "Line 1: the separator must be a comma, semicolon, tab or bar, got 'x'"),
+        ("a.csv", b"id,text\n1,one\n", "Line 1: no column is named prompt; the first row, .* commas, has 'id', 'text'"),
+        ("a.csv", b"id;text\n1;one\n2;two, three\n", "Line 1: no column is named prompt; .* by semicolons"),
+        ("a.csv", b"\nid\ttext\n1\tone\n", "Line 2: no column is named prompt; .* by tabs, has 'id', 'text'"),
+        ("a.csv", b"why, oh why\n", "no column is named prompt; .*or put texts with commas into quotes"),
+        ("a.csv", b"first\nsecond,with more\n", "Line 2: the row has 2 cells and the first row 1; a prompt with comma"),
+        ("a.csv", b"sep=;\nprompt;id\none;2;three\n", "Line 3: the row has 3 cells and the first row 2; .*semicolons"),
+        ("a.csv", b"id;prompt\n1;\n", "Line 2: the prompt of a row must not be empty"),
+        ("a.csv", "prompt\none\n".encode("utf-16-le"), "null characters|the prompt must be text"),
+        ("a.txt", b"\xff\xfea", "the file must be UTF-8 text, or UTF-16 with its byte order mark"),
+        ("a.jsonl", b'"one"\nnull\n', "Line 2: each line must be a text in quotes or .*, got None"),
+        ("a.jsonl", b'{"prompt": 7}\n', "Line 1: .*and not empty, got {'prompt': 7}"),
+        ("a.jsonl", b'["one", "two"]\n', "Line 1: each line must be a text in quotes"),
         ("a.jsonl", b'"one"\n{oops}\n', "Line 2: each line must be JSON"),
         ("a.jsonl", b'"one"\n{"text": "two"}\n', "Line 2: each line must be a text"),
         ("a.jsonl", b"[" * 100_000, "Line 1: each line must be JSON"),
@@ -108,6 +142,12 @@ def test_any_typed_text_is_read_or_refused(text: str) -> None:
         assert read_typed(text, CONFIG)
     except RequestError:
         return
+
+
+def test_the_report_says_how_large_a_cache_is_in_words(ran: tuple[Job, list[Run]]) -> None:
+    text = to_markdown(rows(*ran))
+    assert "the cache is: 4.00 times smaller than a 16-bit cache, everything counted" in text
+    assert "times smaller:" not in text
 
 
 def test_the_request_is_checked_once_more_on_the_server() -> None:

@@ -6,8 +6,11 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import state
+from app.config import AppConfig
 from app.engine import Engine
 from app.examples import EXAMPLES
+from app.prompts import read_file
+from app.requests import RequestError
 from tests.app.conftest import Bench, until
 from tests.app.factory import comparison
 from turboquant.results import Comparison
@@ -150,3 +153,13 @@ def test_prompts_of_visitors_are_never_markup(prompts: AppTest, engine: Engine, 
     for element in [*prompts.markdown, *prompts.caption]:
         assert "<script" not in str(element.value)
         assert "](http" not in str(element.value)
+
+
+def test_what_is_wrong_with_a_file_is_never_markup(prompts: AppTest) -> None:
+    with pytest.raises(RequestError, match="no column is named prompt") as refused:
+        read_file(b"id,![i](http://b/c.png)\n1,2\n", "a.csv", AppConfig())
+    prompts.session_state["prompts_read"] = ("a.csv", (), str(refused.value))
+    prompts.query_params["prompts_source"] = "File"
+    prompts.run()
+    assert str(refused.value) in texts(prompts)
+    assert not [one for one in prompts.markdown if "](http" in str(one.value)]

@@ -1,6 +1,7 @@
 """The Seeds page: recorded spreads are the library's; what is measured here comes cell by cell and is never lost."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_the_cells_are_those_of_the_command_line() -> None:
     cells = measure.cells(own, Choices(weights="fp32"), AppConfig())
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (3, 4)]
     values = {"texts": own.texts, "context": 512, "prefill": 256}
-    expected, _ = _cells("smollm2-135m", methods, values, range(3), range(2), "fp32")
+    expected, _ = _cells("smollm2-135m", methods, values, range(3), range(2), "fp32", Path("seeds.jsonl"))
     assert {cell.key for cell in cells} == {cell.key for cell in expected}
     assert [cell.settings["seed"] for cell in cells[:6]] == [None] * 6
 

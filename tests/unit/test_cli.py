@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.helpers import at_terminal
 from turboquant import cli
 from turboquant.bench import bench_decode
 from turboquant.cache import NothingCompressedError
@@ -148,6 +149,14 @@ def test_bench_records_and_the_readme_table_comes_from_them(tiny, tmp_path: Path
     assert "`turboquant:bits=3` | 150 + 6" in readme.read_text()
     assert "stale" not in readme.read_text()
     assert RUNNER.invoke(cli.app, ["report", "--check", *paths]).exit_code == 0
+
+
+def test_at_a_terminal_decode_speed_is_a_table(tiny, tmp_path: Path) -> None:
+    sizes = ["--prompt-tokens", "150", "--new-tokens", "4", "--repeats", "1", "--output", str(tmp_path / "b.jsonl")]
+    code, text = at_terminal(["bench", "decode", "--method", "turboquant:bits=3", *sizes])
+    assert code == 0
+    assert "{" not in text
+    assert "turboquant:bits=3" in text.splitlines()[1]
 
 
 def test_a_bench_that_packs_nothing_has_no_figure(tiny) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.helpers import save_tiny
+from tests.helpers import at_terminal, file_system, save_tiny
 from turboquant import cli
 from turboquant.cli.compare import _spaced
 from turboquant.results import Comparison
 from turboquant.session import Turn
+from turboquant.verdict import cache_size
 
 RUNNER = CliRunner()
 LONG = "The lighthouse keeper wrote down the weather every morning, and then he lit the lamp and put the kettle on. "
@@ -54,6 +55,7 @@ def test_one_shot_prints_figures_and_ends_with_the_record(folder) -> None:
     assert float(first[4]) == pytest.approx(record.tokens.kl[0], abs=1e-4)
     assert len(record.compressed.cache_bytes) == 6
     assert f"{record.compressed.report.compressed_tokens} of them packed" in result.stdout
+    assert f", {cache_size(record.compressed.report)}\n" in result.stdout
     assert "mean KL" in result.stdout
     assert lines[-2].startswith(("Identical", "Different"))
 
@@ -109,11 +111,35 @@ def test_each_line_of_a_pipe_is_a_prompt_and_records_are_kept(folder, tmp_path: 
     assert Turn.model_validate_json(output.read_text()).index == 0
 
 
+def test_a_file_that_a_crash_left_is_gone_on_with(folder, tmp_path: Path) -> None:
+    output = tmp_path / "compare.jsonl"
+    assert invoke(folder, "hello", "--output", str(output)).exit_code == 0
+    whole = output.read_bytes()
+    for left in (whole + b"\0" * 4096, whole + whole[:99] + b"\0" * 9, b"\xef\xbb\xbf" + whole[:-1] + b"\r\n"):
+        output.write_bytes(left)
+        assert invoke(folder, "again", "--output", str(output)).exit_code == 0
+        lines = output.read_text(encoding="utf-8-sig").splitlines()
+        assert [Comparison.model_validate_json(line).prompt for line in lines] == ["hello", "again"]
+
+
 def test_a_refused_prompt_does_not_end_the_loop_and_shows_in_the_exit_code(folder) -> None:
     result = invoke(folder, text=f"{'x' * 600}\nhello\n")
     assert result.exit_code == 1
     assert "has a context of 512 tokens" in result.stderr
     assert [record["prompt"] for record in records(result.stdout)] == ["hello"]
+
+
+def test_prompts_of_other_systems_are_read_or_refused(folder) -> None:
+    """A byte order mark and line ends of Windows are no part of a prompt; UTF-16 is no text here."""
+    words = ["compare", "--model", folder, "--max-new-tokens", "2"]
+    lines = RUNNER.invoke(cli.app, words, input=b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert [record["prompt"] for record in records(lines.stdout)] == ["one", "two"]
+    words.append("-")
+    assert records(RUNNER.invoke(cli.app, words, input=b"\xef\xbb\xbfone").stdout)[0]["prompt"] == "one"
+    for given in ("one\n".encode("utf-16"), "one\n".encode("utf-16-le")):
+        refused = RUNNER.invoke(cli.app, words, input=given)
+        assert refused.exit_code == 2
+        assert "The prompt must be text" in refused.stderr
 
 
 def test_a_conversation_keeps_its_caches_from_turn_to_turn(folder) -> None:
@@ -143,6 +169,46 @@ def test_a_subprocess_with_a_pipe(folder) -> None:
     assert [Turn.model_validate(record).index for record in records(done.stdout)] == [0, 1]
 
 
+@pytest.mark.parametrize("words", [[], ["--output"], ["--chat"], ["--json"]])
+def test_at_a_terminal_the_verdict_is_last(folder, tmp_path: Path, words: list[str]) -> None:
+    output = tmp_path / "compare.jsonl"
+    words = [*words, str(output)] if words == ["--output"] else words
+    code, text = at_terminal(["compare", LONG, "--model", folder, "--max-new-tokens", "4", *words])
+    assert code == 0
+    *_, last = text.splitlines()
+    if words == ["--json"]:
+        assert Comparison.model_validate_json(last).prompt == LONG
+        return
+    assert last.startswith(("Identical", "Different"))
+    assert "{" not in text
+    if words:
+        assert words == ["--chat"] or Comparison.model_validate_json(output.read_text()).prompt == LONG
+
+
+def test_at_a_terminal_a_record_that_cannot_be_kept_is_printed(folder, tmp_path: Path) -> None:
+    """The disk is full by the time the record is there; it was not when the file was tried."""
+    with file_system(tmp_path / "small", "8k") as place:
+        (place / "filling").write_bytes(b"x" * 4096)
+        output = str(place / "compare.jsonl")
+        code, text = at_terminal(["compare", LONG, "--model", folder, "--max-new-tokens", "4", "--output", output])
+    assert code == 1
+    assert Comparison.model_validate_json(text.splitlines()[-1]).prompt == LONG
+
+
+def test_a_reader_that_goes_away_does_not_cost_the_record(folder, tmp_path: Path) -> None:
+    output = tmp_path / "compare.jsonl"
+    words = ["compare", LONG, "--model", folder, "--max-new-tokens", "4", "--output", str(output)]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" | true', "sh", sys.executable, "-m", "turboquant", *words],
+        capture_output=True,
+        env=ENV,
+        timeout=120,
+        check=False,
+    )
+    assert b"Traceback" not in done.stderr
+    assert Comparison.model_validate_json(output.read_text()).prompt == LONG
+
+
 def read_until(terminal: int, wanted: str, seconds: float = 90) -> str:
     text, end = "", time.monotonic() + seconds
     while wanted not in text:
@@ -155,7 +221,7 @@ def read_until(terminal: int, wanted: str, seconds: float = 90) -> str:
 def test_ctrl_c_at_a_terminal_stops_the_answer_and_not_the_session(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "long", max_position_embeddings=100_000)
     ours, theirs = pty.openpty()
-    arguments = ["--model", str(folder), "--chat", "--max-new-tokens", "50000"]
+    arguments = ["--model", str(folder), "--chat", "--max-new-tokens", "50000", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "turboquant", "compare", *arguments],
         stdin=theirs,

@@ -47,6 +47,7 @@ def positional(text: str, method: Annotated[list[str] | None, typer.Option()] = 
         (["several", "--contexts", "1", "2", "3", "--seed", "4"], "[1, 2, 3] 4"),
         (["several", "--seed", "4", "--contexts", "1", "--contexts", "2", "3"], "[1, 2, 3] 4"),
         (["several", "--contexts=1", "--contexts", "2"], "[1, 2] 0"),
+        (["several", "--contexts", "1", "-2", "--seed", "-3"], "[1, -2] -3"),
         (["several"], "None 0"),
         (["positional", "--method", "a", "text"], "text ['a']"),  # a value would swallow the argument
     ],

@@ -1,17 +1,20 @@
 """The token loop: what it draws, where it ends and which prompts it takes, against the library's own `generate`."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
-from tests.helpers import AttentionCalls, tiny_loaded
+from tests.helpers import AttentionCalls, tiny_loaded, tiny_tokenizer
 from turboquant.cache import build_cache
 from turboquant.comparison import compare
 from turboquant.generate import (
     Generation,
     PromptError,
     QueryRecorder,
+    conversation_ids,
     generate_in_turn,
     logits_processors,
     prompt_ids,
@@ -143,6 +146,90 @@ def test_the_chat_template_is_used_unless_it_is_turned_off() -> None:
     assert (on.prompt_tokens, off.prompt_tokens) == (126 + 10, 126)
     assert (on.chat, off.chat) == (True, False)
     assert on.original.token_ids != off.original.token_ids
+
+
+UNUSABLE = {
+    "{{ raise_exception('System role not supported') }}": r"cannot be used \(System role not supported\): leave it out",
+    "": None,  # no template
+    " ": "does not hold the prompt",
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}": "does not hold the prompt",
+    "{{ messages[0].content[:3] }}": "does not hold the prompt",
+    "{{ messages[0].content.text }}": "does not hold the prompt",
+    "{{ tools.first.name }}": "cannot be used .*'first'",
+    "{{ user_name.first }}": r"cannot be used \('user_name' is undefined",
+    "{{ 1 / 0 }}": r"cannot be used \(division by zero",
+    "{% for m in messages %}": r"cannot be used \(Unexpected end of template",
+    "{% for i in range(1000000) %}{% endfor %}": r"cannot be used \(Range too big",
+    "{{ messages[0].__class__.__mro__ }}": r"cannot be used \(access to attribute '__class__'",
+}
+
+
+@pytest.mark.parametrize("template", UNUSABLE)
+def test_a_template_that_fails_or_loses_the_prompt_is_refused_in_one_sentence(template: str) -> None:
+    loaded, message = tiny_loaded(chat_template=template), UNUSABLE[template]
+    if message is None:
+        assert prompt_ids(loaded, "Hello").shape == (1, 5)
+        return
+    with pytest.raises(PromptError, match=message) as refused:
+        prompt_ids(loaded, "Hello")
+    assert "--no-chat-template" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert prompt_ids(loaded, "Hello", chat=False).shape == (1, 5)
+
+
+def test_templates_by_name_need_a_default() -> None:
+    loaded = tiny_loaded(chat_template="")
+    loaded.tokenizer.chat_template = {"rag": "{{ messages[0].content }}", "tool_use": "x"}
+    with pytest.raises(PromptError, match=r"cannot be used \(none of rag, tool_use is called default"):
+        prompt_ids(loaded, "Hello")
+    loaded.tokenizer.chat_template["default"] = "({{ messages[0].content }})"
+    assert prompt_ids(loaded, "Hello").shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    "template", ["<<{{ messages[-1].content | trim }}>>", "{{ messages[0].content.split() | join(' ') }}"]
+)
+def test_a_template_may_trim_what_it_is_given(template: str) -> None:
+    loaded = tiny_loaded(chat_template=template)
+    assert "two lines" in loaded.tokenizer.decode(prompt_ids(loaded, "  two lines\n")[0].tolist())
+
+
+def test_the_ids_are_those_of_the_library() -> None:
+    template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{{ '[me]' if add_generation_prompt }}"
+    )
+    loaded = tiny_loaded(chat_template=template)
+    messages = [
+        {"role": "user", "content": "a</s>b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    tokenizer: Any = loaded.tokenizer
+    expected = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert torch.equal(conversation_ids(loaded, messages), expected["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (" \n", "The prompt is empty"),
+        ("caf\udce9", "The prompt must be text: it has bytes that are not valid UTF-8"),
+        ("\ud83d", "The prompt must be text"),
+        ("a\0", "The prompt must be text: it has null characters"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_refused(loaded: LoadedModel, prompt: str, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        prompt_ids(loaded, prompt)
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused(loaded: LoadedModel) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(PromptError, match="The prompt has no tokens"):
+        prompt_ids(replace(loaded, tokenizer=tokenizer), "xxx")
 
 
 def test_a_model_without_a_template_reads_the_plain_prompt(loaded: LoadedModel) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.helpers import at_terminal
 from turboquant import cli
 from turboquant.bench_records import GPU_BENCHES, AttentionBench, ModelBench
 from turboquant.kernel_bench import bench_attention, bench_encode, bench_scores, copy_bandwidth
@@ -71,7 +72,7 @@ def test_a_copy_has_a_speed() -> None:
     [
         (["attention", "--shape", "gpt-9"], "shape must be one of llama-3.1-8b"),
         (["attention", "--shape", SMALL, "--context", "60"], "packs nothing of 59 tokens"),
-        (["encode", "--shape", SMALL, "--tokens", "0"], "sizes must be at least 1"),
+        (["encode", "--shape", SMALL, "--tokens", "0"], "--tokens should be greater than or equal to 1, got '0'"),
         (["scores", "--shape", "gpt-9"], "shape must be one of llama-3.1-8b"),
         (["encode", "--shape", SMALL, "--method", "full"], "no packed tokens"),
     ],
@@ -94,6 +95,22 @@ def test_the_command_appends_records_that_reports_read(tmp_path: Path) -> None:
     (record,) = read_results([output]).gpu
     assert isinstance(record, AttentionBench)
     assert attention_table([record]).rows[0][:2] == (record.environment.device, SMALL)
+
+
+@pytest.mark.parametrize("command", ["attention", "scores", "encode"])
+def test_at_a_terminal_there_is_a_table_and_no_json(command: str, tmp_path: Path) -> None:
+    output = tmp_path / "bench.jsonl"
+    size = "--tokens" if command == "encode" else "--context"
+    words = ["bench", command, "--shape", SMALL, size, "256", "--bits", "2", "4", "--repeats", "1"]
+    code, text = at_terminal([*words, "--output", str(output)])
+    assert code == 0
+    assert "{" not in text
+    header, *rows, note = text.splitlines()
+    assert "heads of" in header
+    assert [row.split("turboquant:")[1][:6] for row in rows] == ["bits=2", "bits=4"]
+    assert note.startswith("Measured on ")
+    assert "None" not in note
+    assert len(output.read_text().splitlines()) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")

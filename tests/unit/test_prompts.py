@@ -64,6 +64,28 @@ def test_the_chat_template_frames_the_prompt() -> None:
     assert "<s>" not in text_of("plain", needle_prompt(TOKENIZERS["plain"], 600))
 
 
+def test_without_the_chat_template_the_prompt_is_plain() -> None:
+    prompt = needle_prompt(TOKENIZERS["chat"], 600, chat=False)
+    assert torch.equal(prompt.ids, needle_prompt(TOKENIZERS["plain"], 600).ids)
+    own = needle_prompt(TOKENIZERS["chat"], 600, own=OWN, chat=False)
+    assert torch.equal(own.ids, needle_prompt(TOKENIZERS["plain"], 600, own=OWN).ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('No users') }}", r"chat template cannot be used \(No users\): leave it out"),
+        ("{{ messages[0].content[:99] }}", "what it writes does not hold the prompt"),
+        ("{{ messages[0].content }}{{ messages[0].content }}", "it changes the prompt or writes it twice"),
+        ("{{ messages[0].content.split() | join }}", "it changes the prompt or writes it twice"),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_chat_template_that_loses_the_needle_is_refused(template: str, message: str, own: bool) -> None:
+    with pytest.raises(PromptError, match=message):
+        needle_prompt(tiny_tokenizer(template), 900, own=OWN if own else None)
+
+
 def test_seeds_choose_the_needle_and_the_place_in_a_text() -> None:
     one, same, other = (needle_prompt(TOKENIZERS["plain"], 900, seed=s, filler="hamlet") for s in (1, 1, 2))
     assert torch.equal(one.ids, same.ids)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.helpers import save_tiny
+from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
 from turboquant.cli.methods import GRID, usable
 from turboquant.methods import parse_method
@@ -105,6 +105,11 @@ WRONG = [
     ("perplexity", ["--text", "nope.txt"], "the text must be one of persuasion, hamlet"),
     ("perplexity", ["--text", "LATIN"], "latin.txt is not UTF-8: byte 3 cannot be read"),
     ("perplexity", ["--text", "EMPTY"], "empty.txt is empty"),
+    ("perplexity", ["--text", "hamlet", "sqlite", "hamlet"], "the text hamlet is given twice, and would count twice"),
+    ("perplexity", ["--text", "TINY", "COPY"], "copy.txt are the same, which would count twice"),
+    ("methods", ["--text", "hamlet", "hamlet"], "the text hamlet is given twice"),
+    ("perplexity", ["--text", "TINY", "--output", "TINY", "--overwrite"], "--text and --output must be two files"),
+    ("needle", ["--filler", "TINY", "--output", "TINY", "--overwrite"], "--filler and --output must be two files"),
     (
         "perplexity",
         ["--text", "TINY"],
@@ -116,12 +121,12 @@ WRONG = [
     ("needle", ["--contexts", "600"], "tiny has a context of 512 tokens, got 616"),
     ("needle", ["--contexts", "50"], "a prompt with a needle has at least"),
     ("needle", ["--filler", "nope.txt"], "the text must be one of"),
-    ("needle", ["--repetitions", "20000"], "repetitions: Input should be less than or equal to 10000"),
+    ("needle", ["--repetitions", "20000"], "--repetitions should be less than or equal to 10000, got 20000"),
     ("needle", ["--model", "no-such-model"], "Unknown model 'no-such-model'"),
     ("methods", ["--weights", "3bit"], "Unknown weights '3bit'"),
     ("methods", ["--method", "rtn:bitz=4"], "unknown option of rtn 'bitz': did you mean 'bits'"),
     ("generate-bench", ["--prompt-tokens", "600"], "tiny has a context of 512 tokens, got 728"),
-    ("generate-bench", ["--shortest", "0"], "shortest: Input should be greater than 0, got 0.0"),
+    ("generate-bench", ["--shortest", "0"], "--shortest should be greater than 0, got 0.0"),
 ]
 
 
@@ -132,6 +137,7 @@ def test_wrong_use_is_one_sentence_and_code_2(
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "tiny.txt").write_bytes(b"five!")
+    (tmp_path / "copy.txt").write_bytes(b"five!")
     foreign = tmp_path / "foreign.jsonl"
     cell = {"experiment": "needle"}
     environment = {"created": "", "commit": None, "device": "", "cpu_threads": 1} | dict.fromkeys(
@@ -139,6 +145,7 @@ def test_wrong_use_is_one_sentence_and_code_2(
     )
     foreign.write_text(json.dumps({"cell": cell, "environment": environment}) + "\n")
     places = {"LATIN": "latin.txt", "EMPTY": "empty.txt", "TINY": "tiny.txt", "FOLDER": ".", "FOREIGN": "foreign.jsonl"}
+    places["COPY"] = "copy.txt"
     words = [str(tmp_path / places[word]) if word in places else word for word in words]
     output = tmp_path / "out.jsonl"
     if "--output" not in words:
@@ -150,7 +157,27 @@ def test_wrong_use_is_one_sentence_and_code_2(
     said = result.stderr.splitlines()[-1]
     assert said.startswith("turboquant: ")
     assert message in said
+    assert (tmp_path / "tiny.txt").read_bytes() == b"five!"
     assert not output.exists() or not output.read_bytes()
+
+
+def test_at_a_terminal_the_line_at_the_end_is_short(model: str, tmp_path: Path) -> None:
+    words = ["perplexity", "--model", model, *COMMANDS["perplexity"], "--output", str(tmp_path / "out.jsonl")]
+    code, text = at_terminal(words)
+    assert code == 0
+    *table, last = text.splitlines()
+    assert json.loads(last).keys() == {"experiment", "records", "failed", "output", "seconds"}
+    piped = invoke(*words)
+    assert last_line(piped)["results"].keys() == {"turboquant:bits=2", "turboquant:bits=4"}
+    assert piped.stdout.splitlines()[:-1] == table
+
+
+def test_what_is_asked_for_twice_counts_once(model: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    words = ["--bits", "2", "2", "--method", "turboquant", "turboquant", "--repetitions", "2", "--max-new-tokens", "3"]
+    words += ["--contexts", "480", "480", "--depths", "0.5", "0.50"]
+    summary = last_line(invoke("needle", "--model", model, *words, "--output", str(output)))
+    assert (summary["records"], len(read_records(output))) == (1, 1)
 
 
 def test_a_method_that_packs_nothing_fails_and_the_others_are_recorded(model: str, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """`turboquant recommend`, with a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.helpers import save_tiny
+from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
 from turboquant.results import read_records
 
@@ -40,8 +41,8 @@ def test_it_prints_the_method_the_evidence_and_the_memory(model: str, text: str,
     assert f"{found['method']} stays within the limits" in done.stdout
     assert said
     assert found["memory"][0]["measured"]
-    assert "times smaller (measured)" in done.stdout
-    assert "times smaller (estimated)" in done.stdout
+    sizes = r" (?:[1-9][\d.]+ times smaller than|larger by [\d.]+ KiB than|as large as) a 16-bit cache of [\d.]+ MB "
+    assert re.findall(rf"tokens: [\d.]+ MB,{sizes}\((\w+)\)$", done.stdout, re.MULTILINE) == ["measured", "estimated"]
     assert f"{found['measured']} of 24 methods measured" in done.stdout
     for one in found["tried"]:
         assert f"{one['kl']:.5f}" in done.stdout
@@ -60,6 +61,17 @@ def test_it_prints_the_method_the_evidence_and_the_memory(model: str, text: str,
     assert len(read_records(output)) == len(records)
 
 
+def test_at_a_terminal_the_sentence_is_last(model: str, text: str, tmp_path: Path) -> None:
+    words = ["recommend", model, "--text", text, "--max-kl", "0.005", *SMALL, "--output", str(tmp_path / "r.jsonl")]
+    code, said = at_terminal(words)
+    assert code == 0
+    assert "{" not in said
+    assert "stays within the limits" in said
+    code, again = at_terminal([*words, "--json"])
+    assert again.startswith(said)
+    assert json.loads(again.splitlines()[-1])["method"] in said
+
+
 def test_nothing_within_the_limits_is_exit_code_1(model: str, text: str, tmp_path: Path) -> None:
     done = invoke(model, "--text", text, "--max-kl", "1e-12", *SMALL, "--output", str(tmp_path / "records.jsonl"))
     assert done.exit_code == 1
@@ -73,10 +85,10 @@ def test_nothing_within_the_limits_is_exit_code_1(model: str, text: str, tmp_pat
     ("words", "message"),
     [
         (["--text", "nowhere.txt"], "the text must be one of"),
-        (["--max-kl", "0"], "max_kl: Input should be greater than 0"),
+        (["--max-kl", "0"], "--max-kl should be greater than 0, got 0.0"),
         (["--recipe", "turboquant:bits=4"], "a recipe names no bits"),
         (["--context", "100"], "context must be at least 320 tokens"),
-        (["--tokens", "99999999"], "tokens: Input should be less than or equal to"),
+        (["--tokens", "99999999"], "--tokens should be less than or equal to 16777216, got 99999999"),
         (["--windows", "3", "--text", "SHORT"], "too few to choose on one half and confirm on the other"),
     ],
 )

@@ -92,6 +92,43 @@ def test_a_write_cut_anywhere_costs_that_record_alone(tmp_path_factory: pytest.T
     assert seeds(read_records(path)) == ([1, 2, 3] if first + cut >= size - 1 else [1, 3])
 
 
+@given(cut=st.integers(0, 2000), nulls=st.sampled_from([1, 3, 4096, 2**17]), seen=st.booleans())
+def test_nulls_behind_a_cut_are_gone_after_the_next_record(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, nulls: int, seen: bool
+) -> None:
+    """A machine that crashes leaves a file at its new length, filled with NULs where data did not reach the disk."""
+    path = tmp_path_factory.mktemp("cut") / "a.jsonl"
+    append_record(record(1), path)
+    first = path.stat().st_size
+    append_record(record(2), path)
+    size = path.stat().st_size
+    os.truncate(path, min(size, first + cut))
+    with path.open("ab") as file:
+        file.write(b"\0" * nulls)
+    whole = first + cut >= size - 1
+    assert not seen or seeds(read_records(path)) == ([1, 2] if whole else [1])
+    append_record(record(3), path)
+    assert seeds(read_records(path)) == ([1, 2, 3] if whole else [1, 3])
+    assert b"\0" not in path.read_bytes()
+
+
+def test_nulls_in_front_of_a_record_and_line_ends_of_windows_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [record(seed).model_dump_json().encode() for seed in (1, 2, 3)]
+    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n" + b"\0" * 99 + lines[1] + b"\r\n\0\0\n\r\n" + lines[2])
+    assert seeds(read_records(path)) == [1, 2, 3]
+    append_record(record(4), path)
+    assert seeds(read_records(path)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("start", [b'{"a":' * 100_000, b'{"a":' + b"9" * 5000])
+def test_what_looks_like_half_a_record_is_cut_off_however_deep(tmp_path: Path, start: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(start)
+    append_record(record(1), path)
+    assert seeds(read_records(path)) == [1]
+
+
 def test_a_whole_record_without_its_line_end_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     append_record(record(1), path)
@@ -103,6 +140,12 @@ def test_a_whole_record_without_its_line_end_is_kept(tmp_path: Path) -> None:
 
 def test_text_of_another_kind_is_never_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
+    path.write_text("two lines\nof a person")
+    with pytest.raises(RecordFileError, match=r"^line 1 of .*notes\.txt is not an experiment record .*1 more"):
+        read_records(path)
+    path.write_text("one line of a person")
+    with pytest.raises(RecordFileError, match=r"^line 1 of .*notes\.txt is not an experiment record"):
+        read_records(path)
     path.write_text("two lines\nof a person")
     append_record(record(1), path)
     assert path.read_text().startswith("two lines\nof a person\n{")

@@ -1,11 +1,12 @@
 """What reports read, which records count, and what is averaged."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.sample_records import record, where, write
-from turboquant.evaluation import write_document
+from turboquant.evaluation import read_document, write_document
 from turboquant.report import ReportError, build_report, read_results
 from turboquant.summary import measured_on, summarize
 
@@ -33,6 +34,9 @@ def test_outputs_of_evaluate_are_read(tmp_path: Path) -> None:
     write_document(records, one)
     write_document([*records, record("turboquant:bits=2", 512)], several)
     assert [found for found, _ in read_results([one]).records] == records
+    one.write_bytes(b"\xef\xbb\xbf" + one.read_bytes())  # as some editors save it
+    assert [found for found, _ in read_results([one]).records] == records
+    assert read_document(one) == records
     assert len(read_results([several]).records) == 3
     assert len(read_results([tmp_path]).records) == 3
 
@@ -50,7 +54,11 @@ def test_half_a_line_is_passed_over_and_other_benchmarks_too(tmp_path: Path) -> 
         ("a.jsonl", "hello\n", "line 1 of .*a.jsonl is not JSON"),
         ("a.jsonl", '{"kind":"experiment"}\n', r"line 1 of .*neither an experiment record nor a benchmark \(cell"),
         ("a.jsonl", '{"kind":"bench-decode"}\n', "line 1 of .*neither"),
+        ("a.jsonl", '{"kind":[]}\n', "line 1 of .*neither"),
+        ("a.jsonl", '{"kind":' + "[" * 100_000 + "\n", "line 1 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '{"kind":' + "9" * 5000 + "}\n", "line 1 of .*a.jsonl is not JSON"),
         ("a.json", '{"by_context": ', "a.json is broken"),
+        ("a.json", "[" * 100_000, "a.json is broken"),
         ("a.json", '{"record": {"kind": "experiment"}}', "a.json is broken"),
     ],
 )
@@ -60,6 +68,23 @@ def test_what_is_no_record_is_named(tmp_path: Path, name: str, content: str, mes
         read_results([tmp_path])
     with pytest.raises(ReportError, match="does not exist"):
         read_results([tmp_path / "none"])
+
+
+def test_a_pipe_is_no_place_for_results(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ReportError, match="pipe must be a file or a folder, and this is a pipe or a device"):
+        read_results([tmp_path / "pipe"])
+
+
+def test_nulls_that_a_crash_left_are_no_record(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", record())
+    path.write_bytes(b"\0" * 9 + path.read_bytes() + b"\0" * 4096)
+    assert len(read_results([path]).records) == 1
+
+
+@pytest.mark.parametrize("context", [[1024], "many", None, 1e308])
+def test_a_context_that_is_no_number_is_taken_for_none(tmp_path: Path, context: object) -> None:
+    assert [one.contexts for one in summarize([record(settings={"context": context})])] == [(0,)]
 
 
 def test_figures_are_means_across_contexts_whatever_the_number_of_seeds() -> None:

@@ -83,7 +83,7 @@ def test_an_empty_axis_leaves_the_default_and_doubles_are_one() -> None:
     ("axes", "message"),
     [
         ({"depth": [1]}, "no experiment of size, other has a setting 'depth'"),
-        ({"context": ["many"]}, "size: context: Input should be a valid integer.*got 'many'"),
+        ({"context": ["many"]}, "size: context should be a valid integer, got 'many'"),
     ],
 )
 def test_what_no_experiment_takes_is_refused(axes: dict, message: str) -> None:
@@ -280,10 +280,7 @@ def test_a_sweep_records_resumes_and_reports_failures(experiments, tiny: str, tm
         (["--method", "nope"], "unknown method 'nope'"),
         (["--set", "depth=1"], "no experiment of size has a setting 'depth'"),
         (["--set", "context=1"], "--contexts and --seeds have options of their own"),
-        (
-            ["--set", "seconds=long"],
-            "size: seconds: Input should be a valid number, unable to parse string as a number, got 'long'",
-        ),
+        (["--set", "seconds=long"], "size: seconds should be a valid number, got 'long'"),
         (["--weights", "7bit"], "weights must be one of"),
         (["--address", "auto"], "--address goes with --engine ray"),
         (["--engine", "ray", "--workers", "2"], "--workers goes with --engine local"),

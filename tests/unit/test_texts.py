@@ -1,13 +1,14 @@
 """The shipped texts, and reading a user's own."""
 
 import hashlib
+import os
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from turboquant import texts
-from turboquant.texts import TEXTS, read_text, reading
+from turboquant.texts import TEXTS, read_text, read_texts, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(texts.__file__).parent
@@ -46,6 +47,10 @@ def test_a_users_file(tmp_path: Path) -> None:
     [
         (b"caf\xe9", r"is not UTF-8: byte 3 cannot be read"),
         (b" \n\t", r"is empty"),
+        (b"\xff\xfea\x00\n\xd8", r"is not UTF-16-LE: byte 4 cannot be read"),
+        ("no mark".encode("utf-16-le"), r"must be UTF-8 or have a byte order mark: character 1 is null"),
+        (b"a text and then\0\0\0", r"character 15 is null"),
+        (bytes(range(256)), r"character 0 is null|is not UTF-8: byte 128"),
         (None, r"must be one of persuasion, .* or a file, got '.*own.txt'"),
     ],
 )
@@ -55,6 +60,40 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_text(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_text_is_read_whatever_wrote_it(tmp_path: Path, encoding: str, end: str) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(f"naïve 文{end}two{end}".encode(encoding))
+    assert read_text(path) == "naïve 文\ntwo\n"
+
+
+@pytest.mark.parametrize("name", ["persuasion and then more words " * 20, "x" * 300, "a\0b"])
+def test_a_text_given_in_place_of_a_name_is_one_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match=r"must be one of persuasion|cannot be read: File name too long"):
+        read_text(name)
+
+
+def test_a_pipe_is_refused_since_it_could_be_read_only_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a file, and this is a pipe or a device"):
+        read_text(tmp_path / "pipe")
+
+
+def test_one_text_twice_is_refused_under_whatever_name(tmp_path: Path) -> None:
+    for name in ("one.txt", "copy.txt"):
+        (tmp_path / name).write_text("the same words\n")
+    (tmp_path / "link.txt").symlink_to("one.txt")
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfthe same words\r\n")
+    one = str(tmp_path / "one.txt")
+    assert read_texts(["persuasion", one]) == {"persuasion": read_text("persuasion"), one: "the same words\n"}
+    for other in ("copy.txt", "link.txt", "windows.txt", f"../{tmp_path.name}/one.txt"):
+        with pytest.raises(ValueError, match=r"the texts .*one.txt and .* are the same, which would count twice"):
+            read_texts([one, "persuasion", f"{tmp_path}/{other}"])
+    with pytest.raises(ValueError, match="the text persuasion is given twice, and would count twice"):
+        read_texts(["persuasion", "sqlite", "persuasion"])
 
 
 def test_a_folder_is_not_a_text(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ Each module of this package holds some commands; importing it registers them.
 
 import importlib
 import pkgutil
-import sys
 
-from turboquant.cli.app import app, say
+from turboquant.cli.app import app
+from turboquant.threads import sleep_while_waiting
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -18,25 +18,6 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Run the command line.
-
-    A full disk ends it with one line and code 1, whatever was being written; a method for other layers than the
-    model's, which only the loaded model tells, with code 2.
-    """
-    try:
-        app()
-    except ValueError as error:
-        from turboquant.methods import NoSuchLayerError
-
-        if not isinstance(error, NoSuchLayerError):
-            raise
-        say(f"turboquant: {error}")
-        sys.exit(2)
-    except OSError as error:
-        from turboquant.faults import out_of_disk
-
-        if not out_of_disk(error):
-            raise
-        where = error.filename or "the output"
-        say(f"turboquant: {where} cannot be written: {error.strerror}; what was finished before is kept")
-        sys.exit(1)
+    """Run the command line."""
+    sleep_while_waiting()
+    app()

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from turboquant.cli.errors import Program, fail, say
 from turboquant.cli.flags import Commands
 from turboquant.texts import reading
 
@@ -23,16 +25,22 @@ if TYPE_CHECKING:
     from turboquant.experiments import Experiment, Watch
     from turboquant.methods import Method
     from turboquant.models import LoadedModel, ModelError
-    from turboquant.results import Cell, ExperimentRecord
+    from turboquant.results import Cell, ExperimentRecord, Record
 
     Engine = Callable[
         [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
     ]
     Store = tuple[Sequence[ExperimentRecord], Callable[[ExperimentRecord], None]]
 
-app = Commands(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = Commands(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = Commands(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
+
+MOST_RUNS = 10_000
+"""Timed rounds, seeds and the like that a command takes at most."""
+MOST_TOKENS = 2**24
+MOST_ANSWER = 2**16
+"""Tokens that are generated at most, as `turboquant.results.Settings` has it."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
@@ -49,23 +57,18 @@ BitsOption = Annotated[
 WeightsOption = Annotated[
     str, typer.Option("--weights", help="Precision of the model: auto (fp32, 4bit on a GPU), fp32, bf16, 8bit or 4bit.")
 ]
+NoTemplateOption = Annotated[
+    bool, typer.Option("--no-chat-template", help="Put prompts to the model as plain text, without its chat template.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the JSON at a terminal too; a pipe or a file always gets it.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
 
 
 @app.callback()
 def _callback() -> None:
     """What happens to a model's answers, memory and speed when its KV cache is compressed."""
-
-
-def say(text: str) -> None:
-    """Print a line for people, on standard error."""
-    typer.echo(text, err=True)
-
-
-def fail(error: Exception | str, code: int) -> NoReturn:
-    """Say what is wrong in one line and leave with this exit code: 1 the run failed, 2 wrong use."""
-    say(f"turboquant: {error}")
-    raise typer.Exit(code)
 
 
 def read_method(spec: str) -> "Method":
@@ -100,6 +103,25 @@ def _with_bits(spec: str, bits: Sequence[int]) -> "list[Method]":
     return [read_method(f"{spec}{',' if ':' in spec else ':'}bits={one}") for one in bits]
 
 
+def read_settings(kind: "type[Record]", values: dict[str, Any], **options: str) -> Any:
+    """Return settings, or leave with code 2; None stands for a setting's default.
+
+    Args:
+        kind: Their class.
+        values: By field.
+        options: Flags that are not called as their fields are.
+    """
+    from pydantic import ValidationError
+
+    from turboquant.record import first_error
+
+    try:
+        return kind(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        field, *_ = map(str, error.errors()[0]["loc"] or ("",))
+        fail(first_error(error, options.get(field, field and f"--{field.replace('_', '-')}")), 2)
+
+
 def load(name: str, weights: str) -> "LoadedModel":
     """Return a model, or leave."""
     from turboquant.models import ModelError, load_model
@@ -117,20 +139,39 @@ def fail_model(error: "ModelError") -> NoReturn:
     fail(error, 2 if isinstance(error, UnknownNameError) else 1)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, read_back: bool = True) -> None:
     """Leave with code 2 where a file cannot be written; asked before the work starts.
 
     It is tried, since permissions do not tell (of read-only disks, full ones, and to the superuser). The folder is
-    tried too: a lock or a partial file will stand beside the output.
+    tried too: a lock or a partial file will stand beside the output. A pipe that nobody reads fails at once.
+
+    Args:
+        path: The file.
+        read_back: Whether it is a file of records, which are read as well: a pipe or a device cannot be one.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            path.open("ab").close()
-        if path.is_file() or not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+            usable = path.is_file() or not read_back
+        else:
+            path.with_name(f".{path.name}.partial").exists()  # raises where the name is too long
             tempfile.TemporaryFile(dir=path.parent).close()
+            usable = not path.is_symlink()
+    except FileExistsError:
+        fail(f"the output {path} cannot be written: {path.parent} is not a folder", 2)
     except OSError as error:
         fail(f"the output {path} cannot be written: {error.strerror or error}", 2)
+    if not usable:
+        fail(f"the output {path} must be a file that can be read again, or not be there yet", 2)
+
+
+def check_apart(**files: Path | None) -> None:
+    """Leave with code 2 where two options name one file; the names are those of the options."""
+    named: dict[Path, str] = {}
+    for name, path in files.items():
+        if path is not None and (other := named.setdefault(path.resolve(), name)) != name:
+            fail(f"--{other} and --{name} must be two files, got {path} for both", 2)
 
 
 class Stop:
@@ -231,7 +272,7 @@ def run_recorded(
 
     Args:
         title: What the progress bar says.
-        cells: What is wanted.
+        cells: What is wanted; one that comes twice is measured once.
         experiments: By name; the output may hold records of these and of no others.
         output: The file of records.
         overwrite: Whether to begin anew; what the output held goes once the model is loaded and the settings checked.
@@ -243,6 +284,7 @@ def run_recorded(
     from turboquant.inputs import disagreement
     from turboquant.results import append_record
 
+    cells = list({cell.key: cell for cell in cells}.values())  # what is asked for twice counts once
     before, keep = store or (
         finished(output, set(experiments), overwrite),
         lambda record: append_record(record, output),
@@ -256,7 +298,7 @@ def run_recorded(
             if overwrite and not store:
                 output.write_bytes(b"")
             for record in running:
-                keep(record)
+                _keep(record, keep, output)
                 known[record.cell.key] = record
                 if record.error:
                     say(f"failed: {record.cell}: {record.error}")
@@ -264,8 +306,6 @@ def run_recorded(
                     show(record)
         except KeyboardInterrupt:
             stop.asked = True
-        except OSError as error:
-            fail(f"{output} cannot be written: {error.strerror or error}", 1)
     if stop.asked and len(known) < len(cells):
         again = "the same command without --overwrite" if overwrite else "the same command"
         fail(f"stopped with {len(known)} of {len(cells)} records in {output}; {again} goes on from there", 1)
@@ -290,6 +330,13 @@ def _known(
         there = f"{len(found.records)} of {len(cells)} records are in {output} already"
         say(f"{there} (measured at {', '.join(sorted(commits))})")
     return found.records
+
+
+def _keep(record: "ExperimentRecord", keep: "Callable[[ExperimentRecord], None]", output: Path) -> None:
+    try:
+        keep(record)
+    except OSError as error:
+        fail(f"{output} cannot be written: {error.strerror or error}", 1)
 
 
 def _in_this_process(
@@ -321,8 +368,27 @@ def _in_this_process(
     return run_cells(cells, experiments, load=lambda name, weights: loaded, watch=watch, stopping=stopping)
 
 
-def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, **more: Any) -> None:
-    """Print the JSON line that ends a command; leave with code 1 where a cell failed."""
+def at_terminal() -> bool:
+    """Does a person read standard output? Then JSON of any length is not for it."""
+    return sys.stdout.isatty()
+
+
+def finish(
+    records: "Sequence[ExperimentRecord]",
+    output: Path,
+    started: float,
+    details: Mapping[str, Any] = {},
+    **more: Any,
+) -> None:
+    """Print the JSON line that ends a command; leave with code 1 where a cell failed.
+
+    Args:
+        records: Of all cells.
+        output: Where they are.
+        started: When the command began.
+        details: What the line has as well, but for a terminal.
+        more: Whatever else the line has.
+    """
     failed = [record for record in records if record.error]
     summary = {
         "experiment": records[0].cell.experiment if records else None,
@@ -331,8 +397,8 @@ def finish(records: "Sequence[ExperimentRecord]", output: Path, started: float, 
         "output": str(output),
         "seconds": round(time.perf_counter() - started, 1),
         **more,
+        **({} if at_terminal() else details),
     }
-    sys.stdout.flush()
     typer.echo(json.dumps(summary))
     if failed:
         raise typer.Exit(1)

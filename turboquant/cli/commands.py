@@ -6,16 +6,20 @@ from typing import Annotated
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
+    MOST_RUNS,
+    MOST_TOKENS,
     MethodsOption,
     ModelOption,
     WeightsOption,
     app,
     bench,
     check_writable,
-    fail,
     load,
     read_methods,
+    say,
 )
+from turboquant.cli.bench_kernels import write_benches
 
 
 @app.command()
@@ -34,33 +38,18 @@ def bench_decode_command(
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     weights: WeightsOption = "auto",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in a run.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each cache.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, max=MOST_ANSWER, help="Tokens generated in a run.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Runs of each cache.")] = 5,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""
     from turboquant.bench import bench_decode
-    from turboquant.cache import NothingCompressedError
-    from turboquant.comparison import PromptError
-    from turboquant.results import append_record
+    from turboquant.report.tables import decode_table
 
     chosen = read_methods(method, ["turboquant:bits=4"])
     check_writable(output)
     loaded = load(model, weights)
-    for one in chosen:
-        try:
-            record = bench_decode(
-                loaded,
-                one,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                repeats=repeats,
-                progress=lambda text: typer.echo(text, err=True),
-            )
-            append_record(record, output)
-        except PromptError as error:
-            fail(error, 2)
-        except (NothingCompressedError, OSError) as error:
-            fail(error, 1)
-        typer.echo(record.model_dump_json())
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    running = (bench_decode(loaded, one, **sizes, progress=say) for one in chosen)
+    write_benches(running, output, decode_table)

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
+    JsonOption,
     MethodOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     Stop,
     WeightsOption,
     app,
+    at_terminal,
     check_writable,
     fail,
     load,
     read_method,
+    read_settings,
     say,
 )
 
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from turboquant.results import Comparison, Record, SideResult
     from turboquant.session import Session, Turn
 
+MARK = "\ufeff"
+"""The byte order mark that some programs write in front of text."""
 HELP = """Type a prompt; both answers appear, then the figures.
 /help    this text
 /reset   begin a new conversation (with --chat)
@@ -44,31 +51,44 @@ def compare(
     method: MethodOption = "turboquant:bits=4",
     weights: WeightsOption = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="One conversation; each side keeps its cache.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0: the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample from this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of the table of steps, evenly spaced; 0 for all.")] = 12,
+    rows: Annotated[
+        int, typer.Option(min=0, max=MOST_ANSWER, help="Rows of the table of steps, evenly spaced; 0 for all.")
+    ] = 12,
+    no_chat_template: NoTemplateOption = False,
     output: Annotated[Path | None, typer.Option(help="Append the records to this file.")] = None,
     overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
 ) -> None:
-    """Answer prompts with the full cache and with a compressed one; the record is the JSON line after each.
+    """Answer prompts with the full cache and with a compressed one, and say what changed.
 
-    Without a prompt it asks for one after the other: at the terminal, or one a line from standard input.
+    The record goes to --output, and as a JSON line to standard output where that is a pipe or a file. Without a prompt
+    it asks for one after the other: at the terminal, or one a line from standard input.
     """
+    from turboquant.generate import PromptError, check_prompt
     from turboquant.results import Settings
 
     if text is not None and prompt is not None:
         fail("the prompt is given twice, as an argument and by --prompt", 2)
-    first = sys.stdin.read() if text == "-" else text if text is not None else prompt
+    first = sys.stdin.read().removeprefix(MARK) if text == "-" else text if text is not None else prompt
+    if first is not None:
+        try:
+            check_prompt(first)
+        except PromptError as error:
+            fail(error, 2)
     chosen = read_method(method)
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    values = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    settings = read_settings(Settings, values)
     if output is not None:
         _check_output(output, chat, overwrite)
     loaded = load(model, weights)
     if output is not None and overwrite:
         output.write_bytes(b"")
-    asking = _Asking(_chat(loaded, chosen, settings) if chat else _single(loaded, chosen, settings), rows, output)
+    answerer = (_chat if chat else _single)(loaded, chosen, settings, not no_chat_template)
+    asking = _Asking(answerer, rows, output, json_ or not at_terminal())
     if first is not None and not chat:
         if not asking.answer(first):
             raise typer.Exit(asking.code)
@@ -80,20 +100,19 @@ def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
     """Leave with code 2 where the file cannot be written or holds something else."""
     from pydantic import ValidationError
 
-    from turboquant.results import Comparison
+    from turboquant.results import Comparison, read_lines
     from turboquant.session import Turn
 
     check_writable(path)
     if overwrite or not path.exists():
         return
     kind: type[Record] = Turn if chat else Comparison
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                kind.model_validate_json(line)
-            except ValidationError:
-                what = "a turn of a conversation" if chat else "a comparison"
-                fail(f"line {number} of {path} is not {what}: give another --output, or --overwrite", 2)
+    for number, line in read_lines(path)[0]:
+        try:
+            kind.model_validate_json(line)
+        except ValidationError:
+            what = "a turn of a conversation" if chat else "a comparison"
+            fail(f"line {number} of {path} is not {what}: give another --output, or --overwrite", 2)
 
 
 Ask = Callable[[str, "Callable[[Event], None]", Callable[[], bool]], "Comparison | Turn"]
@@ -107,16 +126,18 @@ class _Answerer:
     session: "Session | None" = None
 
 
-def _single(loaded: Any, method: Any, settings: Any) -> _Answerer:
+def _single(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
     from turboquant.comparison import compare
 
-    return _Answerer(lambda p, show, stop: compare(loaded, p, method, settings, on_event=show, cancelled=stop))
+    return _Answerer(
+        lambda p, show, stop: compare(loaded, p, method, settings, chat=template, on_event=show, cancelled=stop)
+    )
 
 
-def _chat(loaded: Any, method: Any, settings: Any) -> _Answerer:
+def _chat(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
     from turboquant.session import Session
 
-    session = Session(loaded, method)
+    session = Session(loaded, method, chat=template)
     return _Answerer(lambda p, show, stop: session.ask(p, settings, on_event=show, cancelled=stop), session)
 
 
@@ -132,17 +153,17 @@ class _StopAnswer(Stop):
 
 @dataclass
 class _Asking:
-    """Answers prompts, prints what came of them and keeps the records; `code` is the exit code of the last failure."""
+    """Answers prompts, keeps the records and prints what came of them; `code` is the exit code of the last failure."""
 
     answerer: _Answerer
     rows: int
     output: Path | None
+    json: bool
     code: int = 0
 
     def answer(self, prompt: str) -> bool:
         """Answer one prompt; return False where it was refused or stopped, or its record could not be kept."""
         from turboquant.comparison import PromptError
-        from turboquant.results import append_record
 
         with _StopAnswer().listening() as stop, _streaming() as show:
             try:
@@ -151,18 +172,27 @@ class _Asking:
                 say(f"turboquant: {error}")
                 self.code = 2
                 return False
+        kept = self._keep(result)
         _print_result(result, self.rows)
-        kept = True
-        if self.output is not None:
-            try:
-                append_record(result, self.output)
-            except OSError as error:
-                kept, reason = False, error.strerror or error
-                say(f"turboquant: {self.output} cannot be written: {reason}; the record follows on standard output")
-        typer.echo(result.model_dump_json())
+        if self.json or not kept:
+            typer.echo(result.model_dump_json())
         if stop.asked or not kept:
             self.code = 1
         return kept and not stop.asked
+
+    def _keep(self, result: "Comparison | Turn") -> bool:
+        """Append the record to the output, before anything is printed; return False where that cannot be."""
+        from turboquant.results import append_record
+
+        if self.output is None:
+            return True
+        try:
+            append_record(result, self.output)
+        except OSError as error:
+            reason = error.strerror or error
+            say(f"turboquant: {self.output} cannot be written: {reason}; the record follows on standard output")
+            return False
+        return True
 
     def command(self, line: str) -> None:
         """Carry out a command other than /exit."""
@@ -202,7 +232,7 @@ def _loop(asking: _Asking, first: str | None) -> None:
 def _lines(typing: bool) -> Iterator[str]:
     while True:
         try:
-            line = input("\n> ") + "\n" if typing else sys.stdin.readline()
+            line = input("\n> ") + "\n" if typing else sys.stdin.readline().removeprefix(MARK)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -269,7 +299,7 @@ def _print_result(result: "Comparison | Turn", rows: int) -> None:
 
 
 def _side_line(side: "SideResult", packed: bool) -> str:
-    from turboquant.verdict import human_bytes
+    from turboquant.verdict import cache_size, human_bytes
 
     parts = [f"{len(side.token_ids)} tokens"]
     if side.tokens_per_second:
@@ -281,7 +311,7 @@ def _side_line(side: "SideResult", packed: bool) -> str:
         parts.append(f"{human_bytes(report.bytes)} held for {report.tokens:,} tokens")
         if report.compressed_tokens:
             parts.append(f"{report.compressed_tokens:,} of them packed")
-            parts.append(f"{report.compression_ratio:.2f} times the tokens of a 16-bit cache, everything counted")
+            parts.append(cache_size(report))
     return ", ".join(parts)
 
 

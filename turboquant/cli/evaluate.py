@@ -11,17 +11,21 @@ from turboquant.cli.app import (
     BitsOption,
     MethodsOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     WeightsOption,
     app,
+    check_apart,
     check_writable,
     fail,
     fail_model,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
     say,
 )
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ def evaluate(
         str, typer.Option(help="Text around the needle: sentences, a shipped text or a UTF-8 file.")
     ] = "sentences",
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once; memory against speed.")] = 512,
+    no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     overwrite: OverwriteOption = False,
     records: Annotated[Path | None, typer.Option(help="Append the records to this JSONL file as well.")] = None,
@@ -78,13 +83,20 @@ def evaluate(
     check_writable(output)
     if records is not None:
         _check_records(records)
+        check_apart(output=output, records=records)
+    if filler != "sentences":
+        check_texts([filler], output, "filler")
     _check_machine(model, weights, max(lengths))
     from turboquant.experiments import cells_for
     from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
 
+    shared = {"depth": depth, "queries": queries, "seed": seed, "filler": filler, "chunk_tokens": chunk_tokens}
+    shared["chat"] = not no_chat_template
     settings = [
-        AttentionSettings(
-            context=length, depth=depth, queries=queries, seed=seed, filler=filler, chunk_tokens=chunk_tokens
+        read_settings(
+            AttentionSettings,
+            {"context": length, **shared},
+            context="--contexts",
         )
         for length in lengths
     ]

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 
 def spread(arguments: Sequence[str], flags: Collection[str]) -> Iterator[str]:
-    """Repeat a flag before each of the values that follow it, up to the next word that begins with a dash.
+    """Repeat a flag before each of the values that follow it, up to the next word that begins like a flag.
 
     Example:
         >>> list(spread(["--bits", "2", "3", "--seed", "0"], {"--bits"}))
@@ -20,7 +20,7 @@ def spread(arguments: Sequence[str], flags: Collection[str]) -> Iterator[str]:
     flag = None
     waiting = False  # the flag has been passed on and has no value yet
     for word in arguments:
-        if word.startswith("-"):
+        if word.startswith("-") and not word[1:2].isdigit():
             flag, waiting = (word, True) if word in flags else (None, False)
         elif flag and not waiting:
             yield flag

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboquant.cli.app import (
+    MOST_RUNS,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -17,9 +18,10 @@ from turboquant.cli.app import (
     check_writable,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
 )
-from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def generate_bench(
     shortest: Annotated[
         float, typer.Option(help="Shortest prompt as a share of the longest; below 1 rows are left-padded.")
     ] = 1.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; all sides in turn in each.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Timed rounds; all sides in turn in each.")] = 5,
     text: Annotated[str, typer.Option(help="Where prompts come from: a shipped text or a path.")] = "persuasion",
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method and batch.")] = Path("results/generation.jsonl"),
@@ -68,7 +70,7 @@ def generate_bench(
     from turboquant.experiments import cells_for
     from turboquant.tasks.generation import EXPERIMENT
 
-    read_texts([text])
+    check_texts([text], output)
     shared: dict[str, object] = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens}
     shared |= {"shortest": shortest, "repeats": repeats, "text": text}
     grid = [read_settings(EXPERIMENT.settings, {"batch": rows, **shared}) for rows in batch or (1, 4)]

@@ -8,23 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_ANSWER,
     BitsOption,
     MethodsOption,
     ModelOption,
+    NoTemplateOption,
     OverwriteOption,
     WeightsOption,
     app,
+    check_apart,
     check_writable,
     fail,
     finish,
     read_methods,
+    read_settings,
     run_recorded,
 )
 from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.results import ExperimentRecord, Record
+    from turboquant.results import ExperimentRecord
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 
@@ -38,27 +42,17 @@ ChunkOption = Annotated[
 ]
 
 
-def read_settings(kind: "type[Record]", values: dict[str, Any]) -> Any:
-    """Return an experiment's settings, or leave with code 2; None stands for a setting's default."""
-    from pydantic import ValidationError
-
-    from turboquant.results import first_error
+def check_texts(texts: Sequence[str], output: Path, option: str = "text") -> None:
+    """Leave with code 2 where a text cannot be read, counts twice or is the output; asked before a model is loaded."""
+    from turboquant.texts import TEXTS, read_texts
 
     try:
-        return kind(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        fail(first_error(error), 2)
-
-
-def read_texts(texts: Sequence[str]) -> None:
-    """Leave with code 2 where a text cannot be read; asked before a model is loaded."""
-    from turboquant.texts import read_text
-
+        read_texts(texts)
+    except ValueError as error:
+        fail(error, 2)
     for text in texts:
-        try:
-            read_text(text)
-        except ValueError as error:
-            fail(error, 2)
+        if text not in TEXTS:
+            check_apart(**{option: Path(text)}, output=output)
 
 
 PERPLEXITY = (
@@ -115,7 +109,7 @@ def perplexity(
     measured = [record for record in records if not record.error]
     if measured:
         show_perplexity(measured)
-    finish(records, output, started, results={str(r.cell.method): r.metrics for r in measured})
+    finish(records, output, started, details={"results": {str(r.cell.method): r.metrics for r in measured}})
 
 
 def measure_perplexity(
@@ -132,8 +126,8 @@ def measure_perplexity(
     from turboquant.experiments import cells_for
     from turboquant.tasks.perplexity import EXPERIMENT
 
-    settings = read_settings(EXPERIMENT.settings, values)
-    read_texts(settings.texts)
+    settings = read_settings(EXPERIMENT.settings, values, texts="--text")
+    check_texts(settings.texts, output)
     cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
     return run_recorded(title, cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
 
@@ -171,7 +165,8 @@ def needle(
     filler: Annotated[
         str, typer.Option(help="Text around the needle: sentences (RULER's), a shipped text or a UTF-8 file.")
     ] = "sentences",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer.")] = 16,
+    no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),
     overwrite: OverwriteOption = False,
@@ -184,10 +179,13 @@ def needle(
     from turboquant.tasks.needle import EXPERIMENT
 
     if filler != "sentences":
-        read_texts([filler])
-    shared = {"repetitions": repetitions, "seed": seed, "filler": filler, "max_new_tokens": max_new_tokens}
+        check_texts([filler], output, "filler")
+    shared: dict[str, Any] = {"repetitions": repetitions, "seed": seed, "filler": filler}
+    shared |= {"max_new_tokens": max_new_tokens, "chat": not no_chat_template}
     grid = [
-        read_settings(EXPERIMENT.settings, {"context": context, "depth": depth, **shared})
+        read_settings(
+            EXPERIMENT.settings, {"context": context, "depth": depth, **shared}, context="--contexts", depth="--depths"
+        )
         for context in contexts or (1024, 2048)
         for depth in depths or (0.0, 0.5, 1.0)
     ]

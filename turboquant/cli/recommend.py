@@ -1,30 +1,34 @@
 """`turboquant recommend`: the smallest cache that stays within limits on a text of the user's."""
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turboquant.cli.app import (
+    JsonOption,
     OverwriteOption,
     Stop,
     WeightsOption,
     app,
+    at_terminal,
     check_writable,
     fail,
     finished,
     load,
     progress_bar,
+    read_settings,
     say,
 )
-from turboquant.cli.quality import read_settings, read_texts
+from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import interval, number, print_table
 from turboquant.texts import reading
 
 if TYPE_CHECKING:
     from turboquant.recommend import Recommendation, Tried
+    from turboquant.results import ExperimentRecord
 
 TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", "MB estimated", "within limits")
 
@@ -59,6 +63,7 @@ def recommend(
         "results/recommend.jsonl"
     ),
     overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Search recipe, key and value bits and bits of layers for the smallest cache within limits on a text.
 
@@ -73,8 +78,9 @@ def recommend(
 
     values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}
     values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
-    settings = read_settings(RecommendSettings, values)
-    read_texts(settings.texts)
+    flags = {"texts": "--text", "recipes": "--recipe", "min_same_top_pct": "--min-same-top"}
+    settings = read_settings(RecommendSettings, values, **flags)
+    check_texts(settings.texts, output)
     known = finished(output, {"perplexity"}, overwrite)
     loaded = load(model, weights)
     for line in reusable_for(loaded, settings.texts, known).lines("measured again where needed"):
@@ -92,18 +98,25 @@ def recommend(
             fail(error, 2)
         except OSError as error:
             fail(f"{output} cannot be written: {error.strerror or error}", 1)
-    if found.reused:
-        commits = ", ".join(sorted({record.environment.commit or "no commit" for record in known}))
-        say(f"{found.reused} measurements were in {output} already (measured at {commits})")
+    say_reused(found.reused, known, output)
     show(found)
-    sys.stdout.flush()
-    typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
+    if json_ or not at_terminal():
+        typer.echo(json.dumps({**found.model_dump(mode="json"), "output": str(output)}))
     if found.method is None:
         raise typer.Exit(1)
 
 
+def say_reused(count: int, known: "Sequence[ExperimentRecord]", output: Path) -> None:
+    """Say how many measurements were there before, and at which commits they were made."""
+    if count:
+        commits = ", ".join(sorted({record.environment.commit or "no commit" for record in known}))
+        say(f"{count} measurements were in {output} already (measured at {commits})")
+
+
 def show(found: "Recommendation") -> None:
     """Print the evidence, the memory and the outcome."""
+    from turboquant.verdict import against_16_bits
+
     typer.echo(
         f"{found.model.name} {found.model.dtype} on {found.environment.device}; "
         f"{', '.join(found.texts)}: windows of {found.context:,} tokens, the first {found.prefill:,} read in "
@@ -118,8 +131,8 @@ def show(found: "Recommendation") -> None:
         typer.echo(f"{found.uniform} with {keys} bits a key and {values} a value in some layers {gain}.")
     for row in found.memory:
         typer.echo(
-            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB in place of {row.full_bytes / 1e6:,.1f} in 16 bits, "
-            f"{row.times_smaller:.2f} times smaller ({'measured' if row.measured else 'estimated'})"
+            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB, {against_16_bits(row.bytes, row.full_bytes)} of "
+            f"{row.full_bytes / 1e6:,.1f} MB ({'measured' if row.measured else 'estimated'})"
         )
     typer.echo(found.sentence)
     if found.caution:

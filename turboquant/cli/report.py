@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import app, check_writable, fail
+from turboquant.cli.app import app, check_apart, check_writable, fail
 
 
 @app.command()
@@ -38,7 +38,8 @@ def report(
     if check and (markdown or html):
         fail("--check changes nothing: it goes with --readme, not with --markdown or --html", 2)
     for output in filter(None, (markdown, html)):
-        check_writable(output)
+        check_writable(output, read_back=False)
+    check_apart(markdown=markdown, html=html)
     summary: dict[str, object] = {"results": list(map(str, places))}
     if markdown or html:
         summary |= _write(places, markdown, html)
@@ -76,9 +77,11 @@ def _own_files() -> list[Path]:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            fail(f"{path} must be a file, and this is a pipe or a device", 2)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {error}", 2)
+        fail(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", 2)
 
 
 def _fill(files: list[Path], places: list[Path], check: bool) -> dict[str, object]:

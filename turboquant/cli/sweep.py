@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_RUNS,
     BitsOption,
     MethodsOption,
     OverwriteOption,
@@ -59,14 +60,14 @@ def sweep(
     output: Annotated[Path, typer.Option(help="Each finished cell is appended here.")] = Path("results/sweep.jsonl"),
     overwrite: OverwriteOption = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Local processes (default: one for each GPU, or one).")
+        int | None, typer.Option(min=1, max=MOST_RUNS, help="Local processes (default: one for each GPU, or one).")
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="Local processes, or a Ray cluster.")] = EngineName.local,
     address: Annotated[
         str | None, typer.Option(help="Ray: the cluster's address (default: one is started here).")
     ] = None,
-    num_cpus: Annotated[float, typer.Option(min=0, help="Ray: CPUs for each task.")] = 1,
-    num_gpus: Annotated[float, typer.Option(min=0, help="Ray: GPUs for each task.")] = 0,
+    num_cpus: Annotated[float, typer.Option(min=0, max=MOST_RUNS, help="Ray: CPUs for each task.")] = 1,
+    num_gpus: Annotated[float, typer.Option(min=0, max=MOST_RUNS, help="Ray: GPUs for each task.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and which are done.")] = False,
 ) -> None:
     """Measure a grid of cells; a cell that is on disk is not measured again, one that failed is.
@@ -98,7 +99,10 @@ def _read_settings(given: Sequence[str]) -> dict[str, list[Any]]:
             fail(f"--set takes FIELD=VALUE (--contexts and --seeds have options of their own), got {item!r}", 2)
         try:
             value = json.loads(text)
-        except ValueError:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            fail(f"--set takes text in UTF-8, got {item!r}", 2)
+        except (ValueError, RecursionError):
             value = text
         found.setdefault(name, []).append(value)
     return found

@@ -1,8 +1,12 @@
 """Tables for people, on standard output."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from turboquant.report import Table
 
 
 def number(value: float | None, form: str) -> str:
@@ -21,3 +25,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for first, *rest in (header, *rows):
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         typer.echo("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def show(table: "Table") -> None:
+    """Print a table of a report with the note below it."""
+    print_table(table.columns, [[cell.replace("`", "") for cell in row] for row in table.rows])
+    if table.note:
+        typer.echo(table.note)

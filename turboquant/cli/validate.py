@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from turboquant.cli.app import OverwriteOption, app, check_writable, fail, finish, run_recorded, say
+from turboquant.cli.app import (
+    MOST_RUNS,
+    OverwriteOption,
+    app,
+    check_apart,
+    check_writable,
+    fail,
+    finish,
+    read_settings,
+    run_recorded,
+    say,
+)
 from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -52,9 +63,9 @@ LEGEND = (
 def validate(
     bits: Annotated[list[int] | None, typer.Option(min=1, max=8, help="Bits a coordinate; default 1 to 8.")] = None,
     dims: Annotated[list[int] | None, typer.Option(min=2, help="Head dims; default 64 80 96 128 256.")] = None,
-    vectors: Annotated[int, typer.Option(min=2, help="Vectors a seed.")] = 256,
+    vectors: Annotated[int, typer.Option(min=2, max=1_000_000, help="Vectors a seed.")] = 256,
     seeds: Annotated[
-        int | None, typer.Option(min=3, help="Seeds; default 32. Fewer than 12 fail checks by chance.")
+        int | None, typer.Option(min=3, max=MOST_RUNS, help="Seeds; default 32. Fewer than 12 fail checks by chance.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     rotation: Annotated[str, typer.Option(help="qr or hadamard.")] = "qr",
@@ -71,7 +82,8 @@ def validate(
     started = time.perf_counter()
     _check_options(rotation, device)
     if plot is not None:
-        check_writable(plot)
+        check_writable(plot, read_back=False)
+        check_apart(output=output, plot=plot)
         _import_plots()
     seeds = seeds or (QUICK_SEEDS if quick else 32)
     shared = {"vectors": vectors, "seeds": seeds, "seed": seed, "rotation": rotation, "device": device}
@@ -117,7 +129,9 @@ def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> 
     from turboquant.synthetic import SyntheticSettings
 
     settings = [
-        SyntheticSettings(dim=dim, bits=b, **shared) for dim in dict.fromkeys(dims) for b in dict.fromkeys(bits)
+        read_settings(SyntheticSettings, {"dim": dim, "bits": b, **shared}, dim="--dims")
+        for dim in dict.fromkeys(dims)
+        for b in dict.fromkeys(bits)
     ]
     return [Cell(experiment="validate", settings=one.model_dump(mode="json")) for one in settings]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
+    MOST_RUNS,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -20,10 +21,11 @@ from turboquant.cli.app import (
     finish,
     read_method,
     read_methods,
+    read_settings,
     run_recorded,
     say,
 )
-from turboquant.cli.quality import TextsOption, read_settings, read_texts
+from turboquant.cli.quality import TextsOption, check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ def variance(
     method: MethodsOption = None,
     bits: BitsOption = None,
     against: Annotated[str | None, typer.Option(help="Compare each method with this one; default the first.")] = None,
-    rotation_seeds: Annotated[int, typer.Option(min=1, help="Rotations of each method.")] = 8,
-    sampling_seeds: Annotated[int, typer.Option(min=0, help="Sampled answers to each prompt.")] = 8,
+    rotation_seeds: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Rotations of each method.")] = 8,
+    sampling_seeds: Annotated[int, typer.Option(min=0, max=MOST_RUNS, help="Sampled answers to each prompt.")] = 8,
     text: TextsOption = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens whose perplexity is measured.")] = 512,
     prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call.")] = 256,
@@ -81,7 +83,7 @@ def variance(
         "prompts": prompts,
     }
     values |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "temperature": temperature}
-    cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights)
+    cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights, output)
     try:
         records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
     except typer.Exit as stopped:
@@ -90,7 +92,7 @@ def variance(
         raise
     done = [record for record in records if not record.error]
     found = _show(done, methods, reference)
-    finish(records, output, started, **found)
+    finish(records, output, started, details=found)
 
 
 def _methods(
@@ -114,12 +116,13 @@ def _cells(
     rotations: Sequence[int],
     samplings: Sequence[int],
     weights: str,
+    output: Path,
 ) -> "tuple[list[Cell], Any]":
     from turboquant.experiments import cells_for
     from turboquant.tasks.variance import EXPERIMENT, with_seeds
 
-    settings = read_settings(EXPERIMENT.settings, values)
-    read_texts(settings.texts)
+    settings = read_settings(EXPERIMENT.settings, values, texts="--text")
+    check_texts(settings.texts, output)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):
             if one.name != "full" and not one.foreign and not one.packed_length(tokens - 1):

@@ -14,8 +14,16 @@ LARGE = "llama-3.1-8b", 8, 32_768, 1
 
 def _where(environments: Iterable[Environment]) -> str:
     found = {
-        f"{e.device}, torch {e.torch}, triton {e.triton}, driver {e.driver}, {e.created[:10]}, "
-        f"{e.commit or 'no commit'}"
+        ", ".join(
+            (
+                e.device,
+                f"torch {e.torch}",
+                *([f"triton {e.triton}"] if e.triton else []),
+                *([f"driver {e.driver}"] if e.driver else []),
+                e.created[:10],
+                e.commit or "no commit",
+            )
+        )
         for e in environments
     }
     return f"Measured on {'; '.join(sorted(found))}." if found else ""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -45,6 +45,7 @@ class AttentionSettings(Record):
         seed: Chooses the needle.
         filler: "sentences", a shipped text or a path (see `turboquant.tasks.prompts`).
         chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
+        chat: Put the prompt through the model's chat template, where it has one; no part of a cell's settings if so.
     """
 
     context: int = Field(2048, ge=2)
@@ -53,6 +54,12 @@ class AttentionSettings(Record):
     seed: int = Field(0, ge=0)
     filler: str = SENTENCES
     chunk_tokens: int = Field(512, ge=1)
+    chat: bool = True
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_of_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        return {name: value for name, value in settings.items() if name != "chat" or not value}
 
 
 def _served(captured: Captured, cache: Cache, layer_idx: int) -> Pair:
@@ -210,12 +217,14 @@ def build_prompt(loaded: LoadedModel, settings: AttentionSettings) -> NeedleProm
     """Return the prompt of some settings.
 
     Raises:
-        PromptError: If the context has no room for the needle and the question, or for the queries.
+        PromptError: If the context has no room for the needle and the question, or for the queries, or the chat
+            template cannot be used.
         ValueError: If there is no such filler.
     """
     if settings.queries >= settings.context:
         raise PromptError(f"queries must be fewer than the context's {settings.context:,}, got {settings.queries:,}")
-    return needle_prompt(loaded.tokenizer, settings.context, settings.depth, settings.seed, settings.filler)
+    where = settings.context, settings.depth, settings.seed, settings.filler
+    return needle_prompt(loaded.tokenizer, *where, chat=settings.chat)
 
 
 def check(loaded: LoadedModel, settings: AttentionSettings) -> None:

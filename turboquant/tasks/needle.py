@@ -43,6 +43,7 @@ class NeedleSettings(Record):
         filler: "sentences", a shipped text or a path (see `turboquant.tasks.prompts`).
         max_new_tokens: Tokens of an answer, at most.
         chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
+        chat: Put the prompt through the model's chat template, where it has one; no part of a cell's settings if so.
         needle: An own sentence to hide; with it `question` and `answer` are given too. Unset, the three are no part of
             a cell's settings.
         question: What is asked about it.
@@ -54,8 +55,9 @@ class NeedleSettings(Record):
     repetitions: int = Field(5, ge=1, le=10_000)
     seed: int = Field(0, ge=0)
     filler: str = SENTENCES
-    max_new_tokens: int = Field(16, ge=1)
+    max_new_tokens: int = Field(16, ge=1, le=2**16)
     chunk_tokens: int = Field(512, ge=1)
+    chat: bool = True
     needle: str | None = Field(None, max_length=MAX_NEEDLE)
     question: str | None = Field(None, max_length=MAX_QUESTION)
     answer: str | None = Field(None, max_length=MAX_ANSWER)
@@ -80,10 +82,10 @@ class NeedleSettings(Record):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_unset_texts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults_of_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         settings: dict[str, Any] = handler(self)
-        own = ("needle", "question", "answer")
-        return {name: value for name, value in settings.items() if name not in own or value is not None}
+        later = {"needle": None, "question": None, "answer": None, "chat": True}
+        return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 @dataclass
@@ -104,11 +106,12 @@ def build_prompt(loaded: LoadedModel, settings: NeedleSettings, repetition: int)
     """Return the prompt of one repetition.
 
     Raises:
-        PromptError: If it has no room for needle and question.
+        PromptError: If it has no room for needle and question, or the chat template cannot be used.
         ValueError: If there is no such filler.
     """
     seed = settings.seed * settings.repetitions + repetition
-    return needle_prompt(loaded.tokenizer, settings.context, settings.depth, seed, settings.filler, settings.own)
+    where = settings.context, settings.depth, seed, settings.filler
+    return needle_prompt(loaded.tokenizer, *where, settings.own, settings.chat)
 
 
 def check(loaded: LoadedModel, settings: NeedleSettings) -> None:

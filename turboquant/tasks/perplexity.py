@@ -34,7 +34,7 @@ from turboquant.models import LoadedModel
 from turboquant.probe import packing_runs
 from turboquant.results import CacheReport, Record
 from turboquant.statistics import block_interval
-from turboquant.texts import read_text, reading
+from turboquant.texts import read_text, read_texts, reading
 
 CHUNK = 64
 """Tokens of one forward call at most: their logits are all that is held at once."""
@@ -107,7 +107,7 @@ def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Wind
     """Return the windows of all texts; each begins as the tokenizer begins a text.
 
     Raises:
-        ValueError: If a text cannot be read.
+        ValueError: If a text cannot be read or is given twice.
         PromptError: If a text is too short, or the windows longer than the model's context or this machine's memory.
     """
     free = free_bytes(torch.device(loaded.device))
@@ -116,8 +116,8 @@ def text_windows(loaded: LoadedModel, settings: PerplexitySettings) -> list[Wind
     head: list[int] = list(tokenizer("").input_ids)
     size = settings.context + 1 - len(head)
     windows = []
-    for text in settings.texts:
-        ids: list[int] = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
+    for text, words in read_texts(settings.texts).items():
+        ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
         places = range(settings.start, len(ids) - size + 1, size)
         if len(places) < settings.windows:
             raise PromptError(

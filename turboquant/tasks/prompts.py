@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from turboquant.generate import PromptError
+from turboquant.generate import PromptError, chat_text, template_error
 from turboquant.texts import read_text
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def needle_prompt(
     seed: int = 0,
     filler: str = SENTENCES,
     own: OwnNeedle | None = None,
+    chat: bool = True,
 ) -> NeedlePrompt:
     """Return a prompt of exactly `tokens` tokens with a needle at `depth` of its filler.
 
@@ -141,22 +142,24 @@ def needle_prompt(
     sentence is cut where the length asks for it.
 
     Args:
-        tokenizer: The model's; its chat template is used where it has one.
+        tokenizer: The model's.
         tokens: Length of the prompt, answer's beginning included.
         depth: 0 is the start of the filler, 1 its end.
         seed: Chooses word and number, and with a text of many sentences where in it the filler begins.
         filler: See `filler_text`.
         own: Takes the place of word and number; the seed then only chooses where the filler begins.
+        chat: Go through the chat template, where there is one.
 
     Raises:
-        PromptError: If the needle and the question alone are longer, the depth is out of range, or the filler holds the
-            own needle's answer as well.
+        PromptError: If the needle and the question alone are longer, the depth is out of range, the filler holds the
+            own needle's answer as well, or the chat template cannot be used.
         ValueError: If there is no such filler.
     """
     if not 0 <= depth <= 1:
         raise PromptError(f"depth must be from 0 to 1, got {depth}")
     draw = random.Random(f"needle {seed}")
-    word, answer, needle, head, tail = _own(tokenizer, own, filler) if own else _number(tokenizer, draw)
+    chat = chat and bool(tokenizer.chat_template)
+    word, answer, needle, head, tail = _own(tokenizer, own, filler, chat) if own else _number(tokenizer, draw, chat)
     needle_ids = _encoded(tokenizer, [needle])[0]
     room = tokens - len(head) - len(needle_ids) - len(tail)
     if room < 0:
@@ -174,19 +177,18 @@ def needle_prompt(
     )
 
 
-def _number(tokenizer: Any, draw: random.Random) -> tuple[str, str, str, list[int], list[int]]:
+def _number(tokenizer: Any, draw: random.Random, chat: bool) -> tuple[str, str, str, list[int], list[int]]:
     """Return word, number, needle, and the tokens before and behind the filler."""
     word = f"{draw.choice(_ADJECTIVES.split())}-{draw.choice(_NOUNS.split())}"
     number = str(draw.randrange(1_000_000, 10_000_000))
-    begun = _ANSWER.format(word=word)
-    head, tail = _frame(tokenizer, _INTRODUCTION, _QUESTION.format(word=word), begun, begun)
+    head, tail = _frame(tokenizer, _INTRODUCTION, _QUESTION.format(word=word), _ANSWER.format(word=word), chat)
     return word, number, _NEEDLE.format(word=word, number=number), head, tail
 
 
-def _own(tokenizer: Any, own: OwnNeedle, filler: str) -> tuple[str, str, str, list[int], list[int]]:
+def _own(tokenizer: Any, own: OwnNeedle, filler: str, chat: bool) -> tuple[str, str, str, list[int], list[int]]:
     """Return the same for an own needle, which has no word; a chat model's answer is not begun."""
     check_filler(own, filler)
-    head, tail = _frame(tokenizer, _OWN_INTRODUCTION, own.question.strip(), "", _OWN_ANSWER)
+    head, tail = _frame(tokenizer, _OWN_INTRODUCTION, own.question.strip(), "" if chat else _OWN_ANSWER, chat)
     return "", own.answer, f" {own.needle.strip()}", head, tail
 
 
@@ -195,23 +197,18 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _frame(tokenizer: Any, introduction: str, question: str, chat: str, plain: str) -> tuple[list[int], list[int]]:
-    """Return the tokens before the filler and those behind it.
-
-    `chat` and `plain` begin the answer, with a chat template and without one.
-    """
+def _frame(tokenizer: Any, introduction: str, question: str, begun: str, chat: bool) -> tuple[list[int], list[int]]:
+    """Return the tokens before the filler and those behind it; `begun` begins the answer."""
     content = f"{introduction}\n{_PLACE}\n{question}"
-    if not tokenizer.chat_template:
+    if not chat:
         head, _, tail = content.partition(_PLACE)
-        return list(tokenizer(head).input_ids), _encoded(tokenizer, [f"{tail} {plain}"])[0]
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,  # templates of models that think first open the answer itself with this
-    )
+        return list(tokenizer(head).input_ids), _encoded(tokenizer, [f"{tail} {begun}"])[0]
+    # Templates of models that think first open the answer itself with this.
+    rendered = chat_text(tokenizer, [{"role": "user", "content": content}], enable_thinking=False)
+    if rendered.count(_PLACE) != content.count(_PLACE):
+        raise template_error("it changes the prompt or writes it twice")
     head, _, tail = rendered.partition(_PLACE)
-    first, second = _encoded(tokenizer, [head, tail + chat])
+    first, second = _encoded(tokenizer, [head, tail + begun])
     return first, second
 
 

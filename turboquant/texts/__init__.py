@@ -6,15 +6,23 @@ Whatever is measured on a text reads it with `read_text`, within a block of `rea
 result comes from, and what they held.
 """
 
+import codecs
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["TEXTS", "ReadText", "Text", "read_text", "reading"]
+__all__ = ["TEXTS", "ReadText", "Text", "decode_text", "read_text", "read_texts", "reading"]
+
+_MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,10 @@ def read_text(source: str | Path) -> str:
     """Return a shipped text by name, or the text of a file.
 
     Args:
-        source: Key of `TEXTS`, or the path of a UTF-8 file. A name goes before a file called the same.
+        source: Key of `TEXTS`, or the path of a file (see `decode_text`). A name goes before a file called the same.
 
     Raises:
-        ValueError: If there is no such text or file, or the file cannot be read, is empty or is not UTF-8.
+        ValueError: If there is no such text or file, or the file cannot be read, is empty or is not text.
     """
     name, held = str(source), _read.get()
     if held is None:
@@ -132,21 +140,57 @@ def read_text(source: str | Path) -> str:
     return held[name].text
 
 
+def read_texts(sources: Sequence[str]) -> dict[str, str]:
+    """Return several texts by name.
+
+    Raises:
+        ValueError: If one cannot be read, or two are the same: it would count twice.
+    """
+    found: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for source in sources:
+        text = read_text(source)
+        if (first := names.setdefault(text, source)) != source:
+            raise ValueError(f"the texts {first} and {source} are the same, which would count twice")
+        if source in found:
+            raise ValueError(f"the text {source} is given twice, and would count twice")
+        found[source] = text
+    return found
+
+
+def decode_text(data: bytes) -> str:
+    """Return the text of a file: UTF-8, or UTF-16 or UTF-32 with a byte order mark, which is no part of it.
+
+    Raises:
+        UnicodeDecodeError: If it is something else.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    return data.decode(encoding) if encoding else data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+
+
 def _read_now(name: str) -> ReadText:
     content = resources.files(__name__).joinpath(f"{name}.txt").read_bytes() if name in TEXTS else _file(name)
     try:
-        text = content.decode().removeprefix("\ufeff")
+        text = decode_text(content)
     except UnicodeDecodeError as error:
-        raise ValueError(f"the text file {name} is not UTF-8: byte {error.start} cannot be read") from error
+        encoding = error.encoding.upper()
+        raise ValueError(f"the text file {name} is not {encoding}: byte {error.start} cannot be read") from error
     if not text.strip():
         raise ValueError(f"the text file {name} is empty")
+    if "\0" in text:
+        raise ValueError(
+            f"the text file {name} must be UTF-8 or have a byte order mark: character {text.index(chr(0))} is null"
+        )
     return ReadText(text.replace("\r\n", "\n").replace("\r", "\n"), hashlib.sha256(content).hexdigest())
 
 
 def _file(name: str) -> bytes:
+    path = Path(name)
     try:
-        return Path(name).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {name!r}") from None
+        if not path.exists():
+            raise ValueError(f"the text must be one of {', '.join(TEXTS)} or a file, got {name!r}")
+        if not (path.is_file() or path.is_dir()):  # a pipe could be read only once
+            raise ValueError(f"the text {name} must be a file, and this is a pipe or a device")
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"the text file {name} cannot be read: {error.strerror or error}") from error
