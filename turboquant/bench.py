@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from turboquant.metrics import TOP, Pair, Span, compare_layer
 from turboquant.models import LoadedModel
 from turboquant.results import CacheReport, DecodeBench, Environment, Record, Settings, Spread, environment
 from turboquant.statistics import timing_spread
+from turboquant.threads import busy_processes, spins
 
 
 def bench_prompt(loaded: LoadedModel, count: int) -> Tensor:
@@ -24,8 +26,15 @@ def bench_prompt(loaded: LoadedModel, count: int) -> Tensor:
     return ids.repeat(1, -(-count // ids.shape[1]))[:, :count].to(loaded.model.device)
 
 
-def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -> tuple[float, float, CacheReport]:
-    """Return tokens a second of decode, milliseconds of prefill and what the cache holds at the end."""
+@dataclass(frozen=True)
+class _Run:
+    tokens_per_second: float
+    prefill_ms: float
+    worst_step_ms: float
+    report: CacheReport
+
+
+def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -> _Run:
     generation = Generation(
         loaded,
         ids,
@@ -41,7 +50,12 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
         torch.cuda.synchronize()
     assert generation.tokens_per_second is not None
     assert generation.time_to_first_token_ms is not None
-    return generation.tokens_per_second, generation.time_to_first_token_ms, cache_report(generation.cache)
+    return _Run(
+        generation.tokens_per_second,
+        generation.time_to_first_token_ms,
+        max(generation.step_ms),
+        cache_report(generation.cache),
+    )
 
 
 def bench_decode(
@@ -51,40 +65,45 @@ def bench_decode(
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     repeats: int = 5,
+    busy: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> DecodeBench:
     """Time greedy decoding of `new_tokens` after `prompt_tokens` with the full cache and with `method`, in turn.
 
-    One run of each side warms up (compiled kernels, page cache) and is not counted.
+    One run of each side warms up (compiled kernels, page cache) and is not counted. Meanwhile `busy` other processes
+    compute without a pause.
 
     Raises:
         PromptError: If prompt and answer do not fit the model's context.
         NothingCompressedError: If the run packed no token, so that its speed would say nothing.
-        ValueError: If there are fewer than 2 new tokens or no repeats.
+        ValueError: If there are fewer than 2 new tokens, no repeats or less than no busy processes.
     """
-    if new_tokens < 2 or repeats < 1 or prompt_tokens < 1:
+    if new_tokens < 2 or repeats < 1 or prompt_tokens < 1 or busy < 0:
         raise ValueError(
-            "a benchmark needs at least 1 prompt token, 2 new tokens and 1 repeat, "
-            f"got {prompt_tokens}, {new_tokens} and {repeats}"
+            "a benchmark needs at least 1 prompt token, 2 new tokens, 1 repeat and 0 busy processes, "
+            f"got {prompt_tokens}, {new_tokens}, {repeats} and {busy}"
         )
     check_length(loaded, prompt_tokens, new_tokens)
     ids = bench_prompt(loaded, prompt_tokens)
     settings = Settings(max_new_tokens=new_tokens)
     sides = (METHODS["full"](), method)
-    speeds: tuple[list[float], list[float]] = ([], [])
-    prefills: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats + 1):
-        for i, side in enumerate(sides):
-            speed, prefill, report = _run(loaded, ids, side, settings)
-            progress(f"{'warm-up' if repeat == 0 else f'run {repeat} of {repeats}'}: {side} {speed:.2f} tokens/s")
-            if repeat:
-                speeds[i].append(speed)
-                prefills[i].append(prefill)
+    runs: tuple[list[_Run], list[_Run]] = ([], [])
+    with busy_processes(busy):
+        for repeat in range(repeats + 1):
+            for kept, side in zip(runs, sides, strict=True):
+                run = _run(loaded, ids, side, settings)
+                which = "warm-up" if repeat == 0 else f"run {repeat} of {repeats}"
+                progress(f"{which}: {side} {run.tokens_per_second:.2f} tokens/s")
+                if repeat:
+                    kept.append(run)
+    report = runs[1][-1].report
     if method.name != "full" and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )
-    full, own = (timing_spread(values) for values in speeds)
+    full, own = (timing_spread([run.tokens_per_second for run in side]) for side in runs)
+    full_prefill, prefill = (timing_spread([run.prefill_ms for run in side]) for side in runs)
+    full_worst, worst = (max(run.worst_step_ms for run in side) for side in runs)
     return DecodeBench(
         environment=environment(loaded.model.device),
         model=model_info(loaded),
@@ -95,8 +114,12 @@ def bench_decode(
         full_tokens_per_second=full,
         tokens_per_second=own,
         ratio=own.median / full.median,
-        full_prefill_ms=timing_spread(prefills[0]),
-        prefill_ms=timing_spread(prefills[1]),
+        full_prefill_ms=full_prefill,
+        prefill_ms=prefill,
+        full_worst_step_ms=full_worst,
+        worst_step_ms=worst,
+        busy_processes=busy,
+        openmp_spins=spins(),
         report=report,
     )
 

@@ -253,7 +253,12 @@ class Spread(Record):
 
 
 class DecodeBench(Record):
-    """Decode speed of two caches in one process, sides alternated. `ratio` compares medians, method over full."""
+    """Decode speed of two caches in one process, sides alternated. `ratio` compares medians, method over full.
+
+    `busy_processes` spun meanwhile, on a machine otherwise idle. `openmp_spins` is how long PyTorch's threads spun
+    before they slept (`turboquant.threads`); None where their OpenMP was left as it is. The worst steps are the longest
+    of all runs.
+    """
 
     kind: Literal["bench-decode"] = "bench-decode"
     environment: Environment
@@ -267,7 +272,18 @@ class DecodeBench(Record):
     ratio: float
     full_prefill_ms: Spread
     prefill_ms: Spread
+    full_worst_step_ms: float | None = None
+    worst_step_ms: float | None = None
+    busy_processes: int = 0
+    openmp_spins: int | None = None
     report: CacheReport
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for records of the same case on the same device; the spins matter where other processes run."""
+        spins = self.openmp_spins if self.busy_processes else None
+        sizes = self.prompt_tokens, self.new_tokens, self.busy_processes
+        return (self.model.name, self.method, *sizes, spins, self.environment.device)
 
 
 class Cell(Record):

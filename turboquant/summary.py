@@ -67,9 +67,8 @@ def read_results(places: Iterable[Path]) -> Results:
                 if found.key not in gpu or gpu[found.key].environment.created <= found.environment.created:
                     gpu[found.key] = found
             else:
-                key = (found.model.name, found.method, found.prompt_tokens, found.new_tokens, found.environment.device)
-                if key not in benches or benches[key].environment.created <= found.environment.created:
-                    benches[key] = found
+                if found.key not in benches or benches[found.key].environment.created <= found.environment.created:
+                    benches[found.key] = found
     return Results(tuple(records.values()), tuple(benches.values()), tuple(gpu.values()))
 
 

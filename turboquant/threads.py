@@ -6,6 +6,10 @@ of times a token. What that costs is measured by `turboquant bench decode --busy
 """
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 SPINS = 1000
 """Rounds of waiting (some 20 microseconds) before a thread goes to sleep: most waits of a quiet machine are shorter."""
@@ -20,3 +24,20 @@ def sleep_while_waiting() -> None:
         return
     os.environ["OMP_WAIT_POLICY"] = "passive"  # other builds of OpenMP
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def spins() -> int | None:
+    """Return how long GCC's OpenMP was told to spin; None where nobody has told it."""
+    told = os.environ.get("GOMP_SPINCOUNT", "")
+    return int(told) if told.isdecimal() else None
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Let this many other processes compute without a pause within the block, as a busy machine does."""
+    spin = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"  # ends when this process does
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", spin]))
+            stack.callback(process.kill)
+        yield

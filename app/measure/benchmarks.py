@@ -218,8 +218,9 @@ def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
 
 
 def recorded_decode(folder: Path) -> list[DecodeBench]:
-    """The recorded runs of `bench-decode`; none where the file is missing."""
-    return [DecodeBench.model_validate(line) for line in _lines(folder / DECODE_FILE)]
+    """The recorded runs of `bench-decode` on an idle machine; none where the file is missing."""
+    found = [DecodeBench.model_validate(line) for line in _lines(folder / DECODE_FILE)]
+    return [bench for bench in found if not bench.busy_processes]
 
 
 def recorded_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,9 @@ from turboquant.cache import NothingCompressedError
 from turboquant.methods import METHODS, parse_method
 from turboquant.models import MODELS, LoadedModel, tiny_model
 from turboquant.registry import ModelSpec
+from turboquant.report.tables import busy_table, decode_table
 from turboquant.results import DecodeBench
+from turboquant.summary import read_results
 
 RUNNER = CliRunner()
 
@@ -151,6 +153,25 @@ def test_bench_records_and_the_readme_table_comes_from_them(tiny, tmp_path: Path
     assert RUNNER.invoke(cli.app, ["report", "--check", *paths]).exit_code == 0
 
 
+def test_decode_speed_beside_busy_processes(tiny, tmp_path: Path, monkeypatch) -> None:
+    """How long threads spin is noted, and such records stand in a table of their own."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    output = tmp_path / "results" / "bench.jsonl"
+    sizes = ["--prompt-tokens", "150", "--new-tokens", "4", "--repeats", "1", "--output", str(output)]
+    for more in (["--busy", "1"], []):
+        command = ["bench", "decode", "--method", "turboquant:bits=3", *sizes, *more]
+        assert RUNNER.invoke(cli.app, command).exit_code == 0
+    busy, quiet = (DecodeBench.model_validate_json(line) for line in output.read_text().splitlines())
+    assert (busy.busy_processes, busy.openmp_spins) == (1, 77)
+    sides = (busy.worst_step_ms, busy.tokens_per_second), (busy.full_worst_step_ms, busy.full_tokens_per_second)
+    assert all(worst is not None and worst >= 1e3 / speed.median for worst, speed in sides)
+    assert quiet.busy_processes == 0
+    found = read_results([output])
+    assert len(found.benches) == 2
+    assert [len(table(found.benches).rows) for table in (busy_table, decode_table)] == [1, 1]
+    assert "77" in busy_table(found.benches).markdown()
+
+
 def test_at_a_terminal_decode_speed_is_a_table(tiny, tmp_path: Path) -> None:
     sizes = ["--prompt-tokens", "150", "--new-tokens", "4", "--repeats", "1", "--output", str(tmp_path / "b.jsonl")]
     code, text = at_terminal(["bench", "decode", "--method", "turboquant:bits=3", *sizes])
@@ -162,5 +183,5 @@ def test_at_a_terminal_decode_speed_is_a_table(tiny, tmp_path: Path) -> None:
 def test_a_bench_that_packs_nothing_has_no_figure(tiny) -> None:
     with pytest.raises(NothingCompressedError, match=r"packed none of 13 tokens"):
         bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=4, repeats=1)
-    with pytest.raises(ValueError, match="at least 1 prompt token, 2 new tokens and 1 repeat"):
+    with pytest.raises(ValueError, match="at least 1 prompt token, 2 new tokens, 1 repeat and 0 busy"):
         bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=1)

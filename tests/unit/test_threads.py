@@ -7,18 +7,21 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.server.process import Server
-from turboquant.threads import SPINS
+from turboquant.threads import SPINS, busy_processes
 
 STARTS = {
     "command": [sys.executable, "-m", "turboquant", "methods", "--list"],
     "app": [sys.executable, "-c", "import app, torch"],
     "lm-eval": [sys.executable, "-c", "import turboquant.integrations as i; i.lm_eval()"],
 }
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -62,3 +65,28 @@ def test_a_served_app_does_not_spin(tmp_path: Path) -> None:
     """Streamlit has imported nothing that starts OpenMP before the app does."""
     with Server(tmp_path / "log.txt", {"OMP_DISPLAY_ENV": "verbose"}) as server:
         assert spins(server.log.read_text()) == SPINS
+
+
+def children() -> set[str]:
+    """The processes that this one has started and not seen end."""
+    return {one for task in Path("/proc/self/task").iterdir() for one in (task / "children").read_text().split()}
+
+
+@LINUX
+def test_busy_processes_end_with_the_block() -> None:
+    before = children()
+    with busy_processes(2):
+        assert len(children() - before) == 2
+    assert children() <= before
+
+
+@LINUX
+def test_busy_processes_end_when_their_parent_is_killed() -> None:
+    code = "import os\nfrom turboquant.threads import busy_processes\nwith busy_processes(1):\n"
+    code += "    print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\n    os.kill(os.getpid(), 9)"
+    started = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    path = Path(f"/proc/{started.stdout.strip()}/stat")
+    deadline = time.monotonic() + 30
+    while path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "it still spins"
+        time.sleep(0.05)

@@ -41,15 +41,16 @@ def bench_decode_command(
     prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, max=MOST_ANSWER, help="Tokens generated in a run.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Runs of each cache.")] = 5,
+    busy: Annotated[int, typer.Option(min=0, max=MOST_RUNS, help="Other processes that compute meanwhile.")] = 0,
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""
     from turboquant.bench import bench_decode
-    from turboquant.report.tables import decode_table
+    from turboquant.report.tables import busy_table, decode_table
 
     chosen = read_methods(method, ["turboquant:bits=4"])
     check_writable(output)
     loaded = load(model, weights)
-    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "busy": busy}
     running = (bench_decode(loaded, one, **sizes, progress=say) for one in chosen)
-    write_benches(running, output, decode_table)
+    write_benches(running, output, busy_table if busy else decode_table)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from turboquant.report.tables import (
     Table,
+    busy_table,
     by_group,
     comparison_table,
     decode_table,
@@ -79,8 +80,9 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
     if spreads := results.of("variance"):
         sections.append(Section(TITLES["variance"], (variance_table(spreads),)))
-    if results.benches:
-        sections.append(Section("Decode speed", (decode_table(results.benches),)))
+    for title, table in (("Decode speed", decode_table), ("Decode speed on a busy machine", busy_table)):
+        if (made := table(results.benches)).rows:
+            sections.append(Section(title, (made,)))
     if failed := [record for record, _ in results.records if record.error]:
         sections.append(Section("Failures", (failures_table(failed),)))
     return sections

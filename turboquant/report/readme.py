@@ -15,16 +15,29 @@ from turboquant.report.gpu import (
     scores_table,
     speed_table,
 )
-from turboquant.report.tables import Table, by_group, comparison_table, decode_table, front_table, needle_table
+from turboquant.report.tables import (
+    Table,
+    busy_table,
+    by_group,
+    comparison_table,
+    decode_table,
+    front_table,
+    needle_table,
+)
 from turboquant.report.variance import variance_table
+from turboquant.results import DecodeBench
 from turboquant.summary import ReportError, Results, on_gpu, read_results, summarize
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
 _PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)
 
 
-def _decode(results: Results) -> str:
-    return decode_table(results.benches).markdown() if results.benches else ""
+def _decode(table: Callable[[Sequence[DecodeBench]], Table]) -> Callable[[Results], str]:
+    def filled(results: Results) -> str:
+        made = table(results.benches)
+        return made.markdown() if made.rows else ""
+
+    return filled
 
 
 def _comparison(experiment: str, file: str = "", gpu: bool = False) -> Callable[[Results], str]:
@@ -66,7 +79,8 @@ def _variance(results: Results) -> str:
 
 
 README_TABLES: dict[str, Callable[[Results], str]] = {
-    "decode": _decode,
+    "decode": _decode(decode_table),
+    "decode-busy": _decode(busy_table),
     "methods": _methods,
     "evaluate": _comparison("attention"),
     "perplexity": _comparison("perplexity", "perplexity"),

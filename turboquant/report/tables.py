@@ -199,10 +199,10 @@ def needle_table(summaries: Sequence[Summary]) -> Table:
 
 
 def decode_table(records: Sequence[DecodeBench]) -> Table:
-    """Return decode speed, with hardware and commit in every row."""
+    """Return decode speed on a machine otherwise idle, with hardware and commit in every row."""
     rows: list[tuple[str, ...]] = []
-    for r in sorted(records, key=lambda r: (r.model.name, r.prompt_tokens, r.method)):
-        where = f"{r.environment.device}, {r.environment.cpu_threads} threads, {r.environment.created[:10]}"
+    quiet = [r for r in records if not r.busy_processes]
+    for r in sorted(quiet, key=lambda r: (r.model.name, r.prompt_tokens, r.method)):
         rows.append(
             (
                 f"{r.model.name}, {r.model.weights}",
@@ -212,11 +212,39 @@ def decode_table(records: Sequence[DecodeBench]) -> Table:
                 f"{r.tokens_per_second.median:.1f}",
                 f"{r.ratio:.2f}",
                 f"{r.report.bits_per_value:.2f}",
-                f"{where}, {r.environment.commit or 'no commit'}",
+                _where(r),
             )
         )
     names = ("model, weights", "method", "prompt + new tokens", "full, tokens/s", "compressed, tokens/s", "ratio")
     return Table("", (*names, "bits a value held", "measured on"), tuple(rows))
+
+
+def busy_table(records: Sequence[DecodeBench]) -> Table:
+    """Return decode speed while other processes compute, by how long OpenMP's threads spin before they sleep."""
+    busy = [r for r in records if r.busy_processes]
+    rows = [
+        (
+            f"{r.model.name}, {r.model.weights}",
+            code(r.method),
+            f"{r.prompt_tokens} + {r.new_tokens}",
+            str(r.busy_processes),
+            "as built" if r.openmp_spins is None else f"{r.openmp_spins:,}",
+            f"{r.full_tokens_per_second.median:.2f}",
+            f"{r.tokens_per_second.median:.2f}",
+            "" if r.full_worst_step_ms is None else f"{r.full_worst_step_ms:,.0f}",
+            "" if r.worst_step_ms is None else f"{r.worst_step_ms:,.0f}",
+            _where(r),
+        )
+        for r in sorted(busy, key=lambda r: (r.model.name, r.method, r.busy_processes, -(r.openmp_spins or 0)))
+    ]
+    speeds = ("full, tokens/s", "compressed, tokens/s", "full, longest step, ms", "compressed, longest step, ms")
+    names = ("model, weights", "method", "prompt + new tokens", "busy processes", "rounds of spinning")
+    return Table("", (*names, *speeds, "measured on"), tuple(rows))
+
+
+def _where(record: DecodeBench) -> str:
+    found = record.environment
+    return f"{found.device}, {found.cpu_threads} threads, {found.created[:10]}, {found.commit or 'no commit'}"
 
 
 def by_group(summaries: Sequence[Summary]) -> list[tuple[str, str, list[Summary]]]:
