@@ -280,10 +280,13 @@ class DecodeBench(Record):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for records of the same case on the same device; the spins matter where other processes run."""
-        spins = self.openmp_spins if self.busy_processes else None
-        sizes = self.prompt_tokens, self.new_tokens, self.busy_processes
-        return (self.model.name, self.method, *sizes, spins, self.environment.device)
+        """Equal for records of the same case on the same device, made under the same conditions."""
+        return (*self.case, self.busy_processes, self.openmp_spins)
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """Equal for records that differ only in what other processes did and how long threads spun."""
+        return (self.model.name, self.method, self.prompt_tokens, self.new_tokens, self.environment.device)
 
 
 class Cell(Record):

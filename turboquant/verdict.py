@@ -16,6 +16,8 @@ def human_bytes(count: float) -> str:
 
 def against_16_bits(held: int, full: int) -> str:
     """Bytes held beside those of a 16-bit cache: `1.90 times smaller than a 16-bit cache`."""
+    if not held:
+        return f"nothing, where a 16-bit cache is {human_bytes(full)}"
     if f"{full / held:.2f}" == "1.00":
         return "as large as a 16-bit cache"
     if held < full:

@@ -36,6 +36,7 @@ def test_a_cache_is_smaller_or_larger_and_never_less_than_once_as_small(held: in
 
 
 def test_sizes_without_a_report() -> None:
+    assert against_16_bits(0, 3 * MIB) == "nothing, where a 16-bit cache is 3.00 MiB"
     assert against_16_bits(3 * MIB, 9 * MIB) == "3.00 times smaller than a 16-bit cache"
     assert against_16_bits(9 * MIB, 3 * MIB) == "larger by 6.00 MiB than a 16-bit cache"
 

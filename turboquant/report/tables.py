@@ -199,9 +199,13 @@ def needle_table(summaries: Sequence[Summary]) -> Table:
 
 
 def decode_table(records: Sequence[DecodeBench]) -> Table:
-    """Return decode speed on a machine otherwise idle, with hardware and commit in every row."""
+    """Return decode speed on a machine otherwise idle, with hardware and commit in every row.
+
+    Cases that were measured beside other processes too stand in `busy_table`.
+    """
     rows: list[tuple[str, ...]] = []
-    quiet = [r for r in records if not r.busy_processes]
+    busy = {r.case for r in records if r.busy_processes}
+    quiet = [r for r in records if r.case not in busy]
     for r in sorted(quiet, key=lambda r: (r.model.name, r.prompt_tokens, r.method)):
         rows.append(
             (
@@ -220,8 +224,12 @@ def decode_table(records: Sequence[DecodeBench]) -> Table:
 
 
 def busy_table(records: Sequence[DecodeBench]) -> Table:
-    """Return decode speed while other processes compute, by how long OpenMP's threads spin before they sleep."""
-    busy = [r for r in records if r.busy_processes]
+    """Return decode speed while other processes compute, by how long OpenMP's threads spin before they sleep.
+
+    What was measured of the same cases without such processes stands beside it.
+    """
+    cases = {r.case for r in records if r.busy_processes}
+    busy = [r for r in records if r.case in cases]
     rows = [
         (
             f"{r.model.name}, {r.model.weights}",
