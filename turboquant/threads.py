@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-SPINS = 1000
-"""Rounds of waiting (some 20 microseconds) before a thread goes to sleep: most waits of a quiet machine are shorter."""
+SPINS = 10_000
+"""Rounds of waiting (less than a millisecond) before a thread goes to sleep: waits of a quiet machine are shorter."""
 
 
 def sleep_while_waiting() -> None:
