@@ -1,0 +1,62 @@
+"""What is written down, and how it is made from the program."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+import turboquant
+from app.navigation import ENTRIES
+from turboquant import cli
+from turboquant.experiments import cells_for
+from turboquant.methods import METHODS, parse_method
+from turboquant.results import ExperimentRecord
+from turboquant.summary import read_results
+from turboquant.tasks import EXPERIMENTS
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parents[1] / "results"
+
+
+def names() -> str:
+    """Public names, methods with what they print as, addresses of pages."""
+    found = {
+        "public": sorted(turboquant.__all__),
+        "methods": {name: str(method()) for name, method in sorted(METHODS.items())},
+        "pages": [entry.name for entry in ENTRIES],
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, one in sorted(getattr(command, "commands", {}).items()):
+        yield from _commands(one, (*path, name))
+
+
+def help_texts() -> str:
+    """The help of every command."""
+    runner = CliRunner(env={"COLUMNS": "120", "TERMINAL_WIDTH": "120", "NO_COLOR": "1", "TERM": "dumb"})
+    found = [runner.invoke(cli.app, [*path, "--help"]).output for path in _commands(typer.main.get_command(cli.app))]
+    return "".join(line.rstrip() + "\n" for text in found for line in text.splitlines())
+
+
+def keys() -> str:
+    """Keys of cells: of every experiment with its own defaults, and a sum over the keys of the recorded ones."""
+    found: dict[str, Any] = {
+        name: [cell.key for cell in cells_for(one, "smollm2-135m", [parse_method("turboquant")], [one.settings()])]
+        for name, one in sorted(EXPERIMENTS.items())
+    }
+    recorded: dict[str, list[str]] = {}
+    for record, path in read_results([RESULTS]).records:
+        assert isinstance(record, ExperimentRecord)
+        recorded.setdefault(path.name, []).append(record.cell.key)
+    sums = {name: hashlib.sha256("\n".join(sorted(some)).encode()).hexdigest() for name, some in recorded.items()}
+    return json.dumps({"defaults": found, "recorded": dict(sorted(sums.items()))}, indent=1) + "\n"
+
+
+FROZEN: dict[str, Callable[[], str]] = {"names.json": names, "help.txt": help_texts, "keys.json": keys}
