@@ -39,8 +39,8 @@ RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.lock
 # mounted there belongs to the user.
 COPY --chown=user turboquant turboquant
 RUN mkdir -p "$HF_HOME" && python -c "\
-from turboquant.embedded import embedded_folder; \
-from turboquant.ops.codes import compile_kernels; \
+from turboquant.models.embedded import embedded_folder; \
+from turboquant.kernels.codes import compile_kernels; \
 embedded_folder(lambda fraction, text: print(text)); \
 compile_kernels()"
 

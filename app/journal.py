@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from app.contract import EngineStatus
 from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
 from app.logs import event
-from turboquant.faults import out_of_memory
+from turboquant.records.faults import out_of_memory
 
 _SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800)
 Refusal = Literal["busy", "full", "stopping"]

@@ -14,12 +14,7 @@ import torch
 from scipy import integrate
 
 from app.requests import check_bound
-from turboquant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
-from turboquant.methods.scalar import TurboQuantMSE
-from turboquant.results import ExperimentRecord
-from turboquant.rotation import Rotation, RotationKind, random_rotation
-from turboquant.statistics import Estimate
-from turboquant.synthetic import (
+from turboquant.experiments.theory import (
     QUANTIZERS,
     Distortion,
     SyntheticSettings,
@@ -31,6 +26,11 @@ from turboquant.synthetic import (
     theory,
     unit_vectors,
 )
+from turboquant.methods.scalar import TurboQuantMSE
+from turboquant.quant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
+from turboquant.quant.rotation import Rotation, RotationKind, random_rotation
+from turboquant.records.results import ExperimentRecord
+from turboquant.records.spread import Estimate
 
 DIMS = (8, 16, 32, 64, 80, 96, 128, 256, 512)
 VECTORS = (16, 32, 64, 128, 256)

@@ -19,9 +19,5 @@ def _import_once() -> None:
 
     Streamlit collects after every run of a page, which would look at them all for a quarter of a second each time.
     """
-    import turboquant.experiments
-    import turboquant.models
-    import turboquant.tasks  # noqa: F401
-
     gc.collect()
     gc.freeze()

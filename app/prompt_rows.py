@@ -9,7 +9,7 @@ import pandas as pd
 from app.jobs import Job, PromptsRequest
 from app.runs import Run, csv_text, fenced
 from app.verdict import cache_size, verdict
-from turboquant.results import Comparison
+from turboquant.records.results import Comparison
 
 START = 60
 

@@ -10,10 +10,10 @@ import typer
 from app.examples import BY_NAME
 from app.runs import RECORDED_FOLDER, Run
 from app.verdict import facts, verdict
-from turboquant.comparison import compare
 from turboquant.methods import parse_method
-from turboquant.models import load_model
-from turboquant.results import Settings
+from turboquant.models.load import load_model
+from turboquant.records.results import Settings
+from turboquant.run.compare import compare
 
 
 def record(

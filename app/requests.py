@@ -12,8 +12,8 @@ from app.config import WEIGHTS, AppConfig
 from app.examples import name_of
 from app.jobs import CompareRequest
 from turboquant.methods import METHODS, BitsMethod, parse_method
-from turboquant.registry import MODELS
-from turboquant.results import Settings
+from turboquant.models.registry import MODELS
+from turboquant.records.results import Settings
 
 SAME = "same"
 BIT_CHOICES = (2, 3, 4)

@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any
 
 from app.jobs import Job
-from turboquant.faults import UNMEASURED
-from turboquant.fingerprint import is_current
+from turboquant.models.fingerprint import is_current
+from turboquant.records.faults import UNMEASURED
 
 
 @dataclass(frozen=True)

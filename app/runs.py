@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from app.verdict import facts, provenance, verdict
-from turboquant.results import AttentionDetail, Comparison, HeadMetrics, Record
+from turboquant.records.results import AttentionDetail, Comparison, HeadMetrics, Record
 
 RECORDED_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "runs"
 MAX_IMPORT_BYTES = 20_000_000

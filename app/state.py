@@ -18,10 +18,10 @@ from app.jobs import CellsRequest, CompareRequest, Job, PromptsRequest, Request
 from app.measure.recommend import RecommendRequest
 from app.requests import Choices, RequestError, compare_request, prompt_query, read_choices
 from app.runs import Run, RunError, RunStore, import_run, recorded_runs
-from turboquant.fingerprint import is_current
-from turboquant.inputs import MODEL
-from turboquant.recommendation import Recommendation
-from turboquant.results import ExperimentRecord, read_records
+from turboquant.experiments.recommendation import Recommendation
+from turboquant.models.fingerprint import is_current
+from turboquant.models.inputs import MODEL
+from turboquant.records.results import ExperimentRecord, read_records
 
 PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "run", "notice"
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -8,7 +8,7 @@ from app.runs import csv_text, fenced
 from app.verdict import human_bytes, verdict
 
 if TYPE_CHECKING:
-    from turboquant.session import Context, Turn
+    from turboquant.run.chat import Context, Turn
 
 FINISH = {"stop": "ended by itself", "length": "ended at the longest answer", "cancelled": "stopped"}
 

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from turboquant.results import Comparison
-from turboquant.verdict import cache_size, human_bytes, quoted, verdict
+from turboquant.records.results import Comparison
+from turboquant.records.verdict import cache_size, human_bytes, quoted, verdict
 
 __all__ = ["cache_size", "cosine", "facts", "human_bytes", "number", "percent", "provenance", "quoted", "verdict"]
 

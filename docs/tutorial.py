@@ -9,11 +9,11 @@ Every number it prints is measured here, or marked as estimated.
 import sys
 
 from turboquant import build_cache, cache_report, load_model, parse_method
-from turboquant.experiments import Watch
-from turboquant.recommend import recommend
-from turboquant.recommendation import RecommendSettings
+from turboquant.experiments.base import Watch
+from turboquant.experiments.recommend import recommend
+from turboquant.experiments.recommendation import RecommendSettings
+from turboquant.records.verdict import against_16_bits
 from turboquant.sizing import kv_bytes, read_config
-from turboquant.verdict import against_16_bits
 
 MODEL, TEXT, MAX_KL = [*sys.argv[1:], *("smollm2-135m", "persuasion", "0.01")[len(sys.argv) - 1 :]]
 

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast, cache_utils
 
 from turboquant import cli
 from turboquant.methods import Method
-from turboquant.models import LoadedModel, ModelSpec, tiny_model
-from turboquant.quantizer import PackedTensor, Quantizer
+from turboquant.models.load import LoadedModel, ModelSpec, tiny_model
+from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 # transformers 5.17, the oldest that is allowed, has no fp8 cache.
 HF_FP8 = pytest.param(

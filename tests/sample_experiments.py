@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.helpers import tokens
-from turboquant.cache import build_cache, cache_report
-from turboquant.experiments import Experiment, Measurement, Watch
-from turboquant.generate import check_length
+from turboquant.cache.build import build_cache, cache_report
+from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.methods import Method
-from turboquant.models import LoadedModel
-from turboquant.results import Record
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import Record
+from turboquant.run.generate import check_length
 
 
 class SizeSettings(Record):

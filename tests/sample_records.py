@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from turboquant.results import CacheReport, Cell, Environment, ExperimentRecord, append_record
+from turboquant.records.results import CacheReport, Cell, Environment, ExperimentRecord, append_record
 
 METHOD_NAMES = ("full", "turboquant:bits=4", "turboquant:bits=2", "turboquant-paper:bits=4", "turboquant-paper:bits=2")
 

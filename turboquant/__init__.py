@@ -12,25 +12,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from turboquant.cache import NothingCompressedError, build_cache, cache_report
-    from turboquant.codebook import expected_mse, lloyd_max
-    from turboquant.comparison import compare, compare_methods
+    from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
     from turboquant.methods import METHODS, Method, parse_method
     from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
-    from turboquant.models import MODELS, load_model, tiny_model
-    from turboquant.quantizer import PackedTensor, Quantizer
-    from turboquant.results import Comparison, Settings
+    from turboquant.models.load import MODELS, load_model, tiny_model
+    from turboquant.quant.codebook import expected_mse, lloyd_max
+    from turboquant.quant.quantizer import PackedTensor, Quantizer
+    from turboquant.records.results import Comparison, Settings
+    from turboquant.run.compare import compare, compare_methods
 
 __version__ = "0.1.0"
 _HOME = {
-    "cache": ("NothingCompressedError", "build_cache", "cache_report"),
-    "codebook": ("expected_mse", "lloyd_max"),
-    "comparison": ("compare", "compare_methods"),
+    "cache.build": ("NothingCompressedError", "build_cache", "cache_report"),
+    "quant.codebook": ("expected_mse", "lloyd_max"),
+    "run.compare": ("compare", "compare_methods"),
     "methods": ("METHODS", "Method", "parse_method"),
     "methods.turboquant": ("TurboQuantMSE", "TurboQuantProd"),
-    "models": ("MODELS", "load_model", "tiny_model"),
-    "quantizer": ("PackedTensor", "Quantizer"),
-    "results": ("Comparison", "Settings"),
+    "models.load": ("MODELS", "load_model", "tiny_model"),
+    "quant.quantizer": ("PackedTensor", "Quantizer"),
+    "records.results": ("Comparison", "Settings"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [

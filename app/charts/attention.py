@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from app.charts.heads import Part, diagonal
 from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, RISK, Chart, layout
-from turboquant.results import AttentionDetail
+from turboquant.records.results import AttentionDetail
 
 _LONGEST = 24
 _LABELLED = 4

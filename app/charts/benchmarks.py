@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from app.charts.style import COMPRESSED, ORIGINAL, SECOND, Chart, layout
 from app.measure.benchmarks import Row
-from turboquant.results import Spread
+from turboquant.records.results import Spread
 
 _COLORS = (COMPRESSED, SECOND, "#b0559b", "#7a8494")
 _PATTERNS = ("/", "x", ".", "\\")

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, RISK, RISK_SCALE, Chart, layout, line
 from app.verdict import cosine, percent
-from turboquant.results import Comparison, HeadMetrics, HeadScores
+from turboquant.records.results import Comparison, HeadMetrics, HeadScores
 
 Part = Literal["packed", "served"]
 _MARKED = 5

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from turboquant.recommendation import Recommendation
+from turboquant.experiments.recommendation import Recommendation
 
 PARTS = {"choose": "first half", "confirm": "held-out half"}
 

@@ -9,7 +9,7 @@ from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, RISK, Chart, layout
 from app.verdict import human_bytes
 
 if TYPE_CHECKING:
-    from turboquant.session import Turn
+    from turboquant.run.chat import Turn
 
 _UNIT = 2**20
 

@@ -15,8 +15,8 @@ from plotly.subplots import make_subplots
 from app.charts.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, RISK, Chart, layout
 from app.lessons import Codebook, Coordinates, InnerProducts, RecordedCheck, Rotated, code_of
 from app.verdict import percent
-from turboquant.statistics import Estimate
-from turboquant.synthetic import COSINE, NEEDLES, NEIGHBOURS, TOLERANCE, Distortion, Theory
+from turboquant.experiments.theory import COSINE, NEEDLES, NEIGHBOURS, TOLERANCE, Distortion, Theory
+from turboquant.records.spread import Estimate
 
 QUANTIZERS = {
     "mse": "MSE code, plain norm",

@@ -14,7 +14,7 @@ from app.measure import benchmarks as measure
 from app.measure.benchmarks import BATCHES, CONTEXTS, REPEATS, BenchChoices, Row
 from app.runs import csv_text
 from app.verdict import human_bytes
-from turboquant.results import DecodeBench, ExperimentRecord
+from turboquant.records.results import DecodeBench, ExperimentRecord
 
 _START = BenchChoices()
 

@@ -14,7 +14,7 @@ from app.jobs import CellsRequest, Job
 from app.library import import_library
 from app.measure import Plan, made_with, missing
 from app.requests import Choices, RequestError
-from turboquant.results import Cell, ExperimentRecord
+from turboquant.records.results import Cell, ExperimentRecord
 
 RECORDED, HERE = "Recorded", "This tab"
 C = TypeVar("C")

@@ -13,7 +13,7 @@ from app.components.panes import escape
 from app.measure import as_json, json_lines, report
 from app.measure import methods as measure
 from app.measure.methods import DEFAULT, FULL
-from turboquant.results import ExperimentRecord
+from turboquant.records.results import ExperimentRecord
 
 _URL: Final = "query-params"
 HELD, PACKED = "bits held", "packed bits"

@@ -13,7 +13,7 @@ from app.components.panes import escape
 from app.measure import MAX_SEED, as_json, json_lines, report
 from app.measure import needle as measure
 from app.measure.needle import DEFAULT, Place
-from turboquant.results import Cell, ExperimentRecord
+from turboquant.records.results import Cell, ExperimentRecord
 
 _URL: Final = "query-params"
 _MOST_METHODS = 3

@@ -13,7 +13,7 @@ from app.measure import recommend as measure
 from app.measure.methods import compare_settings
 from app.measure.recommend import RecommendRequest
 from app.requests import RequestError
-from turboquant.recommendation import Recommendation
+from turboquant.experiments.recommendation import Recommendation
 
 _URL: Final = "query-params"
 _START = measure.RecommendChoices()

@@ -14,7 +14,7 @@ from app.components.tokens import strip
 from app.examples import LONG_EXAMPLE
 from app.runs import Run
 from app.verdict import cache_size, cosine, human_bytes, number, percent, verdict
-from turboquant.faults import UNMEASURED
+from turboquant.records.faults import UNMEASURED
 
 VIEWS = ("side by side", "diff", "focus")
 

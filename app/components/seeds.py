@@ -13,7 +13,7 @@ from app.measure import Plan, as_json, present
 from app.measure import seeds as measure
 from app.measure.seeds import AGAINST, BITS, CONTEXTS, METRICS, Findings, SeedsChoices
 from app.runs import csv_text
-from turboquant.results import ExperimentRecord
+from turboquant.records.results import ExperimentRecord
 from turboquant.texts import TEXTS
 
 _START = SeedsChoices()

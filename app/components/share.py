@@ -11,7 +11,7 @@ from app.config import AppConfig
 from app.requests import BIT_CHOICES, SAME, Choices, RequestError, defaults, has_window, method_text, query
 from app.runs import Run, together
 from turboquant.methods import BitsMethod, parse_method
-from turboquant.results import Comparison
+from turboquant.records.results import Comparison
 
 ORIGINS = {"measured": "this tab", "recorded": "recorded", "imported": "imported"}
 

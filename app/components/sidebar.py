@@ -25,7 +25,7 @@ from app.requests import (
     selectable_models,
 )
 from turboquant.methods import METHODS
-from turboquant.registry import MODELS
+from turboquant.models.registry import MODELS
 
 _URL: Final = "query-params"
 

@@ -11,9 +11,9 @@ from app.components.panes import escape
 from app.definitions import GAIN, LOST_LENGTH, PRODUCT_ERROR, RECALL
 from app.lessons import Setting
 from app.requests import RequestError
-from turboquant.codebook import MAX_BITS
-from turboquant.summary import measured_on
-from turboquant.synthetic import Distortion
+from turboquant.experiments.theory import Distortion
+from turboquant.quant.codebook import MAX_BITS
+from turboquant.report.summary import measured_on
 
 _MORE = "theory_more"
 _measured_once = st.cache_data(max_entries=512, show_spinner=False)

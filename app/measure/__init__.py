@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config import AppConfig
 from app.jobs import CellsRequest
 from app.requests import RequestError
-from turboquant.results import Cell, ExperimentRecord
+from turboquant.records.results import Cell, ExperimentRecord
 
 MAX_SEED = 2**31 - 1
 
@@ -68,7 +68,7 @@ class Plan:
 
 def made_with(records: Sequence[ExperimentRecord]) -> str:
     """Model, machine, date and commit of some records, in one line."""
-    from turboquant.summary import measured_on
+    from turboquant.report.summary import measured_on
 
     models = {record.model.name: record.model for record in records if record.model}
     said = [f"{one.name} (weights {one.weights}, {one.dtype})" for one in models.values()]
@@ -89,7 +89,7 @@ def as_json(records: Iterable[ExperimentRecord]) -> str:
 def report(records: Sequence[ExperimentRecord]) -> str:
     """The records as one HTML page that works offline: tables and figures."""
     from turboquant.report.page import build_report, to_html
-    from turboquant.summary import Results
+    from turboquant.report.summary import Results
 
     results = Results(records=tuple((record, Path("records.jsonl")) for record in records))
     return to_html(build_report(results, plots=True))

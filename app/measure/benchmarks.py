@@ -14,9 +14,9 @@ from app.config import AppConfig
 from app.measure import check_count
 from app.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from app.verdict import human_bytes
-from turboquant.bench_records import GPU_BENCHES
 from turboquant.methods import parse_method
-from turboquant.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
+from turboquant.records.bench import GPU_BENCHES
+from turboquant.records.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
 
 CONTEXTS = (256, 384, 640, 1024, 2048, 4096)
 MOST_NEW_TOKENS = 256
@@ -51,8 +51,8 @@ def cells(own: BenchChoices, choices: Choices, config: AppConfig) -> tuple[Cell,
                 f"{method} packs none of {contexts[0]} tokens: choose longer contexts or a smaller exact window."
             )
 
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.generation import EXPERIMENT
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.speed import EXPERIMENT
 
     shared = {"new_tokens": tokens, "batch": batch, "repeats": repeats}
     every = [EXPERIMENT.settings(context=context, **shared) for context in contexts]

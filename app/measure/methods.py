@@ -12,8 +12,8 @@ from app.config import AppConfig
 from app.measure import check_count, check_each
 from app.requests import SAME, Choices, RequestError, check_loading, has_window, method_text, recipes
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method
-from turboquant.pareto import pareto_front
-from turboquant.results import Cell, ExperimentRecord, first_error
+from turboquant.records.pareto import pareto_front
+from turboquant.records.results import Cell, ExperimentRecord, first_error
 from turboquant.texts import TEXTS
 
 FULL = "full"
@@ -82,8 +82,8 @@ def cells(chosen: MethodsChoices, choices: Choices, config: AppConfig) -> tuple[
     Raises:
         RequestError: Something cannot be measured; the message says what.
     """
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.perplexity import EXPERIMENT, PerplexitySettings
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.perplexity import EXPERIMENT, PerplexitySettings
 
     model, weights = check_loading(choices, config)
     wanted = [*chosen.chosen, *chosen.more.split()]

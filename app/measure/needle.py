@@ -11,7 +11,7 @@ from app.config import AppConfig
 from app.measure import MAX_SEED, check_count, check_each
 from app.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from turboquant.methods import parse_method
-from turboquant.results import Cell, ExperimentRecord, first_error
+from turboquant.records.results import Cell, ExperimentRecord, first_error
 from turboquant.texts import TEXTS
 
 LENGTHS = ("256", "512", "1024", "2048", "4096", "8192", "16384", "32768", "65536", "131072")
@@ -50,9 +50,9 @@ def cells(chosen: NeedleChoices, choices: Choices, config: AppConfig) -> tuple[C
     Raises:
         RequestError: Something cannot be asked; the message says what.
     """
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.needle import EXPERIMENT, NeedleSettings
-    from turboquant.tasks.prompts import check_filler
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.needle import EXPERIMENT, NeedleSettings
+    from turboquant.experiments.needle_prompt import check_filler
 
     model, weights = check_loading(choices, config)
     methods = dict.fromkeys(method_texts(choices))
@@ -196,7 +196,7 @@ def totals(found: Sequence[Place], full: str = "full cache") -> list[Total]:
 
 
 def _total(method: str, of: Sequence[Place], shares: Sequence[Share | None], *, bits: bool = True) -> Total:
-    from turboquant.tasks.needle import success
+    from turboquant.experiments.needle import success
 
     counts = [
         round((share.pct if share else 0.0) / 100 * place.repetitions) for share, place in zip(shares, of, strict=True)

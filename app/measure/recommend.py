@@ -11,8 +11,8 @@ from app.config import AppConfig
 from app.measure import check_each
 from app.measure.methods import TEXT_NAMES, MethodsChoices, contexts
 from app.requests import Choices, RequestError, check_loading
-from turboquant.recommendation import Recommendation, RecommendSettings
-from turboquant.results import ExperimentRecord, first_error
+from turboquant.experiments.recommendation import Recommendation, RecommendSettings
+from turboquant.records.results import ExperimentRecord, first_error
 
 LIMITS = ("0.001", "0.003", "0.01", "0.03", "0.1")
 MOST_CELLS = 100
@@ -116,7 +116,7 @@ def said(values: Mapping[str, object]) -> RecommendChoices:
 
 def source(found: Recommendation) -> str:
     """What was read, model, machine, date and commit, in one line."""
-    from turboquant.summary import measured_on
+    from turboquant.report.summary import measured_on
 
     model = found.model
     read = f"Text: {', '.join(found.texts)}; {found.context:,} tokens at once, the first {found.prefill:,} in one call."

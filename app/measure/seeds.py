@@ -13,8 +13,8 @@ from app.library import import_library
 from app.measure import check_count, check_each
 from app.requests import SAME, Choices, RequestError, check_bound, check_loading, method_text
 from turboquant.methods import Method, parse_method
-from turboquant.results import Cell, ExperimentRecord
-from turboquant.statistics import CONFIDENCE, LEAST_PAIRS, Difference, Spread95
+from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.spread import CONFIDENCE, LEAST_PAIRS, Difference, Spread95
 from turboquant.texts import TEXTS
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -104,8 +104,8 @@ def cells(own: SeedsChoices, choices: Choices, config: AppConfig) -> tuple[Cell,
     values["new_tokens"] = min(NEW_TOKENS, config.max_new_tokens)
     methods = _methods(own, choices)
 
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.variance import EXPERIMENT, with_seeds
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.seeds import EXPERIMENT, with_seeds
 
     settings = EXPERIMENT.settings(**values)
     for method in methods:
@@ -205,7 +205,7 @@ class Findings:
 def findings(records: Sequence[ExperimentRecord]) -> Findings:
     """Describe records of one set by the library's statistics; failed ones are passed over."""
     import_library()
-    from turboquant.tasks import variance
+    from turboquant.experiments import seeds as variance
 
     good = [record for record in records if record.error is None]
     named = {variance.without_seed(parse_method(r.cell.method or "")) for r in good}
@@ -237,7 +237,7 @@ def _strips(
     records: Sequence[ExperimentRecord], method: Method, metric: Metric, spreads: Mapping[str, Spread95]
 ) -> Iterable[Strip]:
     """The line of the cells without a sampling seed and, of the first divergence, that of sampled answers."""
-    from turboquant.tasks.variance import by_rotation, sampling_seeds
+    from turboquant.experiments.seeds import by_rotation, sampling_seeds
 
     def points(seeds: Sequence[int | None]) -> tuple[tuple[int, int | None, float], ...]:
         return tuple(
@@ -268,7 +268,7 @@ def _gap(metric: Metric, name: str, method: str, against: str, gap: Difference) 
 
 
 def _histogram(records: Sequence[ExperimentRecord], method: Method, seeds: Sequence[int | None]) -> Histogram | None:
-    from turboquant.tasks.variance import by_rotation
+    from turboquant.experiments.seeds import by_rotation
 
     cells = [record for seed in seeds for record in by_rotation(records, method, seed).values()]
     parted = [place for record in cells for place in record.detail["first_divergence"]]

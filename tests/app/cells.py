@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.jobs import CellsRequest, Job
-from turboquant.results import Cell, Environment, ExperimentRecord
+from turboquant.records.results import Cell, Environment, ExperimentRecord
 
 HERE = Environment(
     created="2026-01-02T03:04:05+00:00",

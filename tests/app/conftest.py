@@ -19,8 +19,8 @@ from app.engine import Engine
 from app.jobs import CompareRequest, Job
 from tests.app.cells import Cells
 from tests.app.factory import comparison
-from turboquant.comparison import Event
-from turboquant.results import Comparison
+from turboquant.records.results import Comparison
+from turboquant.run.compare import Event
 
 MAIN = str(Path(__file__).resolve().parents[2] / "app" / "main.py")
 

@@ -1,6 +1,6 @@
 """Comparisons made by hand, for pages and exports: no model runs here and no number in them was measured."""
 
-from turboquant.results import (
+from turboquant.records.results import (
     CacheReport,
     Comparison,
     Divergence,

@@ -20,7 +20,7 @@ from app.contract import Progress
 from app.engine import Engine
 from app.jobs import CompareRequest
 from tests.helpers import tiny_loaded
-from turboquant.results import Environment, Record, Settings, append_record, environment
+from turboquant.records.results import Environment, Record, Settings, append_record, environment
 
 METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"
 SETTINGS = Settings(max_new_tokens=3)

@@ -17,7 +17,7 @@ from app.measure.benchmarks import CONTEXTS, BenchChoices
 from app.requests import Choices, RequestError
 from tests.app.cells import Cells
 from tests.app.conftest import ended, opened, said, until
-from turboquant.results import Cell, ExperimentRecord, read_records
+from turboquant.records.results import Cell, ExperimentRecord, read_records
 
 RECORDS = read_records(state.RESULTS / "generation.jsonl")
 SINGLE = [record for record in RECORDS if record.cell.settings["batch"] == 1]

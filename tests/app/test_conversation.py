@@ -17,11 +17,11 @@ from app.engine import Engine
 from app.jobs import Job
 from app.requests import Choices, RequestError, defaults
 from tests.helpers import tiny_loaded
-from turboquant.comparison import Event
-from turboquant.generate import PromptError
-from turboquant.models import LoadedModel
-from turboquant.results import Settings
-from turboquant.session import Turn
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import Settings
+from turboquant.run.chat import Turn
+from turboquant.run.compare import Event
+from turboquant.run.generate import PromptError
 
 METHOD = "turboquant:bits=2,residual_length=8,sink_length=2"
 OPENING = "The lighthouse keeper wrote down the weather, as he did every day; then he lit the lamp."

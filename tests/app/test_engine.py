@@ -11,9 +11,9 @@ from app.engine import Engine, EngineBusyError
 from app.examples import EXAMPLES
 from app.jobs import CompareRequest, Job, PromptsRequest
 from tests.app.conftest import Bench, until
-from turboquant.comparison import Event
-from turboquant.faults import out_of_memory
-from turboquant.results import Settings
+from turboquant.records.faults import out_of_memory
+from turboquant.records.results import Settings
+from turboquant.run.compare import Event
 
 SETTINGS = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
 

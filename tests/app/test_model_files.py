@@ -23,7 +23,7 @@ from app.measure.recommend import request as recommend_request
 from app.requests import Choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import save_tiny
-from turboquant.results import Settings
+from turboquant.records.results import Settings
 
 SETTINGS = Settings(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, seed=0)
 METHOD = "turboquant:bits=2,residual_length=8"

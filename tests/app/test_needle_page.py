@@ -18,7 +18,7 @@ from app.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
-from turboquant.results import Cell, ExperimentRecord
+from turboquant.records.results import Cell, ExperimentRecord
 from turboquant.texts import TEXTS
 
 CONFIG = AppConfig()

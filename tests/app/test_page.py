@@ -18,7 +18,7 @@ from app.requests import Choices
 from app.runs import Run
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
-from turboquant.results import Settings
+from turboquant.records.results import Settings
 
 
 def texts(page: AppTest) -> str:

@@ -17,7 +17,7 @@ from app.prompts import MAX_BYTES, example_set, prompts_request, read_file, read
 from app.requests import Choices, RequestError
 from app.runs import Run, import_run
 from tests.app.factory import comparison
-from turboquant.results import Comparison, Settings
+from turboquant.records.results import Comparison, Settings
 
 CONFIG = AppConfig(max_prompts=4, max_prompt_chars=50)
 

@@ -13,7 +13,7 @@ from app.prompts import read_file
 from app.requests import RequestError
 from tests.app.conftest import Bench, until
 from tests.app.factory import comparison
-from turboquant.results import Comparison
+from turboquant.records.results import Comparison
 
 PAGE = "../pages/prompts.py"
 

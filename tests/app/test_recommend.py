@@ -19,8 +19,8 @@ from app.measure.recommend import RecommendChoices, RecommendRequest
 from app.requests import Choices, RequestError, compare_request, read_choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
-from turboquant.recommendation import Recommendation
-from turboquant.results import ExperimentRecord
+from turboquant.experiments.recommendation import Recommendation
+from turboquant.records.results import ExperimentRecord
 
 TEXT = "\n".join(
     f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet." for i in range(24)

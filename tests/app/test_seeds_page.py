@@ -18,9 +18,9 @@ from app.measure.seeds import METRICS, SeedsChoices, findings
 from app.requests import Choices, RequestError
 from tests.app.cells import Cells
 from tests.app.conftest import ended, newest, opened, said, until
+from turboquant.experiments import seeds as variance
 from turboquant.methods import parse_method
-from turboquant.results import Cell, ExperimentRecord, read_records
-from turboquant.tasks import variance
+from turboquant.records.results import Cell, ExperimentRecord, read_records
 from turboquant.texts import TEXTS
 
 RECORDS = read_records(state.RESULTS / "variance.jsonl")

@@ -15,9 +15,9 @@ from app import lessons, state
 from app.charts import theory as charts
 from app.lessons import Setting
 from app.requests import RequestError
-from turboquant.codebook import expected_mse
-from turboquant.results import read_records
-from turboquant.synthetic import TOLERANCE
+from turboquant.experiments.theory import TOLERANCE
+from turboquant.quant.codebook import expected_mse
+from turboquant.records.results import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMS = st.sampled_from([8, 16, 32, 64])

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 import turboquant
 from app.navigation import ENTRIES
 from turboquant import cli
-from turboquant.experiments import cells_for
+from turboquant.experiments.base import cells_for
+from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
-from turboquant.results import ExperimentRecord
-from turboquant.summary import read_results
-from turboquant.tasks import EXPERIMENTS
+from turboquant.records.results import ExperimentRecord
+from turboquant.report.summary import read_results
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parents[1] / "results"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from turboquant.kernel_bench import SHAPES, _sets, _Side, _timed, packed_segment
-from turboquant.kernels import attention
+from turboquant.experiments.kernel_speed import SHAPES, _sets, _Side, _timed, packed_segment
+from turboquant.kernels.triton import attention
 from turboquant.methods import parse_method
 
 EXACT = 128

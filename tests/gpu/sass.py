@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from turboquant.kernels import attention, encode, prefill, scores
+from turboquant.kernels.triton import attention, encode, prefill, scores
 from turboquant.methods import parse_method
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from turboquant.embedded import embedded_folder
+from turboquant.models.embedded import embedded_folder
 
 TRAINED, POSITIONS = 8192, 135_168
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.image.container import Container, Running
-from turboquant.results import Environment, Record, append_record, environment
+from turboquant.records.results import Environment, Record, append_record, environment
 
 WORK = Path("/var/tmp/turboquant-image")
 COMMAND = [sys.executable, "-m", "tests.image.check"]

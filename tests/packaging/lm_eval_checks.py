@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from tests.helpers import HF_FP8, tiny_loaded
-from turboquant.cache import NothingCompressedError
+from turboquant.cache.build import NothingCompressedError
 from turboquant.integrations.lm_eval import ModelArgumentError, TurboQuantLM
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "lm-eval.md").read_text()

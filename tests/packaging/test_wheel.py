@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800)]
 # Modules that need an extra of their own (or a GPU's compiler) when they are imported; the others need none.
 NEED_AN_EXTRA = {
     "turboquant.integrations.lm_eval": "lm_eval",
-    "turboquant.plots": "plotly",
+    "turboquant.report.plots": "plotly",
 }
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, turboquant
@@ -38,7 +38,7 @@ FROM_OUTSIDE = '''
 """A stranger's file, for a type checker."""
 
 from turboquant import Method, build_cache, cache_report, load_model, parse_method
-from turboquant.results import CacheReport
+from turboquant.records.results import CacheReport
 
 method: Method = parse_method("turboquant:bits=4")
 loaded = load_model("smollm2-135m")

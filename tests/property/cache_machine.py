@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from tests.helpers import reachable_storages
-from turboquant.cache import build_cache, cache_report
+from turboquant.cache.buffer import round_up
+from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import attention_forward
 from turboquant.methods import Method, parse_method
-from turboquant.tiny import tiny_config
-from turboquant.token_buffer import round_up
+from turboquant.models.tiny import tiny_config
 
 LAYERS, KV_HEADS, GROUPS = 2, 2, 2
 MAX_TOKENS, MAX_ROWS = 420, 6

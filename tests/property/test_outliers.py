@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import cache_utils
 
-from turboquant.cache import build_cache, cache_report, fill_cache, layer_states
-from turboquant.grouping import FP16_MAX, FP16_TINY, in_float16, median, misread, stored, uneven
+from turboquant.cache.buffer import TokenBuffer
+from turboquant.cache.build import build_cache, cache_report, fill_cache, layer_states
 from turboquant.methods import METHODS, parse_method
-from turboquant.models import tiny_model
-from turboquant.token_buffer import TokenBuffer
+from turboquant.models.load import tiny_model
+from turboquant.quant.grouping import FP16_MAX, FP16_TINY, in_float16, median, misread, stored, uneven
 
 TOKENS, PACKED = 288, slice(8, 200)
 # Specs, the largest error that a key and a value have without outliers (relative to the usual length in its head), and

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from turboquant.ops import codes as ops
 
 from turboquant.kernels import cpu
 from turboquant.methods import METHODS, BitsMethod, parse_method
-from turboquant.ops import codes as ops
-from turboquant.packing import PLANE_WIDTHS, pack_bits, unpack_bits
-from turboquant.quantizer import PackedTensor
-from turboquant.rotation import hadamard, random_rotation
+from turboquant.quant.packing import PLANE_WIDTHS, pack_bits, unpack_bits
+from turboquant.quant.quantizer import PackedTensor
+from turboquant.quant.rotation import hadamard, random_rotation
 
 CPU = torch.device("cpu")
 DIMS = st.sampled_from([2, 8, 40, 64, 80, 96, 112, 128, 256])

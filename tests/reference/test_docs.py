@@ -20,7 +20,7 @@ import turboquant
 from tests.pages import LANGUAGES, PAGES, ROOT, Block, anchors, blocks, command_of, links, name_of, prose
 from turboquant import cli
 from turboquant.methods import METHODS, parse_method
-from turboquant.models import load_model
+from turboquant.models.load import load_model
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         return load_once(name, **options)
 
     monkeypatch.setattr(turboquant, "load_model", load)  # before the module it comes from, so that it comes back
-    monkeypatch.setattr("turboquant.models.load_model", load)
+    monkeypatch.setattr("turboquant.models.load.load_model", load)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -244,7 +244,7 @@ def test_the_guide_has_every_page_and_says_of_each_figure_what_the_app_says() ->
 
 
 def test_the_guide_quotes_recorded_figures() -> None:
-    from turboquant.results import Comparison, read_records
+    from turboquant.records.results import Comparison, read_records
 
     guide = " ".join((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split())
     found = {record.cell.method: record.metrics for record in read_records(ROOT / "results" / "methods.jsonl")}
@@ -274,9 +274,9 @@ def test_the_guide_quotes_recorded_figures() -> None:
 
 def test_the_recorded_recommendations_follow_from_their_records() -> None:
     """The searches are gone through again on the records alone; nothing is measured."""
-    from turboquant.recommend import recommend
-    from turboquant.recommendation import RecommendSettings
-    from turboquant.results import read_records
+    from turboquant.experiments.recommend import recommend
+    from turboquant.experiments.recommendation import RecommendSettings
+    from turboquant.records.results import read_records
 
     page = (ROOT / "docs" / "recommend.md").read_text(encoding="utf-8")
     records = read_records(ROOT / "results" / "recommend.jsonl")

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from turboquant.embedded import is_available
-from turboquant.experiments import Measurement, Watch
+from turboquant.experiments.base import Measurement, Watch
+from turboquant.experiments.heads import EXPERIMENT, AttentionSettings, build_prompt
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel, load_model
-from turboquant.tasks.attention import EXPERIMENT, AttentionSettings, build_prompt
+from turboquant.models.embedded import is_available
+from turboquant.models.load import LoadedModel, load_model
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.helpers import tiny_loaded, tokens
-from turboquant.cache import build_cache, fill_cache, layer_states
+from turboquant.cache.build import build_cache, fill_cache, layer_states
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel
-from turboquant.probe import token_metrics
-from turboquant.results import TokenMetrics
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import TokenMetrics
+from turboquant.run.heads import token_metrics
 
 NORM, PROMPT, COUNT = 192.0, 384, 640
 

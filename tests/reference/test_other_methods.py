@@ -12,7 +12,7 @@ from turboquant.methods.kivi import PerChannel, PerToken
 from turboquant.methods.polarquant import Polar, angle_bits, angle_codebook, effective_bits
 from turboquant.methods.qjl import SignSketch, sketch_matrix
 from turboquant.methods.rtn import RoundToNearest
-from turboquant.rotation import random_rotation
+from turboquant.quant.rotation import random_rotation
 
 CPU = torch.device("cpu")
 

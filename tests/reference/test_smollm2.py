@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from turboquant.comparison import compare, prompt_ids
-from turboquant.embedded import is_available
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel, load_model
-from turboquant.results import CacheReport, Comparison, Settings
+from turboquant.models.embedded import is_available
+from turboquant.models.load import LoadedModel, load_model
+from turboquant.records.results import CacheReport, Comparison, Settings
+from turboquant.run.compare import compare, prompt_ids
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 

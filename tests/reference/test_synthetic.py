@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, special
 
-from turboquant import synthetic
-from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
-from turboquant.rotation import qjl_projection, qjl_scale, random_rotation
-from turboquant.statistics import Estimate
-from turboquant.synthetic import (
+from turboquant.experiments import theory as synthetic
+from turboquant.experiments.theory import (
     SyntheticSettings,
     beside,
     distortion_checks,
@@ -23,6 +20,9 @@ from turboquant.synthetic import (
     unit_vectors,
     validate,
 )
+from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
+from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
+from turboquant.records.spread import Estimate
 
 CPU = torch.device("cpu")
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from turboquant.embedded import is_available
-from turboquant.experiments import Watch
+from turboquant.experiments.base import Watch
+from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel, load_model
-from turboquant.tasks import EXPERIMENTS
+from turboquant.models.embedded import is_available
+from turboquant.models.load import LoadedModel, load_model
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import integrate, special
 
-from turboquant.codebook import _centroids, _solve, boundaries, coordinate_density, expected_mse, lloyd_max
 from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
-from turboquant.rotation import qjl_projection, qjl_scale, random_rotation
+from turboquant.quant.codebook import _centroids, _solve, boundaries, coordinate_density, expected_mse, lloyd_max
+from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
 
 CPU = torch.device("cpu")
 # Exact relative MSE of Lloyd-Max for the beta density at 1 to 4 bits.

@@ -22,7 +22,7 @@ from typing import Literal
 
 from tests.server.process import Server
 from tests.server.tab import Tab
-from turboquant.results import Environment, Record, append_record, environment
+from turboquant.records.results import Environment, Record, append_record, environment
 
 SESSION_TTL_S = 10
 RUN_EVERY = 5

@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from tests.server.process import Server
 from tests.server.tab import Tab
-from turboquant.results import Environment, Record, append_record, environment
+from turboquant.records.results import Environment, Record, append_record, environment
 
 LIMIT_MIB = 2575  # 2.7 GB
 SETTINGS = {

@@ -21,7 +21,7 @@ from app import backend, logs
 from app.config import AppConfig
 from app.engine import Engine
 from app.jobs import CompareRequest, Job
-from turboquant.results import Settings
+from turboquant.records.results import Settings
 
 MODEL = "smollm2-135m"
 WORDS = "The tide table says when the boats can leave the harbour of Arnsey. "

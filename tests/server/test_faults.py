@@ -21,8 +21,8 @@ from app.jobs import CompareRequest
 from tests.helpers import enlarge, file_system, tiny_loaded
 from tests.server.process import ROOT, Server
 from tests.server.tab import Tab
-from turboquant.faults import UNMEASURED, out_of_disk, out_of_memory
-from turboquant.results import Settings
+from turboquant.records.faults import UNMEASURED, out_of_disk, out_of_memory
+from turboquant.records.results import Settings
 
 TEXT = "The tide table says when the boats can leave the harbour of Arnsey. " * 6
 METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"
@@ -77,7 +77,7 @@ def test_a_measurement_without_memory_keeps_the_answers(monkeypatch: pytest.Monk
 
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr("turboquant.comparison.token_metrics", refused)
+    monkeypatch.setattr("turboquant.run.compare.token_metrics", refused)
     engine = Engine(lambda name, **_: tiny_loaded("llama", chat_template=None), run_job)
     request = CompareRequest("tiny", "auto", TEXT, (METHOD,), Settings(max_new_tokens=3))
     job = engine.submit("me", request)

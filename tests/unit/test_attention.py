@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import HF_FP8, AttentionCalls, Lossless, tiny_loaded, tokens
-from turboquant.cache import NothingCompressedError, QuantizedLayer, build_cache, layer_states
-from turboquant.experiments import Measurement, Watch
-from turboquant.generate import CancelledError, PromptError, QueryRecorder
+from turboquant.cache.build import NothingCompressedError, QuantizedLayer, build_cache, layer_states
+from turboquant.experiments.base import Measurement, Watch
+from turboquant.experiments.capture import Captured, capture
+from turboquant.experiments.heads import EXPERIMENT, AttentionSettings, compare_attention
 from turboquant.hf_attention import observe_queries
-from turboquant.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
 from turboquant.methods import METHODS, Method, parse_method
-from turboquant.metrics import Span, compare_layer
-from turboquant.models import LoadedModel, tiny_model
-from turboquant.tasks.attention import EXPERIMENT, AttentionSettings, compare_attention
-from turboquant.tasks.capture import Captured, capture
+from turboquant.models.load import LoadedModel, tiny_model
+from turboquant.run.generate import CancelledError, PromptError, QueryRecorder
+from turboquant.run.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
+from turboquant.run.metrics import Span, compare_layer
 
 QUERIES = 24
 SMALL = "residual_length=8,sink_length=2"
@@ -130,7 +130,7 @@ def brute_force(query: Tensor, full: tuple, served: tuple, scaling: float, packe
 
 @pytest.mark.parametrize("tile", [1, 4000, 2**20])
 def test_layers_are_compared_as_a_loop_over_heads_would(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turboquant.metrics.TILE_SCORES", tile)
+    monkeypatch.setattr("turboquant.run.metrics.TILE_SCORES", tile)
     generator = torch.Generator().manual_seed(3)
     draw = partial(torch.randn, generator=generator)
     query, keys, values = draw(6, 9, 16), 2 * draw(2, 70, 16), draw(2, 70, 16)
@@ -155,8 +155,8 @@ def test_nothing_packed_gives_no_packed_figures() -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_compared_states_are_what_attention_reads(spec: str) -> None:
     """Outputs from the compared states equal those of the real attention function over the packed codes."""
+    from turboquant.experiments.heads import _served
     from turboquant.hf_attention import attention_forward
-    from turboquant.tasks.attention import _served
 
     loaded, method = tiny_loaded(), parse_method(spec)
     captured = captured_pass(loaded)
@@ -317,9 +317,9 @@ def test_no_square_of_scores_is_ever_made() -> None:
 PEAK = """
 import sys, torch
 from tests.helpers import tiny_loaded
-from turboquant.experiments import Watch
+from turboquant.experiments.base import Watch
 from turboquant.methods import parse_method
-from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
+from turboquant.experiments.heads import EXPERIMENT, AttentionSettings
 
 torch.set_num_threads(1)
 loaded = tiny_loaded(num_hidden_layers=2, max_position_embeddings=16384, num_key_value_heads=4)

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from tests.helpers import tokens
 from turboquant import hf_attention
-from turboquant.cache import build_cache, cache_report
+from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import DROPPED, attention_forward
 from turboquant.methods import parse_method
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 
 # Options of attention calls in transformers that change nothing here: SDPA computes them, or they say again what the
 # mask says, or only other attention functions need them.

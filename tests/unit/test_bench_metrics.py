@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from turboquant import cli
-from turboquant.bench import MetricsBench, bench_metrics, compare_head_by_head
-from turboquant.metrics import Span, compare_layer
+from turboquant.experiments.decode_speed import MetricsBench, bench_metrics, compare_head_by_head
+from turboquant.run.metrics import Span, compare_layer
 
 
 def test_the_loop_says_what_the_vectorised_metrics_say() -> None:

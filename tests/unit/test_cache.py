@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from tests.helpers import reachable_storages
-from turboquant.cache import CompressedCache, QuantizedLayer, build_cache, cache_report
+from turboquant.cache.build import CompressedCache, QuantizedLayer, build_cache, cache_report
 from turboquant.methods import parse_method
-from turboquant.models import tiny_model
-from turboquant.tiny import ARCHITECTURES
+from turboquant.models.load import tiny_model
+from turboquant.models.tiny import ARCHITECTURES
 
 TINY_WINDOW = "residual_length=8,sink_length=2"
 EIGHT = f"turboquant:bits=8,{TINY_WINDOW}"

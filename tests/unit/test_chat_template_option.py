@@ -11,9 +11,9 @@ from app.measure.needle import NeedleChoices, cells
 from app.requests import Choices
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.results import Comparison, read_records
-from turboquant.tasks.attention import AttentionSettings
-from turboquant.tasks.needle import NeedleSettings
+from turboquant.experiments.heads import AttentionSettings
+from turboquant.experiments.needle import NeedleSettings
+from turboquant.records.results import Comparison, read_records
 
 RUNNER = CliRunner()
 REFUSES = "{{ raise_exception('System role not supported') }}"

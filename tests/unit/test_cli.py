@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from tests.helpers import at_terminal
 from turboquant import cli
-from turboquant.bench import bench_decode
-from turboquant.cache import NothingCompressedError
+from turboquant.cache.build import NothingCompressedError
+from turboquant.experiments.decode_speed import bench_decode
 from turboquant.methods import METHODS, parse_method
-from turboquant.models import MODELS, LoadedModel, tiny_model
-from turboquant.registry import ModelSpec
+from turboquant.models.load import MODELS, LoadedModel, tiny_model
+from turboquant.models.registry import ModelSpec
+from turboquant.records.results import DecodeBench
+from turboquant.report.summary import read_results
 from turboquant.report.tables import busy_table, decode_table
-from turboquant.results import DecodeBench
-from turboquant.summary import read_results
 
 RUNNER = CliRunner()
 

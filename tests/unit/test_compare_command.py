@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from tests.helpers import at_terminal, file_system, save_tiny
 from turboquant import cli
 from turboquant.cli.compare import _spaced
-from turboquant.results import Comparison
-from turboquant.session import Turn
-from turboquant.verdict import cache_size
+from turboquant.records.results import Comparison
+from turboquant.records.verdict import cache_size
+from turboquant.run.chat import Turn
 
 RUNNER = CliRunner()
 LONG = "The lighthouse keeper wrote down the weather every morning, and then he lit the lamp and put the kettle on. "
@@ -269,7 +269,7 @@ def test_ctrl_c_in_one_shot_prints_what_there_is_and_fails(tmp_path: Path) -> No
 # Says when the first token is there, so that the test need not guess.
 START = """
 import sys
-from turboquant import comparison
+from turboquant.run import compare as comparison
 from turboquant.cli import app
 emit = comparison._emit_step
 said = []

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import tiny_loaded
-from turboquant import attention, comparison
-from turboquant.attention import AttentionCollector, AttentionDetail, chosen_steps, rounded
-from turboquant.cache import QuantizedLayer
-from turboquant.comparison import Event, compare, compare_methods
-from turboquant.generate import Generation
+from turboquant.cache.build import QuantizedLayer
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel
-from turboquant.results import Comparison, Settings
+from turboquant.models.load import LoadedModel
+from turboquant.records import heads as attention
+from turboquant.records.heads import AttentionCollector, AttentionDetail, chosen_steps, rounded
+from turboquant.records.results import Comparison, Settings
+from turboquant.run import compare as comparison
+from turboquant.run.compare import Event, compare, compare_methods
+from turboquant.run.generate import Generation
 
 PROMPT = "The tide turns slowly and the boats wait. " * 3  # 126 tokens
 TOKENS = 126

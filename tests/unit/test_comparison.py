@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from tests.helpers import AttentionCalls, reachable_storages, tiny_loaded
-from turboquant import comparison
-from turboquant.cache import CompressedCache, build_cache
-from turboquant.comparison import Event, compare, first_divergence
+from turboquant.cache.build import CompressedCache, build_cache
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel
-from turboquant.results import Comparison, Settings, SideResult
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import Comparison, Settings, SideResult
+from turboquant.run import compare as comparison
+from turboquant.run.compare import Event, compare, first_divergence
 
 PROMPT = "The tide turns slowly and the boats wait. " * 3  # 126 tokens
 PAPER_2, PAPER_4, FULL = (parse_method(s) for s in ("turboquant-paper:bits=2", "turboquant-paper:bits=4", "full"))

@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.evaluation import EvaluationFileError, document, read_document
-from turboquant.results import ExperimentRecord, read_records
+from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.report.methodology import EvaluationFileError, document, read_document
 
 SCHEMA = ["seq_len", "compression_ratio", "cosine_similarity", "top1_match_pct", "top5_match_pct"]
 FAST = ["--queries", "32", "--chunk-tokens", "512"]
@@ -147,7 +147,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(*given, **options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("turboquant.models.load_model", load_model)
+    monkeypatch.setattr("turboquant.models.load.load_model", load_model)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_filler_that_is_not_utf8_is_refused(tiny: str, tmp_path: Path) -> None
 def test_too_little_memory_says_how_many_tokens_fit(
     tiny: str, tmp_path: Path, no_loading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turboquant.model_checks.free_bytes", lambda device: 2**28 + 2**24)
+    monkeypatch.setattr("turboquant.models.checks.free_bytes", lambda device: 2**28 + 2**24)
     result = evaluate("--model", tiny, "--output", tmp_path / "results.json", "--contexts", 600, 8000)
     assert result.exit_code == 2
     fit = int(result.stderr.split(" tokens fit")[0].split()[-1].replace(",", ""))

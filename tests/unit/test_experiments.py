@@ -11,11 +11,11 @@ import typer
 from tests.helpers import AttentionCalls, tiny_loaded
 from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from turboquant.cli.app import finish, run_recorded
-from turboquant.experiments import Experiment, Measurement, Watch, cells_for, run_cells
-from turboquant.generate import CancelledError
+from turboquant.experiments.base import Experiment, Measurement, Watch, cells_for, run_cells
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel, ModelError
-from turboquant.results import Cell, ExperimentRecord, read_records
+from turboquant.models.load import LoadedModel, ModelError
+from turboquant.records.results import Cell, ExperimentRecord, read_records
+from turboquant.run.generate import CancelledError
 
 FULL, FOUR, TWO = "full", "turboquant:bits=4,residual_length=8", "turboquant:bits=2,residual_length=8"
 
@@ -114,7 +114,7 @@ def test_stopping_finishes_the_group_in_hand_and_cancelling_does_not() -> None:
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("turboquant.models.load_model", lambda name, weights, progress: tiny_loaded())
+    monkeypatch.setattr("turboquant.models.load.load_model", lambda name, weights, progress: tiny_loaded())
     return tmp_path / "out.jsonl"
 
 
@@ -155,7 +155,7 @@ def test_the_output_of_something_else_is_left_alone(output: Path, capsys: pytest
 
 
 def _foreign() -> str:
-    from turboquant.results import environment
+    from turboquant.records.results import environment
 
     return ExperimentRecord(cell=Cell(experiment="needle"), environment=environment()).model_dump_json()
 

@@ -6,10 +6,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BloomConfig, 
 
 from tests.helpers import tokens
 from turboquant import hf_attention
-from turboquant.cache import build_cache, cache_report
+from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import parse_method
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 
 SPECS = ["turboquant:bits=4,residual_length=16", "kivi:residual_length=16", "hf-quanto:residual_length=16"]
 

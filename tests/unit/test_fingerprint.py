@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.helpers import save_tiny
-from turboquant import embedded, fingerprint, hub, models
-from turboquant.models import MODELS, ModelError, load_model
-from turboquant.registry import EMBEDDED, find_spec
+from turboquant.models import embedded, fingerprint, hub
+from turboquant.models import load as models
+from turboquant.models.load import MODELS, ModelError, load_model
+from turboquant.models.registry import EMBEDDED, find_spec
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 

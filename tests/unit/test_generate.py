@@ -8,9 +8,12 @@ import torch
 from tokenizers import normalizers
 
 from tests.helpers import AttentionCalls, tiny_loaded, tiny_tokenizer
-from turboquant.cache import build_cache
-from turboquant.comparison import compare
-from turboquant.generate import (
+from turboquant.cache.build import build_cache
+from turboquant.methods import METHODS, parse_method
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import Settings
+from turboquant.run.compare import compare
+from turboquant.run.generate import (
     Generation,
     PromptError,
     QueryRecorder,
@@ -19,9 +22,6 @@ from turboquant.generate import (
     logits_processors,
     prompt_ids,
 )
-from turboquant.methods import METHODS, parse_method
-from turboquant.models import LoadedModel
-from turboquant.results import Settings
 
 PROMPT = "The tide turns slowly and the boats wait. " * 3  # 126 tokens
 FULL, PAPER_2 = parse_method("full"), parse_method("turboquant-paper:bits=2")

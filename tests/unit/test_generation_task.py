@@ -9,14 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from tests.helpers import Lossless, tiny_loaded
-from turboquant.cache import NothingCompressedError, build_cache, cache_bytes
-from turboquant.experiments import Measurement, Watch
-from turboquant.generate import CancelledError
-from turboquant.layer import QuantizedLayer
-from turboquant.methods import METHODS, Method, parse_method
-from turboquant.models import LoadedModel
-from turboquant.tasks import EXPERIMENTS
-from turboquant.tasks.generation import (
+from turboquant.cache.build import NothingCompressedError, build_cache, cache_bytes
+from turboquant.cache.layer import QuantizedLayer
+from turboquant.experiments.base import Measurement, Watch
+from turboquant.experiments.registry import EXPERIMENTS
+from turboquant.experiments.speed import (
     EXPERIMENT,
     GenerationSettings,
     PeakMemory,
@@ -24,6 +21,9 @@ from turboquant.tasks.generation import (
     build_prompts,
     generate_batch,
 )
+from turboquant.methods import METHODS, Method, parse_method
+from turboquant.models.load import LoadedModel
+from turboquant.run.generate import CancelledError
 
 SMALL = GenerationSettings(context=260, new_tokens=12, batch=3, repeats=2)
 FULL = METHODS["full"]()
@@ -163,7 +163,7 @@ def test_what_cannot_be_generated_is_refused(tiny: LoadedModel, update: dict[str
 
 
 def test_a_batch_that_does_not_fit_is_refused(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turboquant.tasks.generation.free_bytes", lambda device: 2**28 + 2 * 2**20)
+    monkeypatch.setattr("turboquant.experiments.speed.free_bytes", lambda device: 2**28 + 2 * 2**20)
     with pytest.raises(ValueError, match=r"64 rows of 500 tokens do not fit into the free memory: [\d,]+ tokens do"):
         EXPERIMENT.check(tiny, GenerationSettings(context=500, batch=64))
 

@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-
-from turboquant.cache import build_cache
-from turboquant.graphs import GraphDecoder
-from turboquant.methods import parse_method
 from turboquant.ops import backend
-from turboquant.tiny import tiny_model
+
+from turboquant.cache.build import build_cache
+from turboquant.cache.graph import GraphDecoder
+from turboquant.methods import parse_method
+from turboquant.models.tiny import tiny_model
 
 pytest.importorskip("triton")
 
-from turboquant.kernels import attention
+from turboquant.kernels.triton import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -28,7 +28,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the attention kernels serve CPU tensors too."""
     if DEVICE == "cpu":
         monkeypatch.setattr(
-            "turboquant.ops.attention.usable", lambda _, name: attention if name == "attention" else None
+            "turboquant.kernels.attention.usable", lambda _, name: attention if name == "attention" else None
         )
 
 

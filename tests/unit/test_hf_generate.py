@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.helpers import Lossless
-from turboquant.cache import build_cache, cache_report
+from turboquant.cache.build import build_cache, cache_report
 from turboquant.methods import parse_method
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 
 LOSSLESS = Lossless()
 FULL = parse_method("full")

@@ -12,12 +12,12 @@ import transformers
 from transformers import DynamicCache, cache_utils
 
 from tests.helpers import reachable_storages, tiny_loaded
-from turboquant.cache import CompressedCache, build_cache, cache_report, fill_cache, layer_states
-from turboquant.comparison import compare
-from turboquant.hf_layers import ForeignLayer
+from turboquant.cache.build import CompressedCache, build_cache, cache_report, fill_cache, layer_states
+from turboquant.cache.foreign import ForeignLayer
 from turboquant.methods import parse_method
-from turboquant.models import tiny_model
-from turboquant.results import Settings
+from turboquant.models.load import tiny_model
+from turboquant.records.results import Settings
+from turboquant.run.compare import compare
 
 HAVE_HQQ = transformers.utils.is_hqq_available()
 # quanto compiles its extension at first use.

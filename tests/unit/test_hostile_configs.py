@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from turboquant.hub import has_weights
-from turboquant.models import ModelError, load_model
+from turboquant.models.hub import has_weights
+from turboquant.models.load import ModelError, load_model
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 import turboquant
 from tests.helpers import enlarge, file_system
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIENT = """
 import json, sys
-from turboquant.models import ModelError, load_model
+from turboquant.models.load import ModelError, load_model
 for name in sys.argv[1:]:
     seen = []
     try:

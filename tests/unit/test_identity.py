@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.evaluation import read_document
-from turboquant.results import ExperimentRecord, read_records
+from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.report.methodology import read_document
 
 RUNNER = CliRunner()
 TEXT = "".join(
@@ -161,7 +161,7 @@ def test_what_a_stopped_run_shows_is_of_one_state_of_things(
     def interrupted(*given: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("turboquant.models.load_model", interrupted)
+    monkeypatch.setattr("turboquant.models.load.load_model", interrupted)
     text.write_text(TEXT.replace("keeper", "sailor"))
     stopped = run("variance", model, text, output)
     assert stopped.exit_code == 1

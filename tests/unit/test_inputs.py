@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tests import sample_records
 from tests.helpers import save_tiny, tiny_loaded
 from tests.sample_experiments import SizeSettings
-from turboquant import hub
 from turboquant.cli.app import run_recorded
-from turboquant.evaluation import read_document
-from turboquant.experiments import Experiment, Measurement, Models, Watch, cells_for, run_cells
-from turboquant.inputs import as_here, disagreement, reusable
+from turboquant.experiments.base import Experiment, Measurement, Models, Watch, cells_for, run_cells
 from turboquant.methods import Method, parse_method
-from turboquant.models import MODELS, LoadedModel, load_model
-from turboquant.results import Cell, ExperimentRecord, ModelInfo, Record, append_record, read_records
+from turboquant.models import hub
+from turboquant.models.inputs import as_here, disagreement, reusable
+from turboquant.models.load import MODELS, LoadedModel, load_model
+from turboquant.records.results import Cell, ExperimentRecord, ModelInfo, Record, append_record, read_records
+from turboquant.report.methodology import read_document
 from turboquant.texts import read_text
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -167,7 +167,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, **more) -> LoadedModel:
         return loaded if name == "tiny" else real(name, **more)
 
-    monkeypatch.setattr("turboquant.models.load_model", load)
+    monkeypatch.setattr("turboquant.models.load.load_model", load)
 
 
 @given(

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from tests.helpers import at_terminal
 from turboquant import cli
-from turboquant.bench_records import GPU_BENCHES, AttentionBench, ModelBench
-from turboquant.kernel_bench import bench_attention, bench_encode, bench_scores, copy_bandwidth
+from turboquant.experiments.kernel_speed import bench_attention, bench_encode, bench_scores, copy_bandwidth
 from turboquant.methods import parse_method
+from turboquant.records.bench import GPU_BENCHES, AttentionBench, ModelBench
 from turboquant.report.gpu import (
     attention_table,
     context_table,
@@ -20,7 +20,7 @@ from turboquant.report.gpu import (
     prefill_table,
     scores_table,
 )
-from turboquant.summary import read_results
+from turboquant.report.summary import read_results
 
 RESULTS = Path(__file__).parents[2] / "results"
 SMALL = "smollm2-135m"

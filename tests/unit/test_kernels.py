@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-from turboquant.methods import parse_method
 from turboquant.ops import backend
-from turboquant.ops.attention import PackedSegment, _reference
-from turboquant.ops.encode import encode
-from turboquant.ops.scores import _reference as reference_scores
-from turboquant.token_buffer import TokenBuffer
+
+from turboquant.cache.buffer import TokenBuffer
+from turboquant.kernels.attention import PackedSegment, _reference
+from turboquant.kernels.encode import encode
+from turboquant.kernels.scores import _reference as reference_scores
+from turboquant.methods import parse_method
 
 pytest.importorskip("triton")
 
-from turboquant.kernels import attention, prefill
-from turboquant.kernels import encode as encoder
-from turboquant.kernels import scores as scorer
-from turboquant.kernels.attention import Plan
+from turboquant.kernels.triton import attention, prefill
+from turboquant.kernels.triton import encode as encoder
+from turboquant.kernels.triton import scores as scorer
+from turboquant.kernels.triton.attention import Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter cannot multiply bfloat16 matrices.
@@ -160,7 +160,7 @@ def test_groups_that_keep_plain_scales_are_read_as_well(spec: str, dim: int, dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_the_encode_kernel_rounds_away_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the quantizers pack the block, in the format that holds it, and all that follow."""
-    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: encoder)
+    monkeypatch.setattr("turboquant.kernels.encode.usable", lambda tensor, name: encoder)
     keys, values = quantizers("turboquant:bits=4", 64)
     generator = torch.Generator().manual_seed(0)
     rooms = TokenBuffer(), TokenBuffer()
@@ -387,7 +387,7 @@ def test_a_kernel_that_fails_warns_once_and_the_reference_takes_its_place(monkey
     monkeypatch.setattr(backend, "_failed", set())
     monkeypatch.setattr(encoder, "encode_pair", None)  # what a compiler's error leaves
     monkeypatch.setattr(backend, "usable", lambda tensor, name: encoder if name not in backend._failed else None)
-    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: backend.usable(tensor, name))
+    monkeypatch.setattr("turboquant.kernels.encode.usable", lambda tensor, name: backend.usable(tensor, name))
     keys, values = quantizers("turboquant:bits=4", 64)
     states = torch.randn(1, 1, 64, 64, device=DEVICE).half()
     rooms = TokenBuffer(), TokenBuffer()
@@ -418,7 +418,7 @@ def test_the_backend_has_a_name() -> None:
 def test_what_the_encode_kernel_cannot_fill_is_packed_by_the_quantizers(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turboquant.ops.encode.usable", lambda tensor, name: encoder)
+    monkeypatch.setattr("turboquant.kernels.encode.usable", lambda tensor, name: encoder)
     keys, values = quantizers(spec, 64)
     states = torch.randn(1, 1, 64, 64, device=DEVICE).half()
     rooms = TokenBuffer(), TokenBuffer()

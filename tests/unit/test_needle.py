@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import AttentionCalls, Lossless, tiny_loaded
-from turboquant.cache import NothingCompressedError, build_cache
-from turboquant.experiments import Watch
-from turboquant.generate import CancelledError
+from turboquant.cache.build import NothingCompressedError, build_cache
+from turboquant.experiments.base import Watch
+from turboquant.experiments.needle import EXPERIMENT, NeedleSettings, build_prompt, success
+from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
-from turboquant.models import LoadedModel
-from turboquant.results import read_records
-from turboquant.tasks import EXPERIMENTS
-from turboquant.tasks.needle import EXPERIMENT, NeedleSettings, build_prompt, success
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import read_records
+from turboquant.run.generate import CancelledError
 
 RECORDED = Path(__file__).resolve().parents[2] / "results" / "needle.jsonl"
 SMALL = NeedleSettings(context=480, repetitions=2, max_new_tokens=6)

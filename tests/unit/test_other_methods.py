@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.helpers import PlainQuantizer
-from turboquant.cache import QuantizedLayer, build_cache, cache_report, fill_cache, layer_states
+from turboquant.cache.build import QuantizedLayer, build_cache, cache_report, fill_cache, layer_states
 from turboquant.methods import METHODS, Method, parse_method
-from turboquant.models import tiny_model
-from turboquant.quantizer import PackedTensor, Quantizer
+from turboquant.models.load import tiny_model
+from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 CPU = torch.device("cpu")
 

@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.helpers import HF_FP8, Lossless, tiny_loaded
-from turboquant.cache import NothingCompressedError, build_cache, cache_report
-from turboquant.experiments import Watch
-from turboquant.generate import CancelledError
-from turboquant.methods import METHODS, parse_method
-from turboquant.models import LoadedModel
-from turboquant.statistics import block_interval
-from turboquant.tasks import EXPERIMENTS
-from turboquant.tasks.perplexity import (
+from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
+from turboquant.experiments.base import Watch
+from turboquant.experiments.perplexity import (
     EXPERIMENT,
     PerplexitySettings,
     _relative_pct,
@@ -26,6 +21,11 @@ from turboquant.tasks.perplexity import (
     packed_bits_per_value,
     text_windows,
 )
+from turboquant.experiments.registry import EXPERIMENTS
+from turboquant.methods import METHODS, parse_method
+from turboquant.models.load import LoadedModel
+from turboquant.records.spread import block_interval
+from turboquant.run.generate import CancelledError
 
 SMALL = PerplexitySettings(texts=("persuasion",), context=260, prefill=180)
 SPECS = [

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from tests.helpers import Lossless, tiny_loaded, tokens
-from turboquant import probe
-from turboquant.cache import QuantizedLayer, build_cache
-from turboquant.generate import CancelledError, Generation, QueryRecorder, generate_in_turn
+from turboquant.cache.build import QuantizedLayer, build_cache
 from turboquant.methods import METHODS, Method, parse_method
-from turboquant.metrics import head_agreement
-from turboquant.models import LoadedModel, tiny_model
-from turboquant.probe import METRICS, head_metrics, token_metrics
-from turboquant.results import HeadMetrics, HeadScores, Settings
+from turboquant.models.load import LoadedModel, tiny_model
+from turboquant.records.results import HeadMetrics, HeadScores, Settings
+from turboquant.run import heads as probe
+from turboquant.run.generate import CancelledError, Generation, QueryRecorder, generate_in_turn
+from turboquant.run.heads import METRICS, head_metrics, token_metrics
+from turboquant.run.metrics import head_agreement
 
 PROMPT, STEPS = 70, 36
 SMALL = "residual_length=8,sink_length=2"  # packs a block at 42, 74 and 106 tokens

@@ -8,16 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from tests.helpers import tiny_loaded
-from turboquant import recommend as module
-from turboquant.experiments import Watch
-from turboquant.generate import CancelledError, PromptError
+from turboquant.experiments import recommend as module
+from turboquant.experiments.base import Watch
+from turboquant.experiments.perplexity import EXPERIMENT
+from turboquant.experiments.recommend import recommend
+from turboquant.experiments.recommendation import Recommendation, RecommendSettings
 from turboquant.methods import parse_method
-from turboquant.models import LoadedModel
-from turboquant.recommend import recommend
-from turboquant.recommendation import Recommendation, RecommendSettings
-from turboquant.results import ExperimentRecord, read_records
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.run.generate import CancelledError, PromptError
 from turboquant.sizing import SizingError
-from turboquant.tasks.perplexity import EXPERIMENT
 
 TEXT = "\n".join(
     f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet." for i in range(20)

@@ -15,16 +15,16 @@ from tests.helpers import tiny_loaded
 from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from tests.sample_records import METHOD_NAMES, grid, record, write
 from turboquant import cli
-from turboquant.bench import bench_decode
-from turboquant.bench_records import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
-from turboquant.experiments import cells_for, run_cells
+from turboquant.experiments.base import cells_for, run_cells
+from turboquant.experiments.decode_speed import bench_decode
 from turboquant.methods import METHODS, parse_method
-from turboquant.plots import PLOTS, STYLES, against_bits, legend, pareto, validate_figure
+from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
+from turboquant.records.results import ExperimentRecord
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
+from turboquant.report.plots import PLOTS, STYLES, against_bits, legend, pareto, validate_figure
+from turboquant.report.summary import Results, summarize
 from turboquant.report.tables import Table, comparison_table, number
 from turboquant.report.variance import variance_table
-from turboquant.results import ExperimentRecord
-from turboquant.summary import Results, summarize
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -219,7 +219,7 @@ def test_a_report_without_records_or_plotly_says_so(tmp_path: Path, monkeypatch:
     empty = write(tmp_path / "r.jsonl", record())
     words = ["report", "--results", str(empty), "--html", str(tmp_path / "r.html")]
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "turboquant.plots", None)
+        patch.setitem(sys.modules, "turboquant.report.plots", None)
         result = RUNNER.invoke(cli.app, words)
     assert result.exit_code == 2
     assert "pip install 'turboquant-lab[plots]'" in result.stderr

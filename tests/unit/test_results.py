@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.results import Cell, ExperimentRecord, RecordFileError, append_record, environment, read_records
+from turboquant.records.results import Cell, ExperimentRecord, RecordFileError, append_record, environment, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def test_many_processes_append_without_losing_or_mixing_lines(tmp_path: Path) ->
     code = """
         import sys
         from pathlib import Path
-        from turboquant.results import Cell, ExperimentRecord, append_record, environment
+        from turboquant.records.results import Cell, ExperimentRecord, append_record, environment
         writer, each, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
         where = environment()
         for i in range(each):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.helpers import HF_FP8, Lossless, tokens
-from turboquant.cache import build_cache
+from turboquant.cache.build import build_cache
 from turboquant.methods import METHODS, Method, parse_method
-from turboquant.scoring import Score, read_context, score_continuation
+from turboquant.run.scoring import Score, read_context, score_continuation
 
 CONTEXT, CONTINUATION = tokens(1, 180, seed=1), tokens(1, 40, seed=2)
 

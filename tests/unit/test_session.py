@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import Lossless, tiny_loaded
-from turboquant.cache import build_cache, cache_report, layer_states
-from turboquant.generate import PromptError
+from turboquant.cache.build import build_cache, cache_report, layer_states
 from turboquant.methods import METHODS, parse_method
-from turboquant.metrics import token_agreement
-from turboquant.models import LoadedModel
-from turboquant.results import Settings
-from turboquant.session import Session
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import Settings
+from turboquant.run.chat import Session
+from turboquant.run.generate import PromptError
+from turboquant.run.metrics import token_agreement
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}</s>\n{% endfor %}"
@@ -119,7 +119,7 @@ def test_figures_of_a_turn_are_those_of_the_cache_as_it_grew(loaded) -> None:
 
 def test_heads_of_a_later_turn_see_the_codes_of_the_first(loaded) -> None:
     """The keys' mean is that of the first call ever packed; one call over the whole conversation has another."""
-    from turboquant.comparison import compare
+    from turboquant.run.compare import compare
 
     method = parse_method("turboquant-paper:bits=2,center=true,qjl=none,residual_length=8")
     session = Session(loaded, method)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from turboquant import build_cache, cache_report, parse_method
 from turboquant.methods import METHODS, BitsMethod
+from turboquant.models.tiny import tiny_config, tiny_model
 from turboquant.sizing import (
     MOST_ROWS,
     MOST_TOKENS,
@@ -22,7 +23,6 @@ from turboquant.sizing import (
     read_config,
     weight_bytes,
 )
-from turboquant.tiny import tiny_config, tiny_model
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "assets" / "models").glob("*.json"))
 OWN = sorted(name for name, method in METHODS.items() if issubclass(method, BitsMethod))
@@ -272,7 +272,7 @@ def test_weights_of_experts_behind_a_joint_latent() -> None:
 
 
 def test_presets_of_registered_models_have_their_size() -> None:
-    from turboquant.registry import MODELS
+    from turboquant.models.registry import MODELS
 
     for name, known in (("qwen2.5-3b", "qwen2.5-3b-instruct"), ("mistral-7b-v0.3", "mistral-7b-instruct")):
         assert preset(name).parameters == pytest.approx(MODELS[known].parameters * 1e9, rel=0.005)

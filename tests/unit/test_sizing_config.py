@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from tests.unit.test_sizing import LLAMA
 from turboquant import build_cache, parse_method
+from turboquant.models.tiny import tiny_config
 from turboquant.sizing import MAX_CONFIG_BYTES, ModelConfigError, kv_bytes, read_config
-from turboquant.tiny import tiny_config
 
 
 def test_kv_heads_count_not_query_heads() -> None:

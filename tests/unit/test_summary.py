@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.sample_records import record, where, write
-from turboquant.evaluation import read_document, write_document
 from turboquant.report import ReportError, build_report, read_results
-from turboquant.summary import measured_on, summarize
+from turboquant.report.methodology import read_document, write_document
+from turboquant.report.summary import measured_on, summarize
 
 
 def test_the_newest_record_of_a_cell_wins_wherever_it_stands(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 from tests.helpers import save_tiny
 from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from turboquant import cli
-from turboquant.experiments import Experiment, Watch, cells_for, groups
+from turboquant.experiments.base import Experiment, Watch, cells_for, groups
+from turboquant.experiments.registry import EXPERIMENTS as TASKS
+from turboquant.experiments.sweep import grid, with_rotation_seeds
+from turboquant.experiments.workers import run_workers, visible_gpus
 from turboquant.methods import parse_method
-from turboquant.results import Cell, ExperimentRecord, Record, read_records
-from turboquant.sweep import grid, with_rotation_seeds
-from turboquant.sweep.workers import run_workers, visible_gpus
-from turboquant.tasks import EXPERIMENTS as TASKS
+from turboquant.records.results import Cell, ExperimentRecord, Record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL, FOUR, TWO = "full", "turboquant:bits=4,residual_length=8", "turboquant:bits=2,residual_length=8"
@@ -197,7 +197,7 @@ def test_where_there_are_gpus_a_worker_sees_its_own(tiny: str, tmp_path: Path, m
     (tmp_path / "main.py").write_text("raise SystemExit('the caller runs again')")  # as a script without a guard
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "main.py"), raising=False)
-    monkeypatch.setattr("turboquant.sweep.workers.visible_gpus", lambda: ["5"])
+    monkeypatch.setattr("turboquant.experiments.workers.visible_gpus", lambda: ["5"])
     records = list(run_workers(cells(tiny, SizeSettings()), EXPERIMENTS, Watch(), lambda: False))
     assert [record.detail["gpus"] for record in records] == ["5"] * 3
 
@@ -207,7 +207,7 @@ def test_where_there_are_gpus_a_worker_sees_its_own(tiny: str, tmp_path: Path, m
 
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turboquant.tasks.EXPERIMENTS", EXPERIMENTS)
+    monkeypatch.setattr("turboquant.experiments.registry.EXPERIMENTS", EXPERIMENTS)
 
 
 def arguments(tiny: str, output: Path, *more: str) -> list[str]:
@@ -217,7 +217,7 @@ def arguments(tiny: str, output: Path, *more: str) -> list[str]:
 
 # The real command with the small experiment of the tests among its own.
 PROGRAM = """
-from turboquant import tasks
+from turboquant.experiments import registry as tasks
 from tests.sample_experiments import EXPERIMENTS
 tasks.EXPERIMENTS.update(EXPERIMENTS)
 if __name__ == "__main__":
@@ -369,7 +369,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_ray_cluster_that_loses_a_node_loses_no_cell(cluster, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboquant.sweep.cluster import run_ray
+    from turboquant.experiments.cluster import run_ray
 
     cluster, nodes = cluster
     wanted = cells(tiny, *(SizeSettings(seed=seed, seconds=0.3) for seed in range(4)))

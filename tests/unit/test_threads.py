@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.process import Server
-from turboquant.threads import SPINS, busy_processes
+from turboquant.run.threads import SPINS, busy_processes
 
 STARTS = {
     "command": [sys.executable, "-m", "turboquant", "methods", "--list"],
@@ -82,7 +82,7 @@ def test_busy_processes_end_with_the_block() -> None:
 
 @LINUX
 def test_busy_processes_end_when_their_parent_is_killed() -> None:
-    code = "import os\nfrom turboquant.threads import busy_processes\nwith busy_processes(1):\n"
+    code = "import os\nfrom turboquant.run.threads import busy_processes\nwith busy_processes(1):\n"
     code += "    print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True)\n    os.kill(os.getpid(), 9)"
     started = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     path = Path(f"/proc/{started.stdout.strip()}/stat")

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from turboquant import cli
-from turboquant.results import read_records
+from turboquant.records.results import read_records
 
 RUNNER = CliRunner()
 SMALL = ["--dims", "64", "--seeds", "6", "--vectors", "64"]
@@ -66,7 +66,7 @@ def test_the_plot_is_a_page_of_its_own(finished, tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_named_and_fails_the_command(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("turboquant.synthetic.TOLERANCE", 0.0)  # nothing is that exact
+    monkeypatch.setattr("turboquant.experiments.theory.TOLERANCE", 0.0)  # nothing is that exact
     result = invoke(*SMALL, "--bits", "2", "--output", str(tmp_path / "v.jsonl"))
     assert result.exit_code == 1
     assert "FAIL  MSE, exact density" in result.stdout

@@ -18,14 +18,10 @@ from typer.testing import CliRunner
 
 from tests.helpers import Lossless, save_tiny, tiny_loaded
 from turboquant import cli
-from turboquant.cache import NothingCompressedError, build_cache
-from turboquant.experiments import Watch
-from turboquant.generate import Generation, QueryRecorder
-from turboquant.methods import METHODS, parse_method
-from turboquant.results import read_records
-from turboquant.statistics import LEAST_PAIRS, paired_difference, spread
-from turboquant.tasks.perplexity import EXPERIMENT as PERPLEXITY
-from turboquant.tasks.variance import (
+from turboquant.cache.build import NothingCompressedError, build_cache
+from turboquant.experiments.base import Watch
+from turboquant.experiments.perplexity import EXPERIMENT as PERPLEXITY
+from turboquant.experiments.seeds import (
     EXPERIMENT,
     VarianceSettings,
     _Choice,
@@ -38,6 +34,10 @@ from turboquant.tasks.variance import (
     with_seeds,
     without_seed,
 )
+from turboquant.methods import METHODS, parse_method
+from turboquant.records.results import read_records
+from turboquant.records.spread import LEAST_PAIRS, paired_difference, spread
+from turboquant.run.generate import Generation, QueryRecorder
 
 RUNNER = CliRunner()
 METHOD = parse_method("turboquant:bits=2,residual_length=8")
@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on_and_ctrl_c_shows_what_there_is(folder, tmp_path: P
 
 
 def test_the_experiment_is_found_by_its_name() -> None:
-    from turboquant.tasks import EXPERIMENTS
+    from turboquant.experiments.registry import EXPERIMENTS
 
     assert EXPERIMENTS["variance"] is EXPERIMENT
     assert list(itertools.islice(VarianceSettings.model_fields, 4)) == ["texts", "context", "prefill", "seed"]

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from turboquant.cli.app import app
-from turboquant.threads import sleep_while_waiting
+from turboquant.run.threads import sleep_while_waiting
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

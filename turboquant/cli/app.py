@@ -22,10 +22,10 @@ from turboquant.cli.flags import Commands
 from turboquant.texts import reading
 
 if TYPE_CHECKING:
-    from turboquant.experiments import Experiment, Watch
+    from turboquant.experiments.base import Experiment, Watch
     from turboquant.methods import Method
-    from turboquant.models import LoadedModel, ModelError
-    from turboquant.results import Cell, ExperimentRecord, Record
+    from turboquant.models.load import LoadedModel, ModelError
+    from turboquant.records.results import Cell, ExperimentRecord, Record
 
     Engine = Callable[
         [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
@@ -40,7 +40,7 @@ MOST_RUNS = 10_000
 """Timed rounds, seeds and the like that a command takes at most."""
 MOST_TOKENS = 2**24
 MOST_ANSWER = 2**16
-"""Tokens that are generated at most, as `turboquant.results.Settings` has it."""
+"""Tokens that are generated at most, as `turboquant.records.results.Settings` has it."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
@@ -113,7 +113,7 @@ def read_settings(kind: "type[Record]", values: dict[str, Any], **options: str) 
     """
     from pydantic import ValidationError
 
-    from turboquant.record import first_error
+    from turboquant.records.base import first_error
 
     try:
         return kind(**{name: value for name, value in values.items() if value is not None})
@@ -124,7 +124,7 @@ def read_settings(kind: "type[Record]", values: dict[str, Any], **options: str) 
 
 def load(name: str, weights: str) -> "LoadedModel":
     """Return a model, or leave."""
-    from turboquant.models import ModelError, load_model
+    from turboquant.models.load import ModelError, load_model
 
     try:
         return load_model(name, weights=weights, progress=lambda _, text: say(text))
@@ -134,7 +134,7 @@ def load(name: str, weights: str) -> "LoadedModel":
 
 def fail_model(error: "ModelError") -> NoReturn:
     """Leave where a model cannot be had: with code 2 for a name that there is not, otherwise 1."""
-    from turboquant.registry import UnknownNameError
+    from turboquant.models.registry import UnknownNameError
 
     fail(error, 2 if isinstance(error, UnknownNameError) else 1)
 
@@ -239,7 +239,7 @@ def progress_bar(title: str) -> Iterator[Callable[[float, str], None]]:
 
 def finished(path: Path, experiments: set[str], overwrite: bool) -> "list[ExperimentRecord]":
     """Return the records to go on with, none with `overwrite`; leave with code 2 for a file of something else."""
-    from turboquant.results import RecordFileError, read_records
+    from turboquant.records.results import RecordFileError, read_records
 
     check_writable(path)
     if overwrite:
@@ -280,9 +280,9 @@ def run_recorded(
         engine: What runs the cells that are missing; without it they run in this process.
         store: What the output held before, and how a record is added to it; without it the output is a file of records.
     """
-    from turboquant.experiments import Watch
-    from turboquant.inputs import disagreement
-    from turboquant.results import append_record
+    from turboquant.experiments.base import Watch
+    from turboquant.models.inputs import disagreement
+    from turboquant.records.results import append_record
 
     cells = list({cell.key: cell for cell in cells}.values())  # what is asked for twice counts once
     before, keep = store or (
@@ -320,7 +320,7 @@ def _known(
     before: "Sequence[ExperimentRecord]", cells: "Sequence[Cell]", output: Path
 ) -> "dict[str, ExperimentRecord]":
     """Return the records that are about what the cells name now, by key; say how many, and what has changed."""
-    from turboquant.inputs import reusable
+    from turboquant.models.inputs import reusable
 
     found = reusable(before, cells)
     for line in found.lines():
@@ -346,8 +346,8 @@ def _in_this_process(
     stopping: Callable[[], bool],
 ) -> "Iterator[ExperimentRecord]":
     """Run cells here; one model's settings that it cannot serve are refused with code 2 before anything is measured."""
-    from turboquant.experiments import groups, run_cells
-    from turboquant.models import ModelError, load_model
+    from turboquant.experiments.base import groups, run_cells
+    from turboquant.models.load import ModelError, load_model
 
     def load(name: str, weights: str) -> "LoadedModel":
         return load_model(name, weights=weights, progress=lambda _, text: watch.progress(0.0, text))

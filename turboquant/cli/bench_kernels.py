@@ -22,8 +22,8 @@ from turboquant.cli.app import (
 from turboquant.cli.tables import show
 
 if TYPE_CHECKING:
+    from turboquant.records.results import Record
     from turboquant.report import Table
-    from turboquant.results import Record
 
 B = TypeVar("B", bound="Record")
 
@@ -46,7 +46,7 @@ def _cases(
 
 def write_benches(running: "Iterable[B]", output: Path, table: "Callable[[Sequence[B]], Table]") -> None:
     """Keep each record and print it: as JSON, or at a terminal all of them as a table."""
-    from turboquant.results import append_record
+    from turboquant.records.results import append_record
 
     done = []
     try:
@@ -60,7 +60,7 @@ def write_benches(running: "Iterable[B]", output: Path, table: "Callable[[Sequen
     except ValueError as error:
         fail(error, 2)
     except RuntimeError as error:  # nothing was packed, or the GPU's; finished records are written
-        from turboquant.faults import out_of_memory
+        from turboquant.records.faults import out_of_memory
 
         if out_of_memory(error):
             raise
@@ -82,7 +82,7 @@ def bench_attention_command(
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-attention.jsonl"),
 ) -> None:
     """Time one layer's attention from the last tokens, the fastest full one of torch against compressed ones."""
-    from turboquant.kernel_bench import bench_attention
+    from turboquant.experiments.kernel_speed import bench_attention
     from turboquant.report.gpu import attention_table, prefill_table
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
@@ -108,7 +108,7 @@ def bench_scores_command(
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-scores.jsonl"),
 ) -> None:
     """Time attention scores alone, float32 keys against packed ones."""
-    from turboquant.kernel_bench import bench_scores
+    from turboquant.experiments.kernel_speed import bench_scores
     from turboquant.report.gpu import scores_table
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
@@ -134,7 +134,7 @@ def bench_encode_command(
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-encode.jsonl"),
 ) -> None:
     """Time quantizing the keys and values of one layer."""
-    from turboquant.kernel_bench import bench_encode
+    from turboquant.experiments.kernel_speed import bench_encode
     from turboquant.report.gpu import encode_table
 
     chosen = read_methods(method, ["turboquant"], bits or (None if method else [4, 3, 2]))
@@ -172,7 +172,7 @@ def bench_model_command(
     chosen = read_methods(method, ["full", "turboquant:bits=4"])
     check_writable(output)
     _check_cuda()
-    from turboquant.model_bench import bench_model
+    from turboquant.experiments.model_speed import bench_model
     from turboquant.report.gpu import model_table
 
     running = bench_model(model, weights, chosen, batch=batch, context=context, steps=steps)
@@ -191,7 +191,7 @@ def bench_memory_command(
     chosen = read_methods(method, ["full", "turboquant:bits=4"])
     check_writable(output)
     _check_cuda()
-    from turboquant.model_bench import bench_memory
+    from turboquant.experiments.model_speed import bench_memory
     from turboquant.report.gpu import context_table
 
     write_benches(bench_memory(model, weights, chosen, budget_bytes=int(budget_gb * 1e9)), output, context_table)

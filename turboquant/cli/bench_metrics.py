@@ -21,8 +21,8 @@ def bench_metrics_command(
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-metrics.jsonl"),
 ) -> None:
     """Time comparing one layer's attention heads, all at once against head by head (default: SmolLM2's heads)."""
-    from turboquant.bench import bench_metrics
-    from turboquant.results import append_record
+    from turboquant.experiments.decode_speed import bench_metrics
+    from turboquant.records.results import append_record
 
     check_writable(output)
     for count in dict.fromkeys(tokens or [512, 2048, 8192]):

@@ -25,8 +25,8 @@ from turboquant.cli.bench_kernels import write_benches
 @app.command()
 def models() -> None:
     """List the models that have a name, and which of them are on this machine."""
-    from turboquant.hub import available_models
-    from turboquant.registry import MODELS
+    from turboquant.models.hub import available_models
+    from turboquant.models.registry import MODELS
 
     here = set(available_models())
     for name, spec in MODELS.items():
@@ -45,7 +45,7 @@ def bench_decode_command(
     output: Annotated[Path, typer.Option(help="Records are appended here.")] = Path("results/bench-decode.jsonl"),
 ) -> None:
     """Time decoding with the full and with compressed caches, alternated in one process."""
-    from turboquant.bench import bench_decode
+    from turboquant.experiments.decode_speed import bench_decode
     from turboquant.report.tables import busy_table, decode_table
 
     chosen = read_methods(method, ["turboquant:bits=4"])

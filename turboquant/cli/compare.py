@@ -30,9 +30,9 @@ from turboquant.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from turboquant.comparison import Event
-    from turboquant.results import Comparison, Record, SideResult
-    from turboquant.session import Session, Turn
+    from turboquant.records.results import Comparison, Record, SideResult
+    from turboquant.run.chat import Session, Turn
+    from turboquant.run.compare import Event
 
 MARK = "\ufeff"
 """The byte order mark that some programs write in front of text."""
@@ -68,8 +68,8 @@ def compare(
     The record goes to --output, and as a JSON line to standard output where that is a pipe or a file. Without a prompt
     it asks for one after the other: at the terminal, or one a line from standard input.
     """
-    from turboquant.generate import PromptError, check_prompt
-    from turboquant.results import Settings
+    from turboquant.records.results import Settings
+    from turboquant.run.generate import PromptError, check_prompt
 
     if text is not None and prompt is not None:
         fail("the prompt is given twice, as an argument and by --prompt", 2)
@@ -100,8 +100,8 @@ def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
     """Leave with code 2 where the file cannot be written or holds something else."""
     from pydantic import ValidationError
 
-    from turboquant.results import Comparison, read_lines
-    from turboquant.session import Turn
+    from turboquant.records.results import Comparison, read_lines
+    from turboquant.run.chat import Turn
 
     check_writable(path)
     if overwrite or not path.exists():
@@ -127,7 +127,7 @@ class _Answerer:
 
 
 def _single(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
-    from turboquant.comparison import compare
+    from turboquant.run.compare import compare
 
     return _Answerer(
         lambda p, show, stop: compare(loaded, p, method, settings, chat=template, on_event=show, cancelled=stop)
@@ -135,7 +135,7 @@ def _single(loaded: Any, method: Any, settings: Any, template: bool) -> _Answere
 
 
 def _chat(loaded: Any, method: Any, settings: Any, template: bool) -> _Answerer:
-    from turboquant.session import Session
+    from turboquant.run.chat import Session
 
     session = Session(loaded, method, chat=template)
     return _Answerer(lambda p, show, stop: session.ask(p, settings, on_event=show, cancelled=stop), session)
@@ -163,7 +163,7 @@ class _Asking:
 
     def answer(self, prompt: str) -> bool:
         """Answer one prompt; return False where it was refused or stopped, or its record could not be kept."""
-        from turboquant.comparison import PromptError
+        from turboquant.run.compare import PromptError
 
         with _StopAnswer().listening() as stop, _streaming() as show:
             try:
@@ -182,7 +182,7 @@ class _Asking:
 
     def _keep(self, result: "Comparison | Turn") -> bool:
         """Append the record to the output, before anything is printed; return False where that cannot be."""
-        from turboquant.results import append_record
+        from turboquant.records.results import append_record
 
         if self.output is None:
             return True
@@ -280,8 +280,8 @@ def _streaming() -> "Iterator[Callable[[Event], None]]":
 
 
 def _print_result(result: "Comparison | Turn", rows: int) -> None:
-    from turboquant.results import Comparison
-    from turboquant.verdict import verdict
+    from turboquant.records.results import Comparison
+    from turboquant.records.verdict import verdict
 
     comparison = result if isinstance(result, Comparison) else result.comparison
     packed = comparison.compressed.report.compressed_tokens > 0
@@ -299,7 +299,7 @@ def _print_result(result: "Comparison | Turn", rows: int) -> None:
 
 
 def _side_line(side: "SideResult", packed: bool) -> str:
-    from turboquant.verdict import cache_size, human_bytes
+    from turboquant.records.verdict import cache_size, human_bytes
 
     parts = [f"{len(side.token_ids)} tokens"]
     if side.tokens_per_second:
@@ -344,7 +344,7 @@ def _print_quality(comparison: "Comparison") -> None:
 
 def _print_steps(comparison: "Comparison", rows: int) -> None:
     """A row a generation step: attention agreement and KL for the original answer, and what both caches held."""
-    from turboquant.verdict import human_bytes
+    from turboquant.records.verdict import human_bytes
 
     heads, tokens = comparison.heads, comparison.tokens
     columns: list[tuple[str, list[Any], Callable[[Any], str]]] = []

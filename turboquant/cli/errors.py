@@ -93,7 +93,7 @@ def _sentence(error: Any) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return _fault_of_files(error), 2 if error.errno == errno.ENAMETOOLONG else 1
     if isinstance(error, MemoryError | RuntimeError):
-        from turboquant.faults import out_of_memory
+        from turboquant.records.faults import out_of_memory
 
         return ("the machine has too little free memory for this", 1) if out_of_memory(error) else None
     if isinstance(error, ValueError):
@@ -107,7 +107,7 @@ def _wrong_use(error: Any) -> str:
     """Return what typer found wrong: the option, the rule and the value, and where help is."""
     from pydantic import ValidationError
 
-    from turboquant.record import first_error
+    from turboquant.records.base import first_error
 
     text = error.format_message().strip().rstrip(".")
     if type(error).__name__ == "NoArgsIsHelpError":  # the help has been printed, except where typer has no rich
@@ -121,7 +121,7 @@ def _wrong_use(error: Any) -> str:
 
 
 def _fault_of_files(error: OSError) -> str:
-    from turboquant.faults import out_of_disk
+    from turboquant.records.faults import out_of_disk
 
     reason = error.strerror or str(error)
     if out_of_disk(error):

@@ -30,7 +30,7 @@ from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
-    from turboquant.results import Cell, ExperimentRecord
+    from turboquant.records.results import Cell, ExperimentRecord
 
 CONTEXTS = (2048, 4096, 8192)
 COLUMNS = {
@@ -87,8 +87,8 @@ def evaluate(
     if filler != "sentences":
         check_texts([filler], output, "filler")
     _check_machine(model, weights, max(lengths))
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.attention import EXPERIMENT, AttentionSettings
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.heads import EXPERIMENT, AttentionSettings
 
     shared = {"depth": depth, "queries": queries, "seed": seed, "filler": filler, "chunk_tokens": chunk_tokens}
     shared["chat"] = not no_chat_template
@@ -110,7 +110,7 @@ def evaluate(
 
 def _check_records(path: Path) -> None:
     """Leave with code 2 where records cannot be appended to a file, or it is no file of records."""
-    from turboquant.results import RecordFileError, read_records
+    from turboquant.records.results import RecordFileError, read_records
 
     check_writable(path)
     try:
@@ -121,10 +121,10 @@ def _check_records(path: Path) -> None:
 
 def _check_machine(model: str, weights: str, context: int) -> None:
     """Leave where the model has no such context (code 2) or this machine no memory for it, before anything loads."""
-    from turboquant.generate import PromptError
-    from turboquant.memory import check_context
-    from turboquant.model_checks import free_bytes
-    from turboquant.models import ModelError, estimate_bytes, read_config, resolve
+    from turboquant.models.checks import free_bytes
+    from turboquant.models.load import ModelError, estimate_bytes, read_config, resolve
+    from turboquant.run.generate import PromptError
+    from turboquant.run.memory import check_context
 
     try:
         precision, device = resolve(weights)
@@ -142,9 +142,9 @@ def _store(output: Path, overwrite: bool, cells: "Sequence[Cell]", also: Path | 
 
     That is also a file with results from before a change that would stay beside new ones.
     """
-    from turboquant.evaluation import EvaluationFileError, difference, read_document, write_document
-    from turboquant.inputs import reusable
-    from turboquant.results import append_record
+    from turboquant.models.inputs import reusable
+    from turboquant.records.results import append_record
+    from turboquant.report.methodology import EvaluationFileError, difference, read_document, write_document
 
     try:
         before = [] if overwrite else read_document(output)

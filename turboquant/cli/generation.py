@@ -25,7 +25,7 @@ from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
-    from turboquant.results import ExperimentRecord
+    from turboquant.records.results import ExperimentRecord
 
 COLUMNS = (
     "method",
@@ -67,8 +67,8 @@ def generate_bench(
     started = time.perf_counter()
     methods = read_methods(method, ("turboquant:bits=4",), bits)
     check_writable(output)
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.generation import EXPERIMENT
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.speed import EXPERIMENT
 
     check_texts([text], output)
     shared: dict[str, object] = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens}

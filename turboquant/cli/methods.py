@@ -30,7 +30,7 @@ from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.results import ExperimentRecord
+    from turboquant.records.results import ExperimentRecord
 
 # From 2 to 8 bits a value; other libraries' caches come last, since one that fails has the rest measured one by one.
 GRID = (
@@ -113,7 +113,7 @@ def methods(
 
 def show(records: "Sequence[ExperimentRecord]") -> dict[str, str]:
     """Print the table; return by method on which Pareto fronts (KL against bits held, packed) it is."""
-    from turboquant.pareto import pareto_front
+    from turboquant.records.pareto import pareto_front
 
     fronts = [
         pareto_front([(record.metrics[cost], record.metrics["kl_mean"]) for record in records])

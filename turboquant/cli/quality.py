@@ -28,7 +28,7 @@ from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.results import ExperimentRecord
+    from turboquant.records.results import ExperimentRecord
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 
@@ -123,8 +123,8 @@ def measure_perplexity(
 ) -> "list[ExperimentRecord]":
     """Return the records of methods under these settings (None for a default), old ones and new."""
     check_writable(output)
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.perplexity import EXPERIMENT
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.perplexity import EXPERIMENT
 
     settings = read_settings(EXPERIMENT.settings, values, texts="--text")
     check_texts(settings.texts, output)
@@ -175,8 +175,8 @@ def needle(
     started = time.perf_counter()
     methods = read_methods(method, DEFAULT, bits)
     check_writable(output)
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.needle import EXPERIMENT
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.needle import EXPERIMENT
 
     if filler != "sentences":
         check_texts([filler], output, "filler")

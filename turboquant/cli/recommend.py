@@ -27,8 +27,8 @@ from turboquant.cli.tables import interval, number, print_table
 from turboquant.texts import reading
 
 if TYPE_CHECKING:
-    from turboquant.recommend import Recommendation, Tried
-    from turboquant.results import ExperimentRecord
+    from turboquant.experiments.recommend import Recommendation, Tried
+    from turboquant.records.results import ExperimentRecord
 
 TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", "MB estimated", "within limits")
 
@@ -70,11 +70,11 @@ def recommend(
     Exit code 1 where no method stays within them.
     """
     check_writable(output)
-    from turboquant.experiments import Watch
-    from turboquant.generate import CancelledError
-    from turboquant.recommend import RecommendSettings, reusable_for
-    from turboquant.recommend import recommend as search
-    from turboquant.results import append_record
+    from turboquant.experiments.base import Watch
+    from turboquant.experiments.recommend import RecommendSettings, reusable_for
+    from turboquant.experiments.recommend import recommend as search
+    from turboquant.records.results import append_record
+    from turboquant.run.generate import CancelledError
 
     values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}
     values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
@@ -115,7 +115,7 @@ def say_reused(count: int, known: "Sequence[ExperimentRecord]", output: Path) ->
 
 def show(found: "Recommendation") -> None:
     """Print the evidence, the memory and the outcome."""
-    from turboquant.verdict import against_16_bits
+    from turboquant.records.verdict import against_16_bits
 
     typer.echo(
         f"{found.model.name} {found.model.dtype} on {found.environment.device}; "

@@ -27,7 +27,7 @@ from turboquant.cli.app import (
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Engine
-    from turboquant.results import Cell, ExperimentRecord
+    from turboquant.records.results import Cell, ExperimentRecord
 
 METHODS = ("full", "turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 
@@ -74,7 +74,7 @@ def sweep(
 
     Without --contexts, --seeds or --set the experiments' own defaults hold.
     """
-    from turboquant.tasks import EXPERIMENTS
+    from turboquant.experiments.registry import EXPERIMENTS
 
     started = time.perf_counter()
     axes = {"context": contexts or [], "seed": seeds or [], **_read_settings(set_ or [])}
@@ -115,10 +115,10 @@ def _grid(
     axes: dict[str, list[Any]],
     weights: str,
 ) -> "list[Cell]":
-    from turboquant.models import WEIGHTS, ModelError
-    from turboquant.registry import find_spec
-    from turboquant.sweep import grid, with_rotation_seeds
-    from turboquant.tasks import EXPERIMENTS
+    from turboquant.experiments.registry import EXPERIMENTS
+    from turboquant.experiments.sweep import grid, with_rotation_seeds
+    from turboquant.models.load import WEIGHTS, ModelError
+    from turboquant.models.registry import find_spec
 
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         fail(f"unknown experiment {unknown[0]!r}: choose from {', '.join(sorted(EXPERIMENTS))}", 2)
@@ -135,12 +135,12 @@ def _grid(
 
 def _engine(engine: EngineName, workers: int | None, address: str | None, num_cpus: float, num_gpus: float) -> "Engine":
     if engine is EngineName.local:
-        from turboquant.sweep.workers import run_workers
+        from turboquant.experiments.workers import run_workers
 
         if address is not None:
             fail("--address goes with --engine ray", 2)
         return functools.partial(run_workers, workers=workers)
-    from turboquant.sweep.cluster import RayMissingError, connect, run_ray
+    from turboquant.experiments.cluster import RayMissingError, connect, run_ray
 
     if workers is not None:
         fail("--workers goes with --engine local: a Ray cluster runs as many tasks as it has room for", 2)
@@ -154,8 +154,8 @@ def _engine(engine: EngineName, workers: int | None, address: str | None, num_cp
 
 
 def _list(cells: "list[Cell]", output: Path, overwrite: bool) -> None:
-    from turboquant.inputs import reusable
-    from turboquant.tasks import EXPERIMENTS
+    from turboquant.experiments.registry import EXPERIMENTS
+    from turboquant.models.inputs import reusable
 
     before = finished(output, set(EXPERIMENTS), False) if output.exists() and not overwrite else []
     latest = {record.cell.key: record for record in before}

@@ -23,8 +23,8 @@ from turboquant.cli.app import (
 from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from turboquant.experiments import Watch
-    from turboquant.results import Cell, ExperimentRecord
+    from turboquant.experiments.base import Watch
+    from turboquant.records.results import Cell, ExperimentRecord
 
 DIMS = (64, 80, 96, 128, 256)
 BITS = tuple(range(1, 9))
@@ -106,7 +106,7 @@ def validate(
 def _check_options(rotation: str, device: str) -> None:
     import torch
 
-    from turboquant.rotation import ROTATIONS
+    from turboquant.quant.rotation import ROTATIONS
 
     if rotation not in ROTATIONS:
         fail(f"rotation must be one of {', '.join(ROTATIONS)}, got {rotation!r}", 2)
@@ -119,14 +119,14 @@ def _check_options(rotation: str, device: str) -> None:
 def _import_plots() -> None:
     """Leave with code 2 where plotly is missing; asked before the work starts."""
     try:
-        import turboquant.plots  # noqa: F401
+        import turboquant.report.plots  # noqa: F401
     except ImportError as error:
         fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[plots]'", 2)
 
 
 def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
-    from turboquant.results import Cell
-    from turboquant.synthetic import SyntheticSettings
+    from turboquant.experiments.theory import SyntheticSettings
+    from turboquant.records.results import Cell
 
     settings = [
         read_settings(SyntheticSettings, {"dim": dim, "bits": b, **shared}, dim="--dims")
@@ -139,8 +139,8 @@ def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> 
 def _measure(
     cells: "Sequence[Cell]", experiments: Mapping[str, Any], watch: "Watch", stopping: Callable[[], bool]
 ) -> "Iterator[ExperimentRecord]":
-    from turboquant.results import ExperimentRecord, environment
-    from turboquant.synthetic import SyntheticSettings, validate
+    from turboquant.experiments.theory import SyntheticSettings, validate
+    from turboquant.records.results import ExperimentRecord, environment
 
     for i, cell in enumerate(cells):
         if stopping():
@@ -178,7 +178,7 @@ def _show_table(records: "Sequence[ExperimentRecord]") -> None:
 
 def _show_checks(records: "Sequence[ExperimentRecord]") -> int:
     """Print a line for each kind of check with its worst case, and each that failed; return how many failed."""
-    from turboquant.synthetic import TOLERANCE
+    from turboquant.experiments.theory import TOLERANCE
 
     typer.echo(f"\nA check passes below {TOLERANCE:g} standard errors. Its worst case:")
     rows = [(check, record.cell.settings) for record in records for check in record.detail["checks"]]
@@ -203,7 +203,7 @@ def _worst(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
 
 def _write_plot(records: "Sequence[ExperimentRecord]", path: Path) -> None:
     """Write the curves of MSE and of inner products as one page that works offline."""
-    from turboquant.plots import validate_figure
+    from turboquant.report.plots import validate_figure
 
     parts = [
         validate_figure(records, metric, axis).to_html(full_html=False, include_plotlyjs=number == 0)

@@ -30,8 +30,8 @@ from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.results import Cell, ExperimentRecord
-    from turboquant.statistics import Difference, Spread95
+    from turboquant.records.results import Cell, ExperimentRecord
+    from turboquant.records.spread import Difference, Spread95
 
 SPREADS = ("metric", "seeds", "mean", "sd", "min", "max", "95 % interval of the mean")
 SHOWN = (
@@ -99,7 +99,7 @@ def _methods(
     specs: Sequence[str] | None, bits: Sequence[int] | None, against: str | None
 ) -> "tuple[list[Method], Method]":
     """Return all methods, without their seeds, and the one that the others are compared with; or leave with code 2."""
-    from turboquant.tasks.variance import with_seeds
+    from turboquant.experiments.seeds import with_seeds
 
     named = [with_seeds(one, [0])[0] for one in read_methods(specs, ("turboquant:bits=4",), bits)]
     reference = named[0] if against is None else with_seeds(read_method(against), [0])[0]
@@ -118,8 +118,8 @@ def _cells(
     weights: str,
     output: Path,
 ) -> "tuple[list[Cell], Any]":
-    from turboquant.experiments import cells_for
-    from turboquant.tasks.variance import EXPERIMENT, with_seeds
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.seeds import EXPERIMENT, with_seeds
 
     settings = read_settings(EXPERIMENT.settings, values, texts="--text")
     check_texts(settings.texts, output)
@@ -134,8 +134,8 @@ def _cells(
 
 def _show_partial(cells: "Sequence[Cell]", methods: "Sequence[Method]", reference: "Method", output: Path) -> None:
     """Show what a stopped run has measured."""
-    from turboquant.inputs import reusable
-    from turboquant.results import RecordFileError, read_records
+    from turboquant.models.inputs import reusable
+    from turboquant.records.results import RecordFileError, read_records
 
     try:
         done = list(reusable(read_records(output), cells).records.values())
@@ -148,7 +148,7 @@ def _show_partial(cells: "Sequence[Cell]", methods: "Sequence[Method]", referenc
 
 def _show(records: "Sequence[ExperimentRecord]", methods: "Sequence[Method]", reference: "Method") -> dict[str, Any]:
     """Print spreads and differences; return them for the JSON line."""
-    from turboquant.tasks.variance import differences, spreads
+    from turboquant.experiments.seeds import differences, spreads
 
     all_spreads, all_differences = {}, {}
     for method in methods:
@@ -177,7 +177,7 @@ def _spread_row(name: str, found: "Spread95") -> list[str]:
 
 def _show_first_differences(records: "Sequence[ExperimentRecord]", method: "Method") -> None:
     """Print how the first differing tokens are distributed, greedy and sampled answers apart."""
-    from turboquant.tasks.variance import by_rotation, sampling_seeds
+    from turboquant.experiments.seeds import by_rotation, sampling_seeds
 
     for title, seeds in (("greedy", [None]), ("sampled", sampling_seeds(records))):
         cells = [record for seed in seeds for record in by_rotation(records, method, seed).values()]

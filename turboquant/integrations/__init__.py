@@ -2,7 +2,7 @@
 
 import sys
 
-from turboquant.threads import sleep_while_waiting
+from turboquant.run.threads import sleep_while_waiting
 
 
 def lm_eval() -> None:

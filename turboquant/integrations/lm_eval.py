@@ -35,10 +35,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from turboquant.cache import NothingCompressedError, cache_report
+from turboquant.cache.build import NothingCompressedError, cache_report
 from turboquant.methods import Method, parse_method
-from turboquant.models import LoadedModel, ModelError, load_model
-from turboquant.scoring import read_context, score_continuation
+from turboquant.models.load import LoadedModel, ModelError, load_model
+from turboquant.run.scoring import read_context, score_continuation
 
 __all__ = ["CacheUse", "ModelArgumentError", "TurboQuantLM", "main"]
 

@@ -1,216 +1,184 @@
-"""Attention over exact and packed tokens on the GPU: `ops.attention.attend` for a few query tokens, in 3 launches."""
+"""Attention over exact and packed tokens (plain torch; the reference for every kernel).
+
+The history is never rebuilt: queries are projected once, keys are scored from their codes tile by tile, packed values
+are summed in the value quantizer's space and mapped back once. All query heads of a KV head share one unpacking of a
+tile. Long chunks of queries are taken in blocks of rows, so that the score matrix stays bounded too.
+"""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
-import triton
+from jaxtyping import Float
 from torch import Tensor
 
-from turboquant.kernel_view import KernelView
-from turboquant.kernels import decode, levels
-from turboquant.kernels.rotations import parts, sketch
+from turboquant.kernels.backend import guarded, usable
+from turboquant.quant.quantizer import PackedTensor, Quantizer
 
-MAX_QUERIES = 4
-"""Query tokens a call; more go through `kernels.prefill`."""
-MAX_ROWS = 64
-"""Query rows that share a KV head."""
-DIMS = (64, 80, 96, 128, 256)
-BITS = (1, 2, 3, 4)
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-LONG = 2**18 - 2**11
-"""Tokens, over all KV heads, from which parts are long enough for larger tiles."""
-SHORT = 2**17
-"""Tokens, over all KV heads, up to which few parts that are quickly joined are read sooner than many."""
-_MULTIPROCESSORS = 132  # where no device says
-
-
-def unsupported(query: Tensor, keys: KernelView | None, values: KernelView | None) -> str | None:
-    """Return why kernels cannot read these packed tokens, or None where they can."""
-    if keys is None or values is None:
-        return "the method has no kernel"
-    dim = query.shape[-1]
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"kernels take float16 and bfloat16, got {query.dtype}"
-    if dim not in DIMS:
-        return f"head_dim must be one of {', '.join(map(str, DIMS))}, got {dim}"
-    for name, view in (("key", keys), ("value", values)):
-        if view.bits not in BITS or view.rotation.matrix.shape[0] != dim:
-            return f"{name} codes of {view.bits} bits in {view.rotation.matrix.shape[0]} dimensions"
-        if view.scales.dtype == torch.float32:
-            return f"{name} scales are out of the range of float16"
-    if values.signs is not None or values.center is not None or values.means is not None:
-        return "values are centred or have a QJL stage"
-    return None
-
-
-def few_rows(query: Tensor, kv_heads: int) -> bool:
-    """Whether the queries are few enough to share one reading of the codes."""
-    return query.shape[2] <= MAX_QUERIES and query.shape[1] // kv_heads * query.shape[2] <= MAX_ROWS
+MAX_SCORES = 2**24
+"""Score elements held at once (64 MiB in float32), at least one query token's."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How the `split` kernel is launched."""
+class PackedSegment:
+    """Packed keys and values of some tokens, and the quantizers that read them."""
 
-    tile: int
-    warps: int
-    stages: int
-    splits: int
-    registers: int | None = None
-    """The most a thread may have; None leaves it to the compiler."""
+    keys: PackedTensor
+    values: PackedTensor
+    key_quantizer: Quantizer[Any]
+    value_quantizer: Quantizer[Any]
 
 
-@lru_cache(maxsize=8)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+def _bias(mask: Tensor, places: Tensor, groups: int) -> Tensor:
+    """Return what masking adds to the scores of the tokens at `places`, rows repeated for the heads of a group.
 
-
-@lru_cache(maxsize=8)
-def _launches_early(device: torch.device) -> bool:
-    """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
-    """Choose tile, warps and parts for `heads` KV heads (times batch) of `tokens` packed tokens.
-
-    Measured on an H100 and an H200 (docs/kernels.md): programs of one warp, which wait for no other, are fastest as
-    long as their registers hold what they compute on; at 2 bits long parts are read faster in larger tiles, and at 4
-    bits short contexts in fewer parts.
+    `mask` is boolean (True is visible) or additive, (batch, 1 or heads, queries, tokens).
     """
-    dim = keys.rotation.matrix.shape[0]
-    tile, warps, stages, programs = 64 if dim <= 64 else 32, 1, 3, 8
-    if rows > 16:
-        tile, warps, programs = 64, 4, 3
-    elif dim == 128 and keys.bits <= 2 and heads * tokens >= LONG:
-        tile = 64
-    elif dim == 128 and keys.bits == 4 and heads * tokens <= SHORT:
-        programs = 4
-    wanted = _multiprocessors(keys.scales.device) * programs // heads
-    return Plan(tile, warps, stages, max(1, min(wanted, -(-tokens // (2 * tile)))))
+    part = mask[..., places]
+    if part.dtype == torch.bool:
+        part = torch.zeros(part.shape, dtype=torch.float32, device=part.device).masked_fill_(~part, -torch.inf)
+    part = part.float()
+    if part.shape[1] == 1:  # one mask for all heads
+        return part if part.shape[2] == 1 else part.repeat(1, 1, groups, 1)
+    return part.unflatten(1, (-1, groups)).flatten(2, 3)
 
 
-def _two(tensor: Tensor | None) -> tuple[int, int]:
-    """Strides over rows and KV heads; 0 where there is no tensor."""
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+def _split(packed: PackedTensor, size: int) -> list[PackedTensor]:
+    """Split packed tokens into tiles of at most `size`."""
+    count = packed.tokens
+    if 0 < count <= size:
+        return [packed]
+    return [packed.narrow(start, min(size, count - start)) for start in range(0, count, size)]
 
 
-def _width(bits: int, dim: int) -> int:
-    return triton.next_power_of_2(dim // 2 if bits == 4 else dim // 4)
+def _attend_rows(
+    query: Float[Tensor, "batch kv_heads rows dim"],
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment,
+    bias: Tensor | None,
+) -> Float[Tensor, "batch kv_heads rows value_dim"]:
+    """Attend from scaled query rows; `bias` is in the order exact tokens, packed tokens."""
+    keys, values = exact
+    projected = packed.key_quantizer.project(query)
+    tiles = _split(packed.keys, packed.key_quantizer.tile_tokens(projected))
+    scores = torch.cat([query @ keys.mT, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
+    if bias is None:
+        weights = scores.softmax(dim=-1)
+    else:  # a query that sees nothing gets zeros, as from SDPA
+        blind = bias.amax(dim=-1, keepdim=True) == -torch.inf
+        weights = scores.add_(bias).softmax(dim=-1).masked_fill_(blind, 0)
+    exact_weights, packed_weights = weights.split([keys.shape[2], packed.keys.tokens], dim=-1)
+    output = exact_weights @ values
+    tiles = _split(packed.values, packed.value_quantizer.tile_tokens(packed_weights))
+    parts = zip(packed_weights.split([tile.tokens for tile in tiles], dim=-1), tiles, strict=True)
+    total = sum(packed.value_quantizer.combine(*part) for part in parts)
+    return output + packed.value_quantizer.unproject(total) if isinstance(total, Tensor) else output
 
 
 def attend(
+    query: Float[Tensor, "batch heads queries dim"],
+    exact_keys: Float[Tensor, "batch kv_heads exact dim"],
+    exact_values: Float[Tensor, "batch kv_heads exact value_dim"],
+    packed: PackedSegment,
+    sink_length: int,
+    mask: Tensor | None,
+    scaling: float,
+    starts: Tensor | None = None,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Attend from the last `queries` tokens to all tokens of a layer, on a GPU by its kernels where they can serve it.
+
+    Args:
+        query: Queries after rotary embedding; heads are grouped by KV head as in Hugging Face's `repeat_kv`.
+        exact_keys: Sinks, then the exact window, which ends with the tokens of the present call.
+        exact_values: The same for values.
+        packed: The packed tokens, which stand between the sinks and the window.
+        sink_length: How many of the exact tokens are sinks.
+        mask: (batch, 1 or heads, queries, tokens) in stored order, boolean (True is visible) or additive; None for a
+            plain causal mask.
+        scaling: Factor on the scores.
+        starts: (batch,) packed tokens at the front of each row that are pads, where that and causality are all that
+            the mask says; None where the mask may say more.
+
+    Returns:
+        The attention output, in float32 from the reference and in the dtype of the query from kernels.
+    """
+    fused = _fused(query, (exact_keys, exact_values), packed, mask, scaling, starts)
+    return _reference(query, exact_keys, exact_values, packed, sink_length, mask, scaling) if fused is None else fused
+
+
+def attend_at_lengths(
+    query: Tensor, exact_keys: Tensor, exact_values: Tensor, packed: PackedSegment, scaling: float, lengths: Tensor
+) -> Tensor:
+    """Attend by kernels over tensors with spare room; (packed, exact) tokens that count are told on the device.
+
+    Nothing here waits for the device, so a CUDA graph can hold it. See `kernels.attention.attend`.
+
+    Raises:
+        RuntimeError: If there are no kernels for the call.
+    """
+    kernels = usable(query, "attention")
+    views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+    reason = "Triton or CUDA is missing" if kernels is None else kernels.unsupported(query, *views)
+    if kernels is None or reason is not None:
+        raise RuntimeError(f"steps can be replayed only where GPU kernels attend: {reason}")
+    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scaling, lengths=lengths)
+    return output
+
+
+def _fused(
+    query: Tensor,
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment,
+    mask: Tensor | None,
+    scaling: float,
+    starts: Tensor | None,
+) -> Tensor | None:
+    """Attend by GPU kernels; None where they cannot serve the call."""
+    kernels = usable(query, "attention")
+    if kernels is None or (mask is not None and starts is None):
+        return None
+    views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+    if kernels.unsupported(query, *views) is not None:
+        return None
+    if kernels.few_rows(query, exact[0].shape[1]):
+        return guarded("attention", lambda: kernels.attend(query, *exact, *views, scaling, starts))
+    prefill = usable(query, "prefill")
+    if prefill is None or views[0].signs is not None:
+        return None
+    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scaling, starts))
+
+
+def _reference(
     query: Tensor,
     exact_keys: Tensor,
     exact_values: Tensor,
-    keys: KernelView,
-    values: KernelView,
+    packed: PackedSegment,
+    sink_length: int,
+    mask: Tensor | None,
     scaling: float,
-    starts: Tensor | None = None,
-    lengths: Tensor | None = None,
-    launch: Plan | None = None,
 ) -> Tensor:
-    """Attend from the last 1 to 4 tokens to exact and packed tokens; see `ops.attention.attend`.
-
-    Args:
-        query: (batch, heads, queries, dim), float16 or bfloat16.
-        exact_keys: (batch, kv_heads, tokens, dim): sinks, then the window that ends with the query tokens.
-        exact_values: The same for values.
-        keys: Packed keys.
-        values: Packed values.
-        scaling: Factor on the scores.
-        starts: (batch,) packed tokens at the front of each row that are pads; None where no row is padded.
-        lengths: (packed tokens, exact tokens) as int32 on the device, for a CUDA graph; the tensors then hold at least
-            that many. None takes the lengths of the tensors.
-        launch: How to launch; chosen by `plan` if not given.
-
-    Returns:
-        (batch, heads, queries, dim) in the dtype of the query, a view of a (batch, queries, heads, dim) tensor.
-    """
-    batch, heads, queries, dim = query.shape
-    kv_heads = keys.scales.shape[1]
-    groups, device = heads // kv_heads, query.device
-    rows = groups * queries
-    launch = launch or plan(keys, batch * kv_heads, keys.tokens, rows)
-    padded_rows = max(8, triton.next_power_of_2(rows))
-    padded_dim, block = triton.next_power_of_2(dim), triton.next_power_of_2(dim) if dim <= 128 else 32
-    group, splits, programs = keys.group_size, launch.splits, batch * kv_heads
-    biases = keys.means.shape[2] if keys.means is not None else 1
-    # Rotated queries are made in blocks, so that they are there sooner.
-    query_block = min(64, padded_dim)
-    bases = padded_dim // query_block
-
-    # Exact tokens are read by the first parts, a few each.
-    exact_parts = 4 if splits >= 8 else 1
-    slots = splits + exact_parts
-
-    sizes = [programs * padded_rows * count for count in (slots, slots, biases, bases, slots * dim)]
-    space = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-    maxima, sums, bias, base, output = space.split(sizes)
-    sketched = keys.signs is not None
-    projected = torch.empty(
-        3 if sketched else 2, programs, padded_rows, dim, dtype=torch.float16, device=device
-    )  # rotated queries in two parts, and sketched ones
-    result = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=device)
-    rotation, back = parts(keys.rotation, query.dtype), parts(values.rotation, query.dtype)
-    projection = rotation if keys.projection is None else sketch(keys.projection, keys.rotation, query.dtype)
-    lut, table = levels.tables(keys.codebook, dim)
-    value_lut, value_table = levels.tables(values.codebook, dim)
-    sign_lut, sign_table = (lut, table) if keys.sign_levels is None else levels.tables(keys.sign_levels, 1)
-    none = lut  # stands where a kernel reads nothing
-    exact_keys, exact_values = (_rows(tensor) for tensor in (exact_keys, exact_values))
-    early = _launches_early(device)
-    rest = projected.stride(0)
-    decode.prepare[programs, bases](
-        query, rotation.high, rotation.low, projection.high, projection.low,
-        none if keys.center is None else keys.center.contiguous(), projected[0], projected[-1], base,
-        scaling * decode.LOG2_E, rotation.factor, *query.stride()[:3], rest,
-        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows, BP=max(16, padded_rows),
-        BLOCK=query_block, EXACT=rotation.exact, CENTERED=keys.center is not None,
-        SKETCHED=sketched, EARLY=early, num_warps=4,
-    )  # fmt: skip
-
-    words = values.bits == 4 or dim > 64
-    key_planes, value_planes = (keys.planes[0], keys.planes[-1]), (values.planes[0], values.planes[-1])
-    if words:
-        value_planes = (value_planes[0].view(torch.int16), value_planes[1].view(torch.int16))
-    late = levels.late_bytes(dim, device)
-    key_level, value_level = (dim**-0.5 / (1 if view.tops is None else 255) for view in (keys, values))
-    decode.split[splits, programs](
-        query, exact_keys, exact_values, projected[0], projected[-1], base, bias,
-        *key_planes, keys.scales, none if keys.tops is None else keys.tops,
-        none if keys.means is None else keys.means, none if keys.mean_tops is None else keys.mean_tops,
-        none if keys.signs is None else keys.signs, none if keys.error_norms is None else keys.error_norms,
-        *value_planes, values.scales, none if values.tops is None else values.tops,
-        output, maxima, sums, none if lengths is None else lengths, none if starts is None else starts,
-        lut, table, value_lut, value_table, sign_lut, sign_table, late,
-        levels.late_words(dim, device) if words else late,
-        exact_keys.shape[2], keys.tokens, biases, splits, rest, scaling * decode.LOG2_E,
-        key_level, keys.gain, value_level,
-        *query.stride()[:3], *_two(exact_keys), *_two(exact_values),
-        *_two(key_planes[0]), *_two(key_planes[1]), *_two(keys.scales), *_two(keys.tops), *_two(keys.means),
-        *_two(keys.mean_tops), *_two(keys.signs), *_two(keys.error_norms),
-        *_two(value_planes[0]), *_two(value_planes[1]), *_two(values.scales), *_two(values.tops),
-        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
-        BM=padded_rows, BN=launch.tile, BE=16, GROUP=group, KEY_TOPS=keys.shared, VALUE_TOPS=values.shared,
-        GROUP_MEANS=keys.means is not None,
-        SKETCHED=sketched, ON_DEVICE=lengths is not None, PADDED=starts is not None, ASM=not INTERPRETED, WORDS=words,
-        STAGES=launch.stages, KW=_width(keys.bits, dim), VW=_width(values.bits, dim) // (2 if words else 1),
-        SW=_width(1, dim), BASES=bases, NG=16 if biases <= 16 * splits else 32, PARTS=exact_parts, EARLY=early,
-        launch_pdl=early, num_warps=launch.warps, maxnreg=launch.registers,
-    )  # fmt: skip
-
-    decode.merge[batch * queries * heads,](
-        output, maxima, sums, back.high, back.low, result, splits, back.factor,
-        KV_HEADS=kv_heads, G=groups, TQ=queries, D=dim, DP=padded_dim, BM=padded_rows,
-        SP=triton.next_power_of_2(slots), BS=min(128, triton.next_power_of_2(splits)), BLOCK=block,
-        EXACT=back.exact, PARTS=exact_parts, EARLY=early, launch_pdl=early,
-        num_warps=4 if splits <= 32 else 8,
-    )  # fmt: skip
-    return result.transpose(1, 2)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a tensor whose tokens lie one behind the other."""
-    return tensor if tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3] else tensor.contiguous()
+    batch, heads, rows, dim = query.shape
+    kv_heads, groups = exact_keys.shape[1], heads // exact_keys.shape[1]
+    exact_length, tokens = exact_keys.shape[2], exact_keys.shape[2] + packed.keys.tokens
+    exact = (exact_keys.float(), exact_values.float())
+    scaled = (query.float() * scaling).unflatten(1, (kv_heads, groups))
+    if mask is None and rows == 1:
+        output = _attend_rows(scaled.reshape(batch, kv_heads, groups, dim), exact, packed, None)
+        return output.reshape(batch, heads, 1, -1)
+    # Places of the tokens in the order they are scored here: exact ones first. Packed ones follow the sinks.
+    place = torch.arange(tokens, device=query.device)
+    window = sink_length + tokens - exact_length
+    places = torch.cat([place[:sink_length], place[window:], place[sink_length:window]])
+    outputs = []
+    size = max(1, MAX_SCORES // (batch * heads * tokens))
+    for start in range(0, rows, size):
+        count = min(size, rows - start)
+        if mask is None:
+            limit = torch.arange(tokens - rows + start, tokens - rows + start + count, device=query.device)
+            part = (place <= limit[:, None])[None, None]
+        else:
+            part = mask[:, :, start : start + count]
+        block = scaled[:, :, :, start : start + count].reshape(batch, kv_heads, groups * count, dim)
+        output = _attend_rows(block, exact, packed, _bias(part, places, groups))
+        outputs.append(output.reshape(batch, heads, count, -1))
+    return torch.cat(outputs, dim=2)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from turboquant.modes import shared_table
-from turboquant.packing import PLANE_WIDTHS, Planes, unpack_bits
+from turboquant.quant.modes import shared_table
+from turboquant.quant.packing import PLANE_WIDTHS, Planes, unpack_bits
 
 _jit: Any = numba.njit(fastmath=True, nogil=True, cache=True)
 _inline: Any = numba.njit(fastmath=True, nogil=True, inline="always")

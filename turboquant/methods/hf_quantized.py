@@ -1,7 +1,7 @@
 """Hugging Face's own quantized caches, to compare with: quanto, HQQ and fp8.
 
 Their layers return dense tensors at every step, so they save memory between steps but not work. See
-`turboquant.hf_layers` for what is done to make every operation of a cache safe with them. transformers is imported
+`turboquant.cache.foreign` for what is done to make every operation of a cache safe with them. transformers is imported
 when a layer is made, never before.
 """
 
@@ -60,8 +60,8 @@ class _GroupWise(HFMethod, ABC):
         return float(self.bits)
 
     def foreign_layer(self) -> Any:
-        """Return a new layer; see `turboquant.hf_layers.foreign_layer`."""
-        from turboquant.hf_layers import foreign_layer
+        """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
+        from turboquant.cache.foreign import foreign_layer
 
         return foreign_layer(
             self.backend,
@@ -128,7 +128,7 @@ class HFFp8(HFMethod):
         return 8.0
 
     def foreign_layer(self) -> Any:
-        """Return a new layer; see `turboquant.hf_layers.foreign_layer`."""
-        from turboquant.hf_layers import foreign_layer
+        """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
+        from turboquant.cache.foreign import foreign_layer
 
         return foreign_layer("fp8")

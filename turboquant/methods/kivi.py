@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from turboquant.codebook import check_bits
-from turboquant.grouping import channel_groups, stored, uneven, ungrouped
 from turboquant.methods import BitsMethod, check_choice
-from turboquant.packing import Planes, pack_bits, unpack_bits
-from turboquant.quantizer import PackedTensor, Quantizer, token_groups
+from turboquant.quant.codebook import check_bits
+from turboquant.quant.grouping import channel_groups, stored, uneven, ungrouped
+from turboquant.quant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quant.quantizer import PackedTensor, Quantizer, token_groups
 
 GROUP_SIZES = (32, 64, 128)
 

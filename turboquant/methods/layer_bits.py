@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from itertools import groupby
 
-from turboquant.codebook import check_bits
+from turboquant.quant.codebook import check_bits
 
 Bits = tuple[int, int]
 """Of keys and of values."""

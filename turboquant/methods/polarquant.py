@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from turboquant.codebook import boundaries, check_bits
-from turboquant.grouping import stored
 from turboquant.methods import BitsMethod, check_choice
-from turboquant.modes import shared_table
-from turboquant.packing import Planes, pack_bits, unpack_bits
-from turboquant.quantizer import PackedTensor, Quantizer
-from turboquant.rotation import ROTATIONS, Rotation, RotationKind, random_rotation
+from turboquant.quant.codebook import boundaries, check_bits
+from turboquant.quant.grouping import stored
+from turboquant.quant.modes import shared_table
+from turboquant.quant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quant.quantizer import PackedTensor, Quantizer
+from turboquant.quant.rotation import ROTATIONS, Rotation, RotationKind, random_rotation
 
 MAX_LEVELS = 4
 _GRID = 2**16

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from turboquant.codebook import check_dim
-from turboquant.grouping import stored
 from turboquant.methods import BitsMethod, check_count
 from turboquant.methods.kivi import PerToken
-from turboquant.modes import shared_table
-from turboquant.packing import Planes, pack_bits, unpack_bits
-from turboquant.quantizer import PackedTensor, Quantizer, token_groups
-from turboquant.rotation import qjl_projection, qjl_scale
+from turboquant.quant.codebook import check_dim
+from turboquant.quant.grouping import stored
+from turboquant.quant.modes import shared_table
+from turboquant.quant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quant.quantizer import PackedTensor, Quantizer, token_groups
+from turboquant.quant.rotation import qjl_projection, qjl_scale
 
 TOKEN_GROUP = 32
 VALUE_GROUP = 32

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from turboquant.codebook import check_bits
-from turboquant.grouping import channel_groups, stored, ungrouped
 from turboquant.methods import BitsMethod, check_choice
-from turboquant.packing import Planes, pack_bits, unpack_bits
-from turboquant.quantizer import PackedTensor, Quantizer
-from turboquant.rotation import Rotation, random_rotation
+from turboquant.quant.codebook import check_bits
+from turboquant.quant.grouping import channel_groups, stored, ungrouped
+from turboquant.quant.packing import Planes, pack_bits, unpack_bits
+from turboquant.quant.quantizer import PackedTensor, Quantizer
+from turboquant.quant.rotation import Rotation, random_rotation
 
 GROUP_SIZES = (16, 32, 64, 128)
 

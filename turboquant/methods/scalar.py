@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from turboquant.codebook import boundaries, check_bits, lloyd_max
-from turboquant.grouping import FP16_MAX, OUTLIER, in_float16, median, stored
-from turboquant.kernel_view import KernelView
+from turboquant.kernels.codes import code_combine, code_levels, code_scores, tile_tokens
 from turboquant.methods import check_choice
-from turboquant.modes import plain, shared_table
-from turboquant.ops.codes import code_combine, code_levels, code_scores, tile_tokens
-from turboquant.packing import Planes, pack_bits, plane_widths
-from turboquant.quantizer import PackedTensor, Quantizer, token_groups
-from turboquant.rotation import Rotation
+from turboquant.quant.codebook import boundaries, check_bits, lloyd_max
+from turboquant.quant.grouping import FP16_MAX, OUTLIER, in_float16, median, stored
+from turboquant.quant.kernel_view import KernelView
+from turboquant.quant.modes import plain, shared_table
+from turboquant.quant.packing import Planes, pack_bits, plane_widths
+from turboquant.quant.quantizer import PackedTensor, Quantizer, token_groups
+from turboquant.quant.rotation import Rotation
 
 Scale = Literal["matched", "norm", "unbiased"]
 SCALES: tuple[Scale, ...] = ("matched", "norm", "unbiased")

@@ -18,7 +18,7 @@ import torch
 from turboquant.methods import BitsMethod, NoSuchLayerError, check_choice
 from turboquant.methods.layer_bits import Bits, read_layer_bits, write_layer_bits
 from turboquant.methods.scalar import SCALES, Scale, TurboQuantMSE, TurboQuantProd
-from turboquant.rotation import ROTATIONS, RotationKind, qjl_projection, qjl_scale, random_rotation
+from turboquant.quant.rotation import ROTATIONS, RotationKind, qjl_projection, qjl_scale, random_rotation
 
 QJL_KINDS = ("none", "gaussian", "orthogonal")
 GROUP_SIZES = (0, 32, 64, 128)

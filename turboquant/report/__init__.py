@@ -2,8 +2,8 @@
 
 from turboquant.report.page import Section, build_report, to_html, to_markdown
 from turboquant.report.readme import README_TABLES, fill_readme
+from turboquant.report.summary import ReportError, read_results
 from turboquant.report.tables import Table
-from turboquant.summary import ReportError, read_results
 
 __all__ = [
     "README_TABLES",

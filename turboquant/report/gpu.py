@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from turboquant.bench_records import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
+from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
+from turboquant.records.results import Environment, ExperimentRecord
 from turboquant.report.tables import NONE, Table, code, number
-from turboquant.results import Environment, ExperimentRecord
 
 B = TypeVar("B", bound=GpuBench)
 LARGE = "llama-3.1-8b", 8, 32_768, 1

@@ -8,6 +8,7 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from turboquant.report.summary import ReportError, Results, Summary, summarize
 from turboquant.report.tables import (
     Table,
     busy_table,
@@ -19,10 +20,9 @@ from turboquant.report.tables import (
     number,
 )
 from turboquant.report.variance import variance_table
-from turboquant.summary import ReportError, Results, Summary, summarize
 
 if TYPE_CHECKING:
-    from turboquant.plots import Plot
+    from turboquant.report.plots import Plot
 
 TITLES = {
     "attention": "Attention over long contexts (evaluate)",
@@ -89,7 +89,7 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
 
 
 def _draw(group: Sequence[Summary]) -> tuple[Panel, ...]:
-    from turboquant.plots import PLOTS, legend
+    from turboquant.report.plots import PLOTS, legend
 
     parts = [(model, list(part), "model") for model, part in groupby(group, key=lambda one: one.model or "")]
     panels = [
@@ -118,7 +118,7 @@ def to_html(sections: Sequence[Section]) -> str:
     """
     from jinja2 import Environment
 
-    from turboquant.plots import library_script
+    from turboquant.report.plots import library_script
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cell": _cell, "json": _json}

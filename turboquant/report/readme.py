@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from turboquant.bench_records import GpuBench
+from turboquant.records.bench import GpuBench
+from turboquant.records.results import DecodeBench
 from turboquant.report.gpu import (
     attention_table,
     context_table,
@@ -15,6 +16,7 @@ from turboquant.report.gpu import (
     scores_table,
     speed_table,
 )
+from turboquant.report.summary import ReportError, Results, on_gpu, read_results, summarize
 from turboquant.report.tables import (
     Table,
     busy_table,
@@ -25,8 +27,6 @@ from turboquant.report.tables import (
     needle_table,
 )
 from turboquant.report.variance import variance_table
-from turboquant.results import DecodeBench
-from turboquant.summary import ReportError, Results, on_gpu, read_results, summarize
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
 _PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)

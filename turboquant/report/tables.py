@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from turboquant.pareto import pareto_front
-from turboquant.results import DecodeBench
-from turboquant.summary import ROW_SETTINGS, Summary, measured_on
+from turboquant.records.pareto import pareto_front
+from turboquant.records.results import DecodeBench
+from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "attention": (

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from turboquant.records.results import ExperimentRecord
+from turboquant.records.spread import spread
+from turboquant.report.summary import measured_on, summarize
 from turboquant.report.tables import NONE, Table, code, label, number
-from turboquant.results import ExperimentRecord
-from turboquant.statistics import spread
-from turboquant.summary import measured_on, summarize
 
 GREEDY = ("kl_mean", "same_top_pct", "delta_ppl_pct", "agreed_tokens")
 SAMPLED = "agreed_tokens"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from turboquant.record import Record
+from turboquant.records.base import Record
 from turboquant.sizing.fields import MAX_CONFIG_BYTES, ModelConfig, ModelConfigError, read_fields
 from turboquant.sizing.layers import Kind, layer_kinds, window
 from turboquant.sizing.parameters import parameter_count

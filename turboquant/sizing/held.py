@@ -3,7 +3,7 @@
 What a vector costs is not written down here: the method's own quantizers pack one group of zeros and the result is
 weighed. So the figures follow a method when its layout changes.
 
-Spare room is counted as `turboquant.layer` keeps it after a context that was read in one call: none behind the codes,
+Spare room is counted as `cache.layer` keeps it after a context that was read in one call: none behind the codes,
 and an exact window as large as it ever gets between two packings (sinks, residual window and one block; a context
 shorter than that is plain tensors, and may hold less room than counted). A cache that grows token by token keeps up to
 a sixteenth more behind its codes; `growing` counts that.
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from turboquant.record import Record
+from turboquant.records.base import Record
 from turboquant.sizing.config import KVShape
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.quantizer import PackedTensor, Quantizer
+    from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 MOST_TOKENS = 2**40
 """What `longest_context` returns where no context is too long: every layer keeps a window only."""

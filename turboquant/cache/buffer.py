@@ -1,0 +1,50 @@
+"""Preallocated room for packed tokens."""
+
+from turboquant.quant.quantizer import PackedTensor
+
+
+class TokenBuffer:
+    """Preallocated room for packed tokens of one kind (keys or values)."""
+
+    def __init__(self) -> None:
+        self.storage: PackedTensor | None = None
+        self.length = 0
+
+    def append(self, new: PackedTensor) -> None:
+        """Write tokens behind those held; where one side needs a wider float than the other, both take it."""
+        if self.storage is not None:
+            held = self.view()
+            alike, new = held.alike(new)
+            if alike is not held:
+                room, self.storage = self.storage.tokens, alike
+                self.reserve(room)
+        new.copy_into(self.extend(new), 0)
+
+    def extend(self, like: PackedTensor) -> PackedTensor:
+        """Make room for as many tokens as `like` has, behind those held, and return it; grow by a sixteenth."""
+        start, count = self.length, like.tokens
+        end = start + count
+        if self.storage is None:
+            self.storage = like.empty(end)
+        elif end > self.storage.tokens:
+            self.reserve(round_up(end + max(count, end // 16), like.token_group))
+        self.length = end
+        return self.storage.narrow(start, count)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens in all."""
+        assert self.storage is not None
+        if self.storage.tokens < tokens:
+            larger = self.storage.empty(tokens)
+            self.view().copy_into(larger, 0)
+            self.storage = larger
+
+    def view(self) -> PackedTensor:
+        """Return the tokens held, without the spare room."""
+        assert self.storage is not None
+        return self.storage.narrow(0, self.length)
+
+
+def round_up(tokens: int, group: int) -> int:
+    """Return the least multiple of `group` that is not below `tokens`."""
+    return -(-tokens // group) * group

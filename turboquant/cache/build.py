@@ -1,0 +1,300 @@
+"""The compressed cache: a Hugging Face `Cache` whose full-attention layers hold packed codes, and what it holds."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from turboquant.cache.foreign import ForeignLayer
+from turboquant.cache.layer import CachedStates, QuantizedLayer
+from turboquant.records.results import CacheReport
+
+if TYPE_CHECKING:
+    from turboquant.methods import Method
+
+__all__ = [
+    "CachedStates",
+    "CompressedCache",
+    "NothingCompressedError",
+    "QuantizedLayer",
+    "build_cache",
+    "cache_bytes",
+    "cache_report",
+    "fill_cache",
+    "layer_states",
+]
+
+
+class NothingCompressedError(RuntimeError):
+    """A quality or memory figure was asked of a run in which no token was packed."""
+
+
+_COMPRESSED = (QuantizedLayer, ForeignLayer)
+
+
+class CompressedCache(Cache):
+    """A cache in which every full-attention layer is a `QuantizedLayer`; other layers are Hugging Face's own."""
+
+    def __init__(self, method: "Method", layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.method = method
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Take one layer's keys and values of a forward call.
+
+        Raises:
+            ValueError: If the layers hold different numbers of tokens, since an earlier call failed midway.
+        """
+        self._check_step(layer_idx, key_states.shape[2])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(keys, CachedStates):
+            keys.on_unread = self._forget_call
+        return keys, values
+
+    def _check_step(self, layer_idx: int, added: int) -> None:
+        """Refuse a call whose layers do not hold the same tokens.
+
+        The first compressed layer is held against all others, whose turn in this call has been or is to come; every
+        other compressed layer against the first. A layer without tokens is asked when its own turn comes.
+        """
+        layers: list[Any] = self.layers
+        own = layers[layer_idx]
+        if not isinstance(own, _COMPRESSED) or getattr(own, "lengths", None) is not None:  # there `graphs` counts
+            return
+        first = next(i for i, layer in enumerate(layers) if isinstance(layer, _COMPRESSED))
+        before = own.get_seq_length()
+        for other in range(len(layers)) if layer_idx == first else [first]:
+            if other == layer_idx or not isinstance(layers[other], (*_COMPRESSED, DynamicSlidingWindowLayer)):
+                continue
+            held = layers[other].get_seq_length()
+            if held and held != (due := before + (added if other < layer_idx else 0)):
+                raise ValueError(
+                    f"layer {other} of the cache holds {held} tokens, and {due} by what layer {layer_idx} holds: an "
+                    "earlier call failed midway; call reset() on the cache or build a new one"
+                )
+
+    def _forget_call(self) -> None:
+        """Forget the present call in Hugging Face's layers too, if it was the first one."""
+        if not any(layer.get_seq_length() for layer in self.layers if isinstance(layer, QuantizedLayer)):
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, ForeignLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        super().reset()
+
+
+def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
+    """Return an empty cache for `model.generate(..., past_key_values=cache)` or plain forward calls.
+
+    Args:
+        config: The model's config.
+        method: From `parse_method`. `full` gives Hugging Face's own DynamicCache.
+
+    Raises:
+        NoSuchLayerError: If the method gives bits to a layer that the model does not have, or does not compress.
+
+    Example:
+        >>> from turboquant import build_cache, parse_method, tiny_model
+        >>> model = tiny_model("llama")
+        >>> type(build_cache(model.config, parse_method("turboquant:bits=4"))).__name__
+        'CompressedCache'
+    """
+    plain = DynamicCache(config=config)
+    if method.name == "full":
+        return plain
+    compressed = [i for i, layer in enumerate(plain.layers) if type(layer) is DynamicLayer]
+    method.check_layers(len(plain.layers), compressed)
+    readers = last_readers(config)
+    layers = list(plain.layers)
+    for i in compressed:
+        layers[i] = method.foreign_layer() if method.foreign else QuantizedLayer(method, i, readers.get(i), config)
+    return CompressedCache(method, layers)
+
+
+def last_readers(config: PreTrainedConfig) -> dict[int, int]:
+    """Return which layer is the last to read the keys and values of another one, by the latter's index.
+
+    Models such as Gemma 3n let their last layers use the states of the last earlier layer of the same type.
+    """
+    config = config.get_text_config(decoder=True)
+    shared = int(getattr(config, "num_kv_shared_layers", None) or 0)
+    types = list(getattr(config, "layer_types", None) or [])
+    if not 0 < shared < len(types):
+        return {}
+    own = len(types) - shared
+    last = {kind: i for i, kind in enumerate(types)}
+    makers = {kind: i for i, kind in enumerate(types[:own])}
+    return {maker: last[kind] for kind, maker in makers.items() if last[kind] != maker}
+
+
+@torch.no_grad()
+def fill_cache(
+    cache: Cache,
+    layer_idx: int,
+    key_states: Float[Tensor, "batch kv_heads tokens dim"],
+    value_states: Float[Tensor, "batch kv_heads tokens value_dim"],
+) -> None:
+    """Store captured states in one layer, as one forward call over rows without padding would have stored them.
+
+    Args:
+        cache: From `build_cache`.
+        layer_idx: The layer.
+        key_states: Keys after rotary embedding, behind those held already.
+        value_states: Values.
+
+    Example:
+        >>> import torch
+        >>> from turboquant import build_cache, parse_method, tiny_model
+        >>> cache = build_cache(tiny_model("llama").config, parse_method("turboquant:bits=4"))
+        >>> fill_cache(cache, 0, torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64))
+        >>> layer_states(cache, 0)[0].shape
+        torch.Size([1, 2, 300, 64])
+    """
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, QuantizedLayer):
+        layer.update(key_states, value_states)
+        layer.compress(None)
+    else:
+        cache.update(key_states, value_states, layer_idx)
+
+
+def layer_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values one layer holds, as attention will read them: packed ones are dequantized.
+
+    Both are (batch, kv_heads, tokens, dim), in the order of the attention mask and in the dtype of the model.
+
+    Raises:
+        ValueError: If the layer holds nothing.
+    """
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if layer is None or not layer.get_seq_length():
+        raise ValueError(f"layer {layer_idx} of the cache holds no tokens")
+    return layer.dense() if isinstance(layer, (QuantizedLayer, ForeignLayer)) else (layer.keys, layer.values)
+
+
+@dataclass
+class _Bytes:
+    """Bytes by purpose; each storage is counted once."""
+
+    key: int = 0
+    value: int = 0
+    scale: int = 0
+    exact: int = 0
+    spare: int = 0
+    shared: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.key + self.value + self.scale + self.exact + self.spare + self.shared
+
+
+def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
+    for buffer, part in ((layer.packed_keys, "key"), (layer.packed_values, "value")):
+        if buffer.storage is None:
+            continue
+        used = buffer.view()
+        codes = sum(t.nbytes for t in used.tensors(*used.code_fields))
+        setattr(count, part, getattr(count, part) + codes)
+        count.scale += used.nbytes - codes
+        count.spare += sum(_new_storage(t, seen) for t in buffer.storage.tensors()) - used.nbytes
+    if layer.exact_keys is not None and layer.exact_values is not None:
+        exact = sum(t.nbytes for t in layer.exact())
+        count.exact += exact
+        count.spare += _new_storage(layer.exact_keys, seen) + _new_storage(layer.exact_values, seen) - exact
+    for notes in (layer.padding, layer.seen):
+        count.scale += 0 if notes is None else _new_storage(notes, seen)
+    if hasattr(layer, "key_quantizer"):  # an emptied layer keeps its tables
+        tables = (*layer.key_quantizer.tables(), *layer.value_quantizer.tables())
+        count.shared += sum(_new_storage(t, seen) for t in tables)
+
+
+def _add(count: _Bytes, part: str, tensors: list[Tensor], seen: set[int]) -> None:
+    """Count tensors under one purpose, and what their storages hold beyond them as spare."""
+    held = sum(t.nbytes for t in tensors)
+    setattr(count, part, getattr(count, part) + held)
+    count.spare += sum(_new_storage(t, seen) for t in tensors) - held
+
+
+def _plain_bytes(layer: Any, count: _Bytes, seen: set[int]) -> int:
+    """Count a layer of plain tensors as exact; return how many values it holds."""
+    states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+    _add(count, "exact", states, seen)
+    count.spare += sum(_new_storage(t, seen) for t in vars(layer).values() if isinstance(t, Tensor))
+    return sum(t.numel() for t in states)
+
+
+def _new_storage(tensor: Tensor, seen: set[int]) -> int:
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in seen or not storage.nbytes():
+        return 0
+    seen.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def _payload_bits(method: "Method | None", count: _Bytes, packed_values: int) -> float | None:
+    """Return the bits of a code by the method's formula, or as held where its layers differ."""
+    if method is None or not packed_values:
+        return None
+    return method.payload_bits or 8 * (count.key + count.value) / packed_values
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of every storage reachable from a cache; the total of `cache_report`."""
+    return cache_report(cache).bytes
+
+
+def cache_report(cache: Cache) -> CacheReport:
+    """Measure what a cache holds: tokens, and the bytes of every storage reachable from it.
+
+    The 16-bit baseline counts 2 bytes for every value cached, whatever dtype the run uses; tables shared by layers
+    are counted once. `payload_ratio` is the methodology's formula (16 bits against the bits of codes and signs,
+    without norms, windows or tables) and stands beside the measured ratio, never in its place.
+    """
+    count, seen = _Bytes(), set[int]()
+    values = packed_values = compressed_layers = compressed = 0
+    for layer in cache.layers:
+        if not isinstance(layer, (QuantizedLayer, ForeignLayer)):
+            values += _plain_bytes(layer, count, seen)
+            continue
+        if isinstance(layer, QuantizedLayer):
+            _layer_bytes(layer, count, seen)
+        else:
+            for part, tensors in layer.held().items():
+                _add(count, part, tensors, seen)
+        compressed_layers += 1
+        compressed = max(compressed, layer.packed_length)
+        values += layer.held_values
+        if layer.packed_length:
+            packed_values += layer.held_values * layer.packed_length // layer.get_seq_length()
+    payload = _payload_bits(getattr(cache, "method", None), count, packed_values)
+    tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
+    return CacheReport(
+        cache_class=type(cache).__name__,
+        tokens=tokens,
+        compressed_tokens=compressed,
+        exact_tokens=tokens - compressed,
+        layers=len(cache.layers),
+        compressed_layers=compressed_layers,
+        bytes=count.total,
+        key_bytes=count.key,
+        value_bytes=count.value,
+        scale_bytes=count.scale,
+        exact_bytes=count.exact,
+        spare_bytes=count.spare,
+        shared_bytes=count.shared,
+        full_precision_bytes=2 * values,
+        bits_per_value=8 * count.total / values if values else 0.0,
+        compression_ratio=2 * values / count.total if count.total else 1.0,
+        payload_ratio=16 / payload if payload else None,
+        misread_vectors=sum(getattr(layer, "misread_vectors", 0) for layer in cache.layers),
+    )

@@ -1,0 +1,272 @@
+"""Speed and memory of a whole model of a known shape on a GPU. Its weights are random: it says nothing about quality.
+
+The cache is filled with random keys and values instead of a prompt's, so that long contexts take seconds; every byte
+is held, and the decode steps that are timed are real.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+from turboquant import hf_attention
+from turboquant.cache.build import build_cache, cache_bytes, fill_cache
+from turboquant.cache.graph import GraphDecoder
+from turboquant.methods import Method
+from turboquant.records.bench import ContextBench, ModelBench
+from turboquant.records.results import environment
+from turboquant.records.spread import timing_spread
+
+CHUNK = 2048
+"""Tokens filled in at once."""
+MODELS: dict[str, dict[str, int]] = {
+    "mistral-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+}
+
+
+def random_model(name: str, weights: str = "bf16") -> Any:
+    """Return a model of a known shape with random weights on the GPU, attention set to "turboquant".
+
+    Args:
+        name: One of `MODELS`.
+        weights: "bf16", or "4bit" for bitsandbytes' NF4.
+
+    Raises:
+        ValueError: If the name or the precision is unknown.
+    """
+    if name not in MODELS or weights not in ("bf16", "4bit"):
+        raise ValueError(f"models are {', '.join(MODELS)} in bf16 or 4bit, got {name!r} in {weights!r}")
+    config = LlamaConfig(**MODELS[name], max_position_embeddings=2**20, tie_word_embeddings=False)  # type: ignore[arg-type]
+    hf_attention.register()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="turboquant")
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, _linear(module, weights if "lm_head" not in path else "bf16"))
+    for parameter in [p for p in model.named_parameters() if p[1].is_meta]:
+        parent, _, last = parameter[0].rpartition(".")
+        value = torch.full_like(parameter[1], 1.0, device="cuda") if "norm" in parameter[0] else None
+        value = torch.randn(parameter[1].shape, device="cuda", dtype=torch.bfloat16) * 0.02 if value is None else value
+        setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
+    rotary: Any = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=config, device=torch.device("cuda"))
+    return model.eval().requires_grad_(False)
+
+
+def _linear(module: nn.Linear, weights: str) -> nn.Module:
+    weight = torch.randn(module.out_features, module.in_features, device="cuda", dtype=torch.bfloat16) * 0.02
+    if weights == "bf16":
+        layer = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+    import bitsandbytes as bnb
+
+    quantized: Any = bnb.nn.Linear4bit(
+        module.in_features,
+        module.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    parameter: Any = bnb.nn.Params4bit(
+        weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantized
+    )
+    quantized.weight = parameter
+    return quantized.to("cuda")
+
+
+def fill(config: PreTrainedConfig, cache: Cache, batch: int, tokens: int) -> None:
+    """Hold `tokens` more random tokens a row in every layer."""
+    text: Any = config
+    heads, dim = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    states = torch.randn(2, batch, heads, CHUNK, dim, device="cuda", dtype=torch.bfloat16)
+    for layer_idx in range(text.num_hidden_layers):
+        for start in range(0, tokens, CHUNK):
+            count = min(CHUNK, tokens - start)
+            fill_cache(cache, layer_idx, states[0, :, :, :count], states[1, :, :, :count])
+
+
+def _timed(step: Any, steps: int) -> list[float]:
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+class _HeldLayer(DynamicLayer):
+    """An uncompressed layer of a fixed length: each step overwrites the last token, so that it can be replayed."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Fill the layer with what comes first in many tokens, then replace the last one."""
+        if key_states.shape[2] > 1:
+            return super().update(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+
+class _FullGraph:
+    """Decode steps of an uncompressed cache in a CUDA graph, with SDPA and without a mask (its fastest path)."""
+
+    def __init__(self, model: Any, cache: Cache, batch: int, context: int) -> None:
+        AttentionInterface.register("unmasked_sdpa", sdpa_attention_forward)
+        AttentionMaskInterface.register("unmasked_sdpa", lambda *_, **__: None)
+        model.set_attn_implementation("unmasked_sdpa")
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        self.positions = torch.full((batch, 1), context - 1, dtype=torch.long, device="cuda")
+        for _ in range(2):
+            self._forward()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._forward()
+
+    def _forward(self) -> None:
+        logits = self.model(self.ids, position_ids=self.positions, past_key_values=self.cache, logits_to_keep=1).logits
+        self.ids.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
+
+
+@torch.no_grad()
+def bench_model(
+    name: str, weights: str, methods: Sequence[Method], *, batch: int = 1, context: int = 32_768, steps: int = 64
+) -> Iterator[ModelBench]:
+    """Time decode steps after `context` tokens: each method called step by step, and compressed ones replayed too."""
+    model = random_model(name, weights)
+    for method in methods:
+        for run in ("calls",) if method.name == "full" else ("calls", "graph"):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            cache = build_cache(model.config, method)
+            fill(model.config, cache, batch, context)
+            ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+            if run == "graph":
+                decoder: GraphDecoder | None = GraphDecoder(model, cache, context + steps + 80)
+                assert decoder is not None
+                times = _timed(decoder.step, steps)
+            else:
+                times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), steps)
+            yield _record(name, weights, str(method), run, (batch, context), times, cache)
+            del cache
+            decoder = None
+    yield _full_graph(model, name, weights, batch, context, steps)
+
+
+def _full_graph(model: Any, name: str, weights: str, batch: int, context: int, steps: int) -> ModelBench:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    cache = Cache(layers=[_HeldLayer() for _ in range(model.config.num_hidden_layers)])
+    fill(model.config, cache, batch, context)
+    graph = _FullGraph(model, cache, batch, context)
+    times = _timed(graph.graph.replay, steps)
+    model.set_attn_implementation("turboquant")
+    return _record(name, weights, "full", "graph", (batch, context), times, cache)
+
+
+def _record(
+    name: str, weights: str, method: str, run: str, sizes: tuple[int, int], times: list[float], cache: Cache
+) -> ModelBench:
+    step_ms = timing_spread(times)
+    return ModelBench(
+        environment=environment("cuda"),
+        model=f"{name} shape, random weights",
+        weights=weights,
+        method=method,
+        run=run,
+        batch=sizes[0],
+        context=sizes[1],
+        steps=len(times),
+        step_ms=step_ms,
+        tokens_per_second=1e3 * sizes[0] / step_ms.median,
+        cache_bytes=cache_bytes(cache),
+        peak_bytes=torch.cuda.max_memory_allocated(),
+    )
+
+
+@torch.no_grad()
+def bench_memory(name: str, weights: str, methods: Sequence[Method], *, budget_bytes: int) -> Iterator[ContextBench]:
+    """Fill a cache until the GPU memory of the budget is used up, then decode; one record a method."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    for method in methods:
+        gc.collect()
+        torch.cuda.empty_cache()
+        model = random_model(name, weights)
+        gc.collect()
+        torch.cuda.empty_cache()
+        weight_bytes = torch.cuda.memory_allocated()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
+        try:
+            context, step_ms, held = _longest(model, method)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        yield ContextBench(
+            environment=environment("cuda"),
+            model=f"{name} shape, random weights",
+            weights=weights,
+            method=str(method),
+            budget_bytes=budget_bytes,
+            weight_bytes=weight_bytes,
+            context=context,
+            cache_bytes=held,
+            step_ms=step_ms,
+        )
+        del model
+
+
+def _longest(model: Any, method: Method) -> tuple[int, float, int]:
+    """Grow by ever longer strides until memory runs out, then by shorter ones; the last length that decoded counts."""
+    text: Any = model.config
+    best = (0, 0.0, 0)
+    tokens, stride = 16_384, 16_384
+    while stride >= 4096:
+        gc.collect()
+        torch.cuda.empty_cache()
+        cache: Any = build_cache(text, method)
+        try:
+            fill(text, cache, 1, tokens)
+            ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+            times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), 4)
+            best = (tokens, statistics.median(times), cache_bytes(cache))
+            stride *= 2
+            tokens += stride
+        except torch.OutOfMemoryError:
+            stride //= 4
+            tokens = best[0] + stride
+        del cache
+    return best

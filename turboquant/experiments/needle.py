@@ -1,0 +1,237 @@
+"""Does a model still find a fact in a long text when its cache is compressed? RULER's needle (arXiv:2404.06654).
+
+Everything before the question is read first, in one forward call as far as the cache is concerned, and packed; then the
+question is fed and the answer decoded greedily, so both really read the packed text. The full cache answers the same
+prompts. A repetition has its own needle; success is the number, all seven digits of it, in the answer. Needle, question
+and answer can be given as texts instead; then repetitions differ in where the filler begins.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from scipy.stats import binomtest
+from transformers.cache_utils import Cache
+
+from turboquant.cache.build import NothingCompressedError, cache_report
+from turboquant.experiments.base import Experiment, Measurement, Watch
+from turboquant.experiments.capture import Captured, capture
+from turboquant.experiments.needle_prompt import SENTENCES, STARTS, NeedlePrompt, OwnNeedle, needle_prompt
+from turboquant.methods import METHODS, Method
+from turboquant.models.checks import free_bytes
+from turboquant.models.load import LoadedModel
+from turboquant.records.results import CacheReport, Record, Settings
+from turboquant.run.generate import Generation, QueryRecorder
+from turboquant.run.memory import check_context
+
+MAX_NEEDLE = 400
+MAX_QUESTION = 300
+MAX_ANSWER = 100
+
+
+class NeedleSettings(Record):
+    """One length and depth, asked about `repetitions` times.
+
+    Attributes:
+        context: Tokens of the prompt, the question included.
+        depth: Where the needle stands in the filler, 0 (start) to 1 (end).
+        repetitions: Prompts, each with its own needle.
+        seed: Chooses the needles; no two seeds share one.
+        filler: "sentences", a shipped text or a path (see `turboquant.experiments.needle_prompt`).
+        max_new_tokens: Tokens of an answer, at most.
+        chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
+        chat: Put the prompt through the model's chat template, where it has one; no part of a cell's settings if so.
+        needle: An own sentence to hide; with it `question` and `answer` are given too. Unset, the three are no part of
+            a cell's settings.
+        question: What is asked about it.
+        answer: Words of the needle that a right reply contains.
+    """
+
+    context: int = Field(1024, ge=2)
+    depth: float = Field(0.5, ge=0.0, le=1.0)
+    repetitions: int = Field(5, ge=1, le=10_000)
+    seed: int = Field(0, ge=0)
+    filler: str = SENTENCES
+    max_new_tokens: int = Field(16, ge=1, le=2**16)
+    chunk_tokens: int = Field(512, ge=1)
+    chat: bool = True
+    needle: str | None = Field(None, max_length=MAX_NEEDLE)
+    question: str | None = Field(None, max_length=MAX_QUESTION)
+    answer: str | None = Field(None, max_length=MAX_ANSWER)
+
+    @property
+    def own(self) -> OwnNeedle | None:
+        """The needle that was given, if one was."""
+        if self.needle is None or self.question is None or self.answer is None:
+            return None
+        return OwnNeedle(self.needle, self.question, self.answer)
+
+    @model_validator(mode="after")
+    def _own_needle_is_whole(self) -> "NeedleSettings":
+        given = [text is not None for text in (self.needle, self.question, self.answer)]
+        if any(given) and not all(given):
+            raise ValueError("needle, question and answer are given together or not at all")
+        if self.own and self.filler == SENTENCES and self.repetitions > STARTS:
+            raise ValueError(
+                f"an own needle has {STARTS} different prompts in the filler {SENTENCES}, "
+                f"got {self.repetitions} repetitions"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults_of_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        later = {"needle": None, "question": None, "answer": None, "chat": True}
+        return {name: value for name, value in settings.items() if name not in later or value != later[name]}
+
+
+@dataclass
+class _Answers:
+    """What one method answered so far."""
+
+    texts: list[str] = field(default_factory=list)
+    found: list[bool] = field(default_factory=list)
+    report: CacheReport | None = None
+    seconds: float = 0.0
+
+    def add(self, text: str, prompt: NeedlePrompt) -> None:
+        self.texts.append(text)
+        self.found.append(prompt.is_answered_by(text))
+
+
+def build_prompt(loaded: LoadedModel, settings: NeedleSettings, repetition: int) -> NeedlePrompt:
+    """Return the prompt of one repetition.
+
+    Raises:
+        PromptError: If it has no room for needle and question, or the chat template cannot be used.
+        ValueError: If there is no such filler.
+    """
+    seed = settings.seed * settings.repetitions + repetition
+    where = settings.context, settings.depth, seed, settings.filler
+    return needle_prompt(loaded.tokenizer, *where, settings.own, settings.chat)
+
+
+def check(loaded: LoadedModel, settings: NeedleSettings) -> None:
+    """Raise ValueError where model or machine have no room for prompt and answer, or the prompt cannot be built."""
+    tokens = settings.context + settings.max_new_tokens
+    free = free_bytes(torch.device(loaded.device))
+    check_context(loaded.spec.name, loaded.model.config, tokens, loaded.weights, free)
+    build_prompt(loaded, settings, 0)
+
+
+def answer(loaded: LoadedModel, captured: Captured, cache: Cache, max_new_tokens: int, watch: Watch) -> str:
+    """Feed the question to a cache that holds all before it, and decode greedily.
+
+    Raises:
+        CancelledError: If the caller asked to stop.
+    """
+    generation = Generation(
+        loaded,
+        captured.ids[:, captured.before :],
+        cache,
+        Settings(max_new_tokens=max_new_tokens),
+        QueryRecorder(watch.cancelled, keep=False),
+        measure_bytes=False,
+    )
+    while generation.finish is None:
+        generation.step()
+    return generation.text
+
+
+def success(found: Sequence[bool], prefix: str = "success") -> dict[str, float | None]:
+    """Return the share of successes in percent, with its 95 % Wilson interval."""
+    interval = binomtest(sum(found), len(found)).proportion_ci(method="wilson")
+    return {
+        f"{prefix}_pct": 100 * sum(found) / len(found),
+        f"{prefix}_low_pct": 100 * float(interval.low),
+        f"{prefix}_high_pct": 100 * float(interval.high),
+    }
+
+
+def _measurement(prompts: list[dict[str, Any]], own: _Answers, full: _Answers) -> Measurement:
+    report = own.report
+    assert report is not None
+    return Measurement(
+        metrics={
+            **success(own.found),
+            **success(full.found, "success_full"),
+            "repetitions": float(len(own.found)),
+            "bits_per_value": report.bits_per_value,
+            "compression_ratio": report.compression_ratio,
+            "compressed_tokens": float(report.compressed_tokens),
+        },
+        cache=report,
+        timing={"full": full.seconds, "method": own.seconds},
+        detail={
+            "repetitions": [
+                {**prompt, "text": text, "found": found, "text_full": text_full, "found_full": found_full}
+                for prompt, text, found, text_full, found_full in zip(
+                    prompts, own.texts, own.found, full.texts, full.found, strict=True
+                )
+            ]
+        },
+    )
+
+
+def _repetition(
+    loaded: LoadedModel,
+    prompt: NeedlePrompt,
+    answers: dict[Method, _Answers],
+    settings: NeedleSettings,
+    watch: Watch,
+) -> None:
+    """Read one prompt with the full cache, then let every method answer it; one compressed cache is alive at a time.
+
+    `full` comes first in `answers`. A method that packed nothing is left without an answer.
+    """
+    began = time.perf_counter()
+    ids = prompt.ids.to(loaded.model.device)
+    last = ids.shape[1] - prompt.question_start
+    reading = watch.part(0.0, 1 / (len(answers) + 1))
+    captured = capture(loaded, ids, last, settings.chunk_tokens, reading, room=settings.max_new_tokens)
+    for i, (method, so_far) in enumerate(answers.items(), start=1):
+        watch.progress(i / (len(answers) + 1), f"{settings.context:,} tokens, depth {settings.depth:g}: {method}")
+        cache = captured.filled(loaded, method)
+        if method.name == "full" or cache_report(cache).compressed_tokens:
+            so_far.add(answer(loaded, captured, cache, settings.max_new_tokens, watch), prompt)
+            so_far.report = cache_report(cache)
+        so_far.seconds += time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def run(
+    loaded: LoadedModel, methods: Sequence[Method], settings: NeedleSettings, watch: Watch
+) -> Iterator[tuple[Method, Measurement]]:
+    """Ask all methods the same questions; the full cache's reading is shared.
+
+    Raises:
+        PromptError: If model or machine have no room for the prompt, or it has none for the needle.
+        NothingCompressedError: If a method packed nothing; the others come first.
+        CancelledError: If the caller asked to stop.
+    """
+    check(loaded, settings)
+    full = METHODS["full"]()
+    read = build_prompt(loaded, settings, 0).question_start
+    asked = [method for method in methods if method == full or method.packed_length(read)]
+    answers = {method: _Answers() for method in ((full, *asked) if asked else ())}
+    prompts = []
+    for repetition in range(settings.repetitions if asked else 0):
+        prompt = build_prompt(loaded, settings, repetition)
+        part = watch.part(repetition / settings.repetitions, (repetition + 1) / settings.repetitions)
+        _repetition(loaded, prompt, answers, settings, part)
+        prompts.append({"word": prompt.word, "answer": prompt.answer, "needle_start": prompt.needle_start})
+    # Prompts differ by a few tokens before the question, so a window may be filled in some repetitions only.
+    idle = [method for method in methods if method not in answers or len(answers[method].found) < len(prompts)]
+    for method in methods:
+        if method not in idle:
+            yield method, _measurement(prompts, answers[method], answers[full])
+    if idle:
+        raise NothingCompressedError(
+            f"{idle[0]} packs none of {settings.context} tokens: give a longer context or a smaller window"
+        )
+
+
+EXPERIMENT = Experiment("needle", NeedleSettings, run, check)

@@ -1,0 +1,272 @@
+"""Registers the attention function "turboquant" with Hugging Face, together with its mask function.
+
+With a compressed cache the function attends over packed codes; with any other cache, and for layers that are not
+compressed, it is exactly Hugging Face's SDPA attention. Both must be registered: without the mask function left
+padding and the causal mask of the prefill would silently be lost.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from turboquant.cache.layer import ATTENTION_NAME, CachedStates, QuantizedLayer
+from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths
+from turboquant.quant.modes import plain, without_gradients
+
+__all__ = ["ATTENTION_NAME", "QueryObserver", "observe_queries", "register", "time_attention"]
+
+DROPPED = {
+    "s_aux": "learned attention sinks",
+    "sinks": "attention sinks",
+    "indices": "attention to chosen tokens alone",
+    "block_indices": "attention to chosen blocks alone",
+    "softcap": "soft-capped scores",
+}
+"""Options of an attention call that SDPA does not compute: it drops them without a word, or refuses them itself."""
+NOT_PACKED = {"position_bias": "a learned position bias", "cache": "a paged cache"}
+"""Options that SDPA computes and attention over packed codes does not."""
+NOTES = "turboquant_notes"
+
+
+@runtime_checkable
+class QueryObserver(Protocol):
+    """Sees the queries of every layer, after rotary embedding."""
+
+    def record(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+        """Take the queries (batch, heads, queries, dim) of one forward call and the factor on their scores."""
+
+
+Clock = Callable[[], AbstractContextManager[None]]
+
+_observer: ContextVar[QueryObserver | None] = ContextVar("turboquant_query_observer", default=None)
+_clock: ContextVar[Clock] = ContextVar("turboquant_attention_clock", default=nullcontext)
+
+
+@contextmanager
+def observe_queries(observer: QueryObserver) -> Iterator[None]:
+    """Send queries to `observer` while the block runs, in this thread or task only."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+@contextmanager
+def time_attention(clock: Clock) -> Iterator[None]:
+    """Run every attention, without the packing after it, inside `clock()`, in this thread or task only."""
+    token = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | CachedStates,
+    value: Tensor | CachedStates,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over a compressed cache, or over plain tensors as SDPA does.
+
+    Raises:
+        ValueError: If the model asks for something that is not computed here, or if the mask covers another number of
+            tokens than the cache holds. The call leaves no token in a compressed layer then.
+    """
+    states = key if isinstance(key, CachedStates) else None
+    _check_options(kwargs, dropout, states)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observer = _observer.get()
+    if observer is not None:
+        observer.record(int(module.layer_idx), query, scaling)  # type: ignore[arg-type]
+    if states is None:
+        assert isinstance(key, Tensor)
+        assert isinstance(value, Tensor)
+        with _clock.get()():
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    _check_reading(states, attention_mask)
+    layer, home = states.layer, query.device
+    if layer.lengths is not None:
+        return _replayed_forward(layer, query, scaling), None
+    if layer.device != home:  # a layer on another device shares its keys and values
+        query = query.to(layer.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(layer.device)
+    with _clock.get()():
+        output = _attend(module, query, states, attention_mask, scaling, kwargs).to(home)
+    if layer.last_reader is None or layer.last_reader == module.layer_idx:
+        layer.compress(*_visible(attention_mask))
+        states.spent = True
+    else:
+        layer.mark(*_visible(attention_mask))
+    return output, None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    states: CachedStates,
+    mask: Tensor | None,
+    scaling: float,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Attend to a layer's tokens; gradients reach the tokens of a call that found the layer empty, and no others."""
+    layer = states.layer
+    exact = states.own if states.added == layer.get_seq_length() else None
+    if not layer.packed_length:
+        keys, values = exact or layer.exact()
+        output, _ = sdpa_attention_forward(module, query, keys, values, mask, 0.0, scaling, **options)
+    else:
+        if mask is None and not _is_causal(module, options):
+            mask = query.new_ones(1, 1, query.shape[2], layer.get_seq_length(), dtype=torch.bool)
+        with plain():
+            output = _packed_forward(layer, query, mask, scaling)
+    sources = (query, *(states.own or ()))
+    return output if exact is not None else without_gradients(output, *sources)
+
+
+def _check_options(options: Mapping[str, Any], dropout: float, states: CachedStates | None) -> None:
+    """Refuse what the model asks for and nothing here computes, whatever the cache.
+
+    A learned parameter among the options always belongs to the scores, under whatever name.
+    """
+    learned = {name: "a learned parameter" for name, value in options.items() if isinstance(value, torch.nn.Parameter)}
+    dropped = {**learned, **DROPPED, **(NOT_PACKED if states else {})}
+    used = next((name for name in dropped if options.get(name) is not None), None)
+    if used is None and not (dropout and states):
+        return
+    if states is not None:
+        states.undo()
+    if used is None:
+        raise ValueError("a compressed cache does not support dropout in attention: call model.eval()")
+    where = "over a compressed cache " if used in NOT_PACKED else ""
+    raise ValueError(
+        f"the attention function 'turboquant' does not compute {dropped[used]} {where}(the option {used!r} of this "
+        "model's attention), so its answers would be wrong: use the model's own attention, without a compressed cache"
+    )
+
+
+def _check_reading(states: CachedStates, mask: Tensor | None) -> None:
+    """Refuse a mask of another length than the layer's, and states that the layer has packed already."""
+    layer = states.layer
+    if states.spent:
+        raise ValueError(
+            f"the keys and values of layer {layer.layer_idx} are read again after it has packed them: this model "
+            "shares them between layers in a way that its configuration does not tell"
+        )
+    held = layer.get_seq_length()
+    if mask is not None and layer.lengths is None and mask.shape[-1] != held:
+        states.undo()
+        raise ValueError(
+            f"the attention mask covers {mask.shape[-1]} tokens, layer {layer.layer_idx} of the cache holds {held} "
+            "with those of this call: if an earlier call failed midway, call reset() on the cache or build a new one"
+        )
+
+
+def _is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
+    """Return what the absence of a mask means: causal attention, or that every query sees every token."""
+    asked = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    keys, values = layer.exact()
+    segment = PackedSegment(
+        layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
+    )
+    notes: _Notes | None = getattr(mask, NOTES, None)
+    starts = None
+    if notes is not None and notes.causal and notes.real is None:
+        mask = None  # it says no more than that
+    elif notes is not None and notes.hides_pads_of(layer):
+        starts = layer.padding
+    if mask is not None and layer.padding is not None:
+        slots = layer.slots(mask.shape[-1])[:, None, None, :]
+        mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
+    output = attend(query, keys, values, segment, layer.sink_length, mask, scaling, starts)
+    return output.transpose(1, 2).contiguous().to(query.dtype)
+
+
+def _replayed_forward(layer: QuantizedLayer, query: Tensor, scaling: float) -> Tensor:
+    """Attend by kernels that read the lengths on the device; packing is left to `graphs`."""
+    keys, values = layer.packed_keys.storage, layer.packed_values.storage
+    assert keys is not None
+    assert values is not None
+    assert layer.exact_keys is not None
+    assert layer.exact_values is not None
+    assert layer.lengths is not None
+    segment = PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
+    output = attend_at_lengths(query, layer.exact_keys, layer.exact_values, segment, scaling, layer.lengths)
+    return output.transpose(1, 2)
+
+
+@dataclass
+class _Notes:
+    """What is known of a mask that was made here, beside its entries.
+
+    Attributes:
+        real: (batch, tokens) as the 2D mask says; None where every token is real.
+        causal: Whether causality and pads are all that the mask says.
+    """
+
+    real: Tensor | None
+    causal: bool
+    _hides_pads: bool | None = None
+
+    def hides_pads_of(self, layer: QuantizedLayer) -> bool:
+        """Return whether the mask says no more than causality and hides exactly the pads in front of a layer's rows.
+
+        Only kernels ask, on GPUs: the answer is waited for, once for all layers of a call, whose pads are the same.
+        """
+        if self.real is None or layer.padding is None or not self.real.is_cuda:
+            return False
+        if self._hides_pads is None:
+            place = torch.arange(self.real.shape[1], device=self.real.device)
+            same = self.real == (place >= layer.padding.to(place.device)[:, None])
+            self._hides_pads = self.causal and bool(same.all())
+        return self._hides_pads
+
+
+def _visible(mask: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Return which tokens count as seen by a call, (batch, tokens), and whether the others are pads.
+
+    What the 2D mask calls real is; without one, what some query of the call sees. None where that is every token.
+    """
+    notes: _Notes | None = getattr(mask, NOTES, None)
+    if mask is None or notes is not None:
+        return None if notes is None else notes.real, True
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=2).any(dim=1), False
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Make SDPA's mask, and note on it which tokens are real."""
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    pads = kwargs.get("attention_mask")
+    if mask is None:
+        return None
+    causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    if pads is None and causal:
+        setattr(mask, NOTES, _Notes(None, causal))
+    elif pads is not None and pads.dim() == 2 and pads.shape[1] == mask.shape[-1]:
+        real = pads.bool()
+        setattr(mask, NOTES, _Notes(None if bool(real.all()) else real, causal))
+    return mask
+
+
+def register() -> None:
+    """Register the attention and the mask function under "turboquant"; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)

@@ -1,0 +1,155 @@
+"""What is asked of a model: before loading that the cache can serve it and that it fits, afterwards its precision."""
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from turboquant.models.registry import ModelError, ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Bytes a parameter takes. NF4 with double quantization: 4 bits, 8 more per 64 values, 32 more per 64 * 256 values.
+BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
+_MARGIN = 1.15  # activations, the cache and buffers while loading
+_GIB = 2**30
+MAX_CONFIG_BYTES = 1_000_000
+MOST_LAYERS = 1024
+"""Of layers and of experts; a config's class and the model's skeleton make an object for each."""
+
+
+def check_config_file(path: Path, spec: ModelSpec) -> None:
+    """Refuse a config.json that the library could not read in reasonable time and memory.
+
+    Raises:
+        ModelError: If it is too large, no JSON object, or counts more layers or experts than any model has.
+    """
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ModelError(f"{spec.name} has a config.json of {size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
+    try:
+        waiting: list[Any] = [json.loads(path.read_bytes())]
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{spec.name} has a config.json that is no JSON: choose another model.") from error
+    if not isinstance(waiting[0], dict):
+        raise ModelError(f"{spec.name} has a config.json that is no object with named fields: choose another model.")
+    while waiting:
+        part = waiting.pop()
+        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
+            if isinstance(value, dict | list):
+                waiting.append(value)
+            elif type(value) is int and value > MOST_LAYERS and str(name).endswith(("layer", "layers", "experts")):
+                raise ModelError(unsupported(spec, f"its {name} must be at most {MOST_LAYERS}, got {str(value)[:40]}"))
+
+
+def skeleton_of(config: "PreTrainedConfig", spec: ModelSpec) -> "PreTrainedModel":
+    """Return the model without memory behind its weights, to count parameters and look at its kind.
+
+    Raises:
+        ModelError: If the configuration is not one of a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(unsupported(spec, "it does not generate text token by token")) from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(unsupported(spec, "no model can be made from its configuration")) from error
+
+
+def check_architecture(model: "PreTrainedModel", spec: ModelSpec) -> None:
+    """Refuse what the compressed cache cannot serve: no plain attention, or heads of one value."""
+    config = model.config.get_text_config(decoder=True)
+    layer_types: list[str] = getattr(config, "layer_types", None) or ["full_attention"]
+    heads = getattr(config, "num_attention_heads", 0) or 1
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 2 * heads) // heads
+    # Only encoders that can be turned into decoders (BERT's family) have `is_decoder`.
+    encoder = model.config.is_encoder_decoder or getattr(config, "is_decoder", True) is False
+    reasons = {
+        "it reads text with an encoder": encoder,
+        "its attention does not run through the library's AttentionInterface": not model._supports_attention_backend,
+        "it stores a joint latent in place of keys and values (MLA)": bool(getattr(config, "kv_lora_rank", None)),
+        "it caps its attention scores": getattr(config, "attn_logit_softcapping", None) is not None,
+        "its attention has learned sinks": any(hasattr(module, "sinks") for module in model.modules()),
+        "none of its layers keeps keys and values of all tokens": "full_attention" not in layer_types,
+        "it has no layers": (getattr(config, "num_hidden_layers", None) or 0) < 1,
+        f"its head_dim is {head_dim} and must be at least 2": head_dim < 2,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ModelError(unsupported(spec, reason))
+
+
+def unsupported(spec: ModelSpec, why: str) -> str:
+    """The sentence for a model the compressed cache cannot serve."""
+    return (
+        f"{spec.name} cannot be used here: {why}; "
+        "choose a model with plain attention such as Llama, Qwen, Mistral, Phi or Gemma."
+    )
+
+
+def weight_bytes(skeleton: "PreTrainedModel", weights: str) -> int:
+    """Bytes of the weights at a precision; bitsandbytes quantizes linear layers except the output head."""
+    if weights in ("fp32", "bf16"):
+        return int(sum(p.numel() for p in skeleton.parameters()) * BYTES_PER_PARAMETER[weights])
+    head = skeleton.get_output_embeddings()
+    linear = [m.weight for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    quantized = sum(weight.numel() for weight in linear)
+    rest = sum(p.numel() for p in skeleton.parameters()) - quantized
+    return int(quantized * BYTES_PER_PARAMETER[weights] + rest * 2)
+
+
+def check_memory(estimate: int, weights: str, device: torch.device, spec: ModelSpec) -> None:
+    """Refuse to load what does not fit.
+
+    Args:
+        estimate: Bytes of the weights.
+        weights: Their precision.
+        device: Where they are to go.
+        spec: The model, for the message.
+
+    Raises:
+        ModelError: If the weights and a margin for running need more than is free; names both in GiB.
+    """
+    free, needed = free_bytes(device), int(estimate * _MARGIN)
+    if needed > free:
+        size = BYTES_PER_PARAMETER
+        others = [other for other in ("bf16", "8bit", "4bit") if size[other] < size[weights]]
+        hint = f"choose weights={' or '.join(others)}, or a smaller model" if others else "choose a smaller model"
+        raise ModelError(
+            f"Not enough memory: {spec.name} as {weights} needs {needed / _GIB:.1f} GiB on {device}, "
+            f"{free / _GIB:.1f} GiB are free; {hint}."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device; on the CPU a container's limit counts too."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
+    return free
+
+
+def read_weights(model: "PreTrainedModel") -> str:
+    """The precision the modules really have."""
+    kinds = Counter(type(module).__name__ for module in model.modules())
+    if kinds["Linear4bit"] or kinds["Linear8bitLt"]:
+        return "4bit" if kinds["Linear4bit"] >= kinds["Linear8bitLt"] else "8bit"
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    dtype = sizes.most_common(1)[0][0]
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))

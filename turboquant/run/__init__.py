@@ -1,0 +1,1 @@
+"""A model at work: answers, two answers side by side, heads compared, conversations."""
