@@ -12,9 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import logs, shutdown, state
-from app.components import result  # noqa: F401  (imports the charts before the first visitor needs them)
-from app.journal import exposition
+from app.compare import view as result  # noqa: F401  (imports the charts before the first visitor needs them)
+from app.engine import logs, shutdown
+from app.engine.journal import exposition
+from app.tab import state
 from turboquant import __version__
 
 

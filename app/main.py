@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from app import state  # noqa: E402
-from app.components import sidebar  # noqa: E402
 from app.navigation import DEFAULT, ENTRIES, Entry  # noqa: E402
+from app.tab import state  # noqa: E402
+from app.ui import sidebar  # noqa: E402
 
 st.set_page_config(page_icon=str(ROOT / "assets" / "favicon.svg"), layout="wide")
 st.logo(str(ROOT / "assets" / "logo.svg"), size="large", icon_image=str(ROOT / "assets" / "favicon.svg"))

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from app.components import about, page
+from app.about import view as about
+from app.ui import page
 
 page.header(
     "About this app",

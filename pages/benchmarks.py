@@ -1,7 +1,8 @@
 """Benchmarks: speed and memory of the whole generation loop, recorded and measured on this machine."""
 
-from app.components import benchmarks, page, work
-from app.components.measuring import RECORDED
+from app.benchmarks import view as benchmarks
+from app.ui import page, work
+from app.ui.measuring import RECORDED
 
 page.header(
     "What compression costs and saves",

@@ -2,8 +2,10 @@
 
 import streamlit as st
 
-from app import state
-from app.components import live, page, prompt, result, share
+from app.compare import prompt
+from app.compare import view as result
+from app.tab import state
+from app.ui import live, page, share
 
 job = live.newest()
 methods = live.methods_of(job)

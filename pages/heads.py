@@ -2,11 +2,12 @@
 
 import streamlit as st
 
-from app import definitions, state
-from app.charts import attention
-from app.charts import heads as charts
-from app.components import figures, heads, page
-from app.components.panes import escape
+from app.heads import attention_charts as attention
+from app.heads import charts
+from app.heads import view as heads
+from app.tab import state
+from app.ui import definitions, figures, page
+from app.ui.panes import escape
 
 page.header(
     "Which heads are at risk, and why",

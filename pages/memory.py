@@ -1,6 +1,7 @@
 """Memory: what a KV cache takes, from a model's config.json alone, and what fits on a GPU."""
 
-from app.components import page, sizing
+from app.memory import view as sizing
+from app.ui import page
 
 page.header(
     "How long a context fits",

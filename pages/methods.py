@@ -1,9 +1,11 @@
 """Methods: every way to compress the cache, quality against the bits that it really holds."""
 
-from app import state
-from app.components import methods, page, recommend, work
-from app.components.measuring import HERE, RECORDED
-from app.measure.methods import alike, what_was_read
+from app.methods import view as methods
+from app.methods.request import alike, what_was_read
+from app.recommend import view as recommend
+from app.tab import state
+from app.ui import page, work
+from app.ui.measuring import HERE, RECORDED
 
 page.header(
     "What quality costs in bits",

@@ -1,9 +1,10 @@
 """Needle: is a fact hidden in a long text still found when the cache is compressed?"""
 
-from app import state
-from app.components import needle, page, work
-from app.components.measuring import RECORDED
-from app.measure import present
+from app.needle import view as needle
+from app.tab import state
+from app.tab.measure import present
+from app.ui import page, work
+from app.ui.measuring import RECORDED
 
 page.header(
     "Is a fact in a long text still found?",

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from app.components import page, prompt_set, work
+from app.prompts import view as prompt_set
+from app.ui import page, work
 
 page.header(
     "Many prompts, the most damaged first",

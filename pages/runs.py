@@ -2,9 +2,10 @@
 
 import streamlit as st
 
-from app import state
-from app.components import page, run_list, share
-from app.components.panes import escape
+from app.runs import view as run_list
+from app.tab import state
+from app.ui import page, share
+from app.ui.panes import escape
 
 page.header(
     "Runs of this tab",

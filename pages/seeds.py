@@ -1,7 +1,8 @@
 """Seeds: how far results move with the random rotation and the random draws, and which differences are real."""
 
-from app.components import page, seeds, work
-from app.components.measuring import RECORDED
+from app.seeds import view as seeds
+from app.ui import page, work
+from app.ui.measuring import RECORDED
 
 page.header(
     "How much is luck",

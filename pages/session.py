@@ -2,8 +2,9 @@
 
 import streamlit as st
 
-from app import state
-from app.components import chat, page
+from app.session import view as chat
+from app.tab import state
+from app.ui import page
 
 page.header(
     "A conversation in two caches",

@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from app.components import page, theory
+from app.theory import view as theory
+from app.ui import page
 
 page.header(
     "How the codes work",

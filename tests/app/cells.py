@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.jobs import CellsRequest, Job
+from app.engine.job import CellsRequest, Job
 from turboquant.records.results import Cell, Environment, ExperimentRecord
 
 HERE = Environment(

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import psutil
 
-from app import backend
-from app.contract import Progress
-from app.engine import Engine
-from app.jobs import CompareRequest
+from app.engine import backend
+from app.engine.contract import Progress
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest
 from tests.helpers import tiny_loaded
 from turboquant.records.results import Environment, Record, Settings, append_record, environment
 

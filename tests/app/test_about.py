@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import about, definitions
+from app.about import facts as about
 from app.config import AppConfig
+from app.ui import definitions
 
 
 def test_every_definition_is_in_the_table() -> None:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.charts import benchmarks as charts
+from app.benchmarks import charts
+from app.benchmarks import request as measure
+from app.benchmarks.request import CONTEXTS, BenchChoices
 from app.config import AppConfig
-from app.measure import benchmarks as measure
-from app.measure.benchmarks import CONTEXTS, BenchChoices
-from app.requests import Choices, RequestError
+from app.tab import state
+from app.tab.requests import Choices, RequestError
 from tests.app.cells import Cells
 from tests.app.conftest import ended, opened, said, until
 from turboquant.records.results import Cell, ExperimentRecord, read_records

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from app.charts import heads, memory, style, tokens
-from app.charts.style import Chart
+from app.compare import memory_charts as memory
+from app.compare import token_charts as tokens
+from app.heads import charts as heads
+from app.ui import style
+from app.ui.style import Chart
 from tests.app.factory import HEADS, LAYERS, comparison
 
 CONFIG = Path(__file__).resolve().parents[2] / ".streamlit" / "config.toml"

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.charts.memory import bytes_by_part
-from app.components import diff, result
-from app.engine import Engine
-from app.jobs import PromptsRequest
-from app.runs import Run
-from app.verdict import facts
+from app.compare import view as result
+from app.compare.memory_charts import bytes_by_part
+from app.engine.engine import Engine
+from app.engine.job import PromptsRequest
+from app.tab import state
+from app.tab.runs import Run
+from app.ui import diff
+from app.ui.verdict import facts
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from tests.app.test_page import ask, request, texts

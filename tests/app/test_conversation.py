@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from app import backend, transcript
-from app.charts import session as charts
 from app.config import AppConfig
-from app.conversation import MAX_TURNS, OPENINGS, Conversation, begin, turn_request
-from app.engine import Engine
-from app.jobs import Job
-from app.requests import Choices, RequestError, defaults
+from app.engine import backend
+from app.engine.engine import Engine
+from app.engine.job import Job
+from app.session import charts, transcript
+from app.session.conversation import MAX_TURNS, OPENINGS, Conversation, begin, turn_request
+from app.tab.requests import Choices, RequestError, defaults
 from tests.helpers import tiny_loaded
 from turboquant.models.load import LoadedModel
 from turboquant.records.results import Settings

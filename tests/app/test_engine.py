@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from app.engine import Engine, EngineBusyError
-from app.examples import EXAMPLES
-from app.jobs import CompareRequest, Job, PromptsRequest
+from app.compare.examples import EXAMPLES
+from app.engine.engine import Engine, EngineBusyError
+from app.engine.job import CompareRequest, Job, PromptsRequest
 from tests.app.conftest import Bench, until
 from turboquant.records.faults import out_of_memory
 from turboquant.records.results import Settings
@@ -239,7 +239,7 @@ def test_a_long_run_is_not_passed_for_ever(engine: Engine, bench: Bench, monkeyp
 
 
 def test_long_runs_take_turns(engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.job_queue.TURN_S", 0.0)
+    monkeypatch.setattr("app.engine.queue.TURN_S", 0.0)
     bench.hold_run.clear()
     jobs = [engine.submit("a", long_request("a0", "a1"))]
     until(lambda: bench.served == ["a0"])

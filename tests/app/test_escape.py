@@ -3,7 +3,7 @@ import html
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.components.panes import escape
+from app.ui.panes import escape
 
 
 def shown(text: str) -> str:

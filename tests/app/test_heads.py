@@ -3,8 +3,8 @@
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.runs import Run
+from app.tab import state
+from app.tab.runs import Run
 from tests.app.attention_factory import explained
 from tests.app.factory import comparison
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.charts import attention, heads
-from app.charts.attention import Look
-from app.runs import RunError, import_run
+from app.heads import attention_charts as attention
+from app.heads import charts as heads
+from app.heads.attention_charts import Look
+from app.tab.runs import RunError, import_run
 from tests.app.attention_factory import FULL, TOKENS, detail, explained
 from tests.app.factory import HEADS, LAYERS
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.runs import Run, RunError, import_run
+from app.tab import state
+from app.tab.runs import Run, RunError, import_run
 from tests.app.attention_factory import explained
 
 PAGES = ("compare", "heads", "runs")

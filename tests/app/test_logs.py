@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from app import logs
 from app.config import AppConfig
-from app.logs import JsonLines, TextLines
+from app.engine import logs
+from app.engine.logs import JsonLines, TextLines
 
 QUOTED = " ".join(["what", "the", "visitor", "wrote"])
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import sizing
-from app.charts import sizing as charts
-from app.presets import FOLDER, presets
-from app.requests import RequestError, recipes
-from app.runs import Run
-from app.sizing import OWN, Choices, Plan, make_plan, measured_points
-from app.verdict import human_bytes
+from app.memory import charts
+from app.memory import request as sizing
+from app.memory.presets import FOLDER, presets
+from app.memory.request import OWN, Choices, Plan, make_plan, measured_points
+from app.tab.requests import RequestError, recipes
+from app.tab.runs import Run
+from app.ui.verdict import human_bytes
 from tests.app.conftest import Bench
 from tests.app.factory import comparison
 from turboquant import parse_method

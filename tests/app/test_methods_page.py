@@ -7,14 +7,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import backend, state
-from app.charts import methods as charts
-from app.components import methods as components
 from app.config import AppConfig
-from app.engine import Engine
-from app.measure import as_json, json_lines, made_with, methods, report
-from app.measure.methods import START, MethodsChoices
-from app.requests import Choices, RequestError, compare_request
+from app.engine import backend
+from app.engine.engine import Engine
+from app.methods import charts
+from app.methods import request as methods
+from app.methods import view as components
+from app.methods.request import START, MethodsChoices
+from app.tab import state
+from app.tab.measure import as_json, json_lines, made_with, report
+from app.tab.requests import Choices, RequestError, compare_request
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, ended, opened, said, until
 from tests.app.factory import report as cache_report

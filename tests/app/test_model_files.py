@@ -11,16 +11,17 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app import backend, state
+from app.compare.examples import EXAMPLES
 from app.config import AppConfig
-from app.conversation import begin, turn_request
-from app.engine import Engine
-from app.examples import EXAMPLES
-from app.jobs import CompareRequest, Job, PromptsRequest, Request
-from app.measure.methods import MethodsChoices
-from app.measure.recommend import RecommendChoices
-from app.measure.recommend import request as recommend_request
-from app.requests import Choices
+from app.engine import backend
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest, Job, PromptsRequest, Request
+from app.methods.request import MethodsChoices
+from app.recommend.request import RecommendChoices
+from app.recommend.request import request as recommend_request
+from app.session.conversation import begin, turn_request
+from app.tab import state
+from app.tab.requests import Choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import save_tiny
 from turboquant.records.results import Settings

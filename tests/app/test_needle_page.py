@@ -8,13 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import backend, state
-from app.charts import needle as charts
 from app.config import AppConfig
-from app.engine import Engine
-from app.measure import Plan, missing, needle, report
-from app.measure.needle import NeedleChoices
-from app.requests import Choices, RequestError
+from app.engine import backend
+from app.engine.engine import Engine
+from app.needle import charts
+from app.needle import request as needle
+from app.needle.request import NeedleChoices
+from app.tab import state
+from app.tab.measure import Plan, missing, report
+from app.tab.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded

@@ -5,9 +5,9 @@ import re
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.contract import EngineStatus
-from app.jobs import FINAL
-from app.journal import Journal
+from app.engine.contract import EngineStatus
+from app.engine.job import FINAL
+from app.engine.journal import Journal
 from tests.server.process import ROOT
 
 GUIDE = (ROOT / "docs" / "operator.md").read_text(encoding="utf-8")

@@ -7,15 +7,15 @@ import time
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.components.sidebar import engine_words
+from app.compare.examples import BY_NAME
 from app.config import AppConfig
-from app.contract import EngineStatus
-from app.engine import Engine
-from app.examples import BY_NAME
-from app.jobs import CompareRequest
-from app.requests import Choices
-from app.runs import Run
+from app.engine.contract import EngineStatus
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest
+from app.tab import state
+from app.tab.requests import Choices
+from app.tab.runs import Run
+from app.ui.sidebar import engine_words
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from turboquant.records.results import Settings

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from app.charts.prompts import kl_per_prompt
 from app.config import AppConfig
-from app.jobs import Job, PromptsRequest
-from app.prompt_rows import rows, table, to_csv, to_json, to_markdown
-from app.prompts import MAX_BYTES, example_set, prompts_request, read_file, read_typed
-from app.requests import Choices, RequestError
-from app.runs import Run, import_run
+from app.engine.job import Job, PromptsRequest
+from app.prompts.charts import kl_per_prompt
+from app.prompts.request import MAX_BYTES, example_set, prompts_request, read_file, read_typed
+from app.prompts.rows import rows, table, to_csv, to_json, to_markdown
+from app.tab.requests import Choices, RequestError
+from app.tab.runs import Run, import_run
 from tests.app.factory import comparison
 from turboquant.records.results import Comparison, Settings
 

@@ -5,12 +5,12 @@ import html
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import state
+from app.compare.examples import EXAMPLES
 from app.config import AppConfig
-from app.engine import Engine
-from app.examples import EXAMPLES
-from app.prompts import read_file
-from app.requests import RequestError
+from app.engine.engine import Engine
+from app.prompts.request import read_file
+from app.tab import state
+from app.tab.requests import RequestError
 from tests.app.conftest import Bench, until
 from tests.app.factory import comparison
 from turboquant.records.results import Comparison

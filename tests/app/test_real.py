@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from app import backend
 from app.config import AppConfig
-from app.engine import Engine
-from app.requests import compare_request, defaults
-from app.runs import Run, import_run
+from app.engine import backend
+from app.engine.engine import Engine
+from app.tab.requests import compare_request, defaults
+from app.tab.runs import Run, import_run
 from tests.app.conftest import MAIN
 
 ROOT = Path(__file__).resolve().parents[2]

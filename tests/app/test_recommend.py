@@ -8,15 +8,16 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app import backend, state
-from app.charts import recommend as charts
 from app.config import AppConfig
-from app.engine import Engine
-from app.jobs import Job
-from app.measure import recommend as measure
-from app.measure.methods import MethodsChoices
-from app.measure.recommend import RecommendChoices, RecommendRequest
-from app.requests import Choices, RequestError, compare_request, read_choices
+from app.engine import backend
+from app.engine.engine import Engine
+from app.engine.job import Job
+from app.methods.request import MethodsChoices
+from app.recommend import charts
+from app.recommend import request as measure
+from app.recommend.request import RecommendChoices, RecommendRequest
+from app.tab import state
+from app.tab.requests import Choices, RequestError, compare_request, read_choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
 from turboquant.experiments.recommendation import Recommendation

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.compare.examples import EXAMPLES
 from app.config import AppConfig
-from app.examples import EXAMPLES
-from app.requests import (
+from app.tab.requests import (
     Choices,
     RequestError,
     check_bound,

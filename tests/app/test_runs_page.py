@@ -7,12 +7,12 @@ import zipfile
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.charts.runs import figure_table, kl_of_both, settings_apart
-from app.components.share import settings_query
 from app.config import AppConfig
-from app.requests import Choices, method_text, read_choices
-from app.runs import Run, RunError, RunStore, import_run, together, zipped
+from app.runs.charts import figure_table, kl_of_both, settings_apart
+from app.tab import state
+from app.tab.requests import Choices, method_text, read_choices
+from app.tab.runs import Run, RunError, RunStore, import_run, together, zipped
+from app.ui.share import settings_query
 from tests.app.factory import comparison
 
 PAGE = "../pages/runs.py"

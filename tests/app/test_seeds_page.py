@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import state
-from app.charts import seeds as charts
-from app.components.measuring import Measurement
 from app.config import AppConfig
-from app.measure import seeds as measure
-from app.measure.seeds import METRICS, SeedsChoices, findings
-from app.requests import Choices, RequestError
+from app.seeds import charts
+from app.seeds import request as measure
+from app.seeds.request import METRICS, SeedsChoices, findings
+from app.tab import state
+from app.tab.requests import Choices, RequestError
+from app.ui.measuring import Measurement
 from tests.app.cells import Cells
 from tests.app.conftest import ended, newest, opened, said, until
 from turboquant.experiments import seeds as variance

@@ -10,10 +10,11 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app import backend, state
-from app.conversation import OPENINGS, Conversation
-from app.engine import Engine
-from app.jobs import Job
+from app.engine import backend
+from app.engine.engine import Engine
+from app.engine.job import Job
+from app.session.conversation import OPENINGS, Conversation
+from app.tab import state
 from tests.app.conftest import MAIN, until
 from tests.helpers import tiny_loaded
 

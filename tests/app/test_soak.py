@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.engine import Engine
-from app.jobs import CompareRequest
-from app.runs import Run, RunError, import_run, recorded_runs
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest
+from app.tab.runs import Run, RunError, import_run, recorded_runs
 from tests.app.soak import METHOD, SETTINGS, SoakBench, measure, sentence, small_engine
 from tests.server.process import ROOT
 

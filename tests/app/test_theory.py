@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import lessons, state
-from app.charts import theory as charts
-from app.lessons import Setting
-from app.requests import RequestError
+from app.tab import state
+from app.tab.requests import RequestError
+from app.theory import charts
+from app.theory import request as lessons
+from app.theory.request import Setting
 from turboquant.experiments.theory import TOLERANCE
 from turboquant.quant.codebook import expected_mse
 from turboquant.records.results import read_records

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from app.config import AppConfig
-from app.requests import Choices, RequestError, compare_request, query, read_choices
-from app.runs import RunError, import_run
+from app.tab.requests import Choices, RequestError, compare_request, query, read_choices
+from app.tab.runs import RunError, import_run
 from turboquant.methods import METHODS, parse_method
 from turboquant.sizing import ModelConfigError, SizingError, kv_bytes, read_config
 

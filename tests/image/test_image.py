@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from app.config import AppConfig
-from app.shutdown import CLOSE_S, SHOW_S
+from app.engine.shutdown import CLOSE_S, SHOW_S
 from tests.image import check
 from tests.image.check import ImageBench
 from tests.server.process import ROOT

@@ -231,7 +231,7 @@ def test_the_library_page_names_everything_public() -> None:
 
 
 def test_the_guide_has_every_page_and_says_of_each_figure_what_the_app_says() -> None:
-    from app.about import defined
+    from app.about.facts import defined
     from app.navigation import ENTRIES
 
     page = ROOT / "docs" / "guide.md"

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from app import backend, logs
 from app.config import AppConfig
-from app.engine import Engine
-from app.jobs import CompareRequest, Job
+from app.engine import backend, logs
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest, Job
 from turboquant.records.results import Settings
 
 MODEL = "smollm2-135m"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from app.backend import run as run_job
-from app.engine import Engine
-from app.jobs import CompareRequest
+from app.engine.backend import run as run_job
+from app.engine.engine import Engine
+from app.engine.job import CompareRequest
 from tests.helpers import enlarge, file_system, tiny_loaded
 from tests.server.process import ROOT, Server
 from tests.server.tab import Tab

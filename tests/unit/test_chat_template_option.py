@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from app.config import AppConfig
-from app.measure.needle import NeedleChoices, cells
-from app.requests import Choices
+from app.needle.request import NeedleChoices, cells
+from app.tab.requests import Choices
 from tests.helpers import save_tiny
 from turboquant import cli
 from turboquant.experiments.heads import AttentionSettings

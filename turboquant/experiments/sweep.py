@@ -1,6 +1,7 @@
 """Sweeps: a grid of cells, run by local worker processes (`workers`) or by a Ray cluster (`cluster`).
 
-Both engines run what `experiments.run_cells` runs, and whoever calls them writes the records: one process alone writes.
+Both engines run what `experiments.base.run_cells` runs, and whoever calls them writes the records: one process alone
+writes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

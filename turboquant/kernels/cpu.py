@@ -1,4 +1,4 @@
-"""CPU versions of `ops.codes` (numba): a row of codes is unpacked into a small buffer and used at once.
+"""CPU versions of `kernels.codes` (numba): a row of codes is unpacked into a small buffer and used at once.
 
 Where one plane holds the codes (1, 2 or 4 bits) a byte is looked up in a table of all the levels it can stand for;
 other widths put their planes together first. Everything compiles on first use (seconds) and is cached on disk. The
@@ -163,7 +163,7 @@ def code_scores(
     codebook: Float[Tensor, " levels"],
     scales: Float[Tensor, "batch heads tokens"],
 ) -> Float[Tensor, "batch heads rows tokens"]:
-    """See `ops.codes.code_scores`."""
+    """See `kernels.codes.code_scores`."""
     dim = query.shape[-1]
     slots = _slots(bits, dim)
     query = query[..., _order(slots, dim)[0]] if slots else query.contiguous()
@@ -181,7 +181,7 @@ def code_combine(
     scales: Float[Tensor, "batch heads tokens"],
     dim: int,
 ) -> Float[Tensor, "batch heads rows dim"]:
-    """See `ops.codes.code_combine`."""
+    """See `kernels.codes.code_combine`."""
     slots = _slots(bits, dim)
     weights, scales = weights.contiguous(), scales.float().contiguous()
     out = weights.new_zeros(*weights.shape[:3], dim)

@@ -1,4 +1,4 @@
-"""Attention over exact and packed tokens on the GPU: `ops.attention.attend` for a few query tokens, in 3 launches."""
+"""Attention over exact and packed tokens on the GPU: `kernels.attention.attend` for few query tokens, in 3 launches."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,7 +111,7 @@ def attend(
     lengths: Tensor | None = None,
     launch: Plan | None = None,
 ) -> Tensor:
-    """Attend from the last 1 to 4 tokens to exact and packed tokens; see `ops.attention.attend`.
+    """Attend from the last 1 to 4 tokens to exact and packed tokens; see `kernels.attention.attend`.
 
     Args:
         query: (batch, heads, queries, dim), float16 or bfloat16.

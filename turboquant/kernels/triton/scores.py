@@ -119,7 +119,7 @@ def _as_values(keys: KernelView) -> KernelView:
 
 
 def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
-    """Score packed keys; see `ops.scores.scores`."""
+    """Score packed keys; see `kernels.scores.scores`."""
     batch, heads, queries, dim = query.shape
     kv_heads, count = keys.scales.shape[1], keys.tokens
     rows = heads // kv_heads * queries

@@ -1,0 +1,231 @@
+"""The Benchmarks page's blocks: where numbers come from, what can be measured here, speed and memory in charts."""
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from app.benchmarks import charts
+from app.benchmarks import request as measure
+from app.benchmarks.request import BATCHES, CONTEXTS, REPEATS, BenchChoices, Row
+from app.tab import state
+from app.tab.measure import Plan, as_json, present
+from app.tab.runs import csv_text
+from app.ui import definitions, figures, page
+from app.ui.measuring import HERE, RECORDED, Measurement, counted
+from app.ui.panes import escape
+from app.ui.verdict import human_bytes
+from turboquant.records.results import DecodeBench, ExperimentRecord
+
+_START = BenchChoices()
+
+MEASUREMENT = Measurement(
+    name="benchmarks",
+    prefix="bench",
+    start=_START,
+    experiment="generation",
+    recorded="generation",
+    cells=measure.cells,
+    seconds=measure.seconds,
+)
+
+
+def controls() -> None:
+    """Draw what can be measured here."""
+    config = state.config()
+    with st.container(border=True):
+        st.pills(
+            "Contexts (tokens a row)",
+            CONTEXTS,
+            selection_mode="multi",
+            default=list(_START.contexts),
+            key="bench_contexts",
+            bind="query-params",
+            help="Prompt and new tokens together. One cell a context and method.",
+        )
+        row = st.container(horizontal=True, vertical_alignment="bottom")
+        most = min(measure.MOST_NEW_TOKENS, config.max_new_tokens)
+        for name, words, (low, high), help in (
+            ("tokens", "New tokens", (2, most), "Generated for every row, past any end of text."),
+            ("batch", "Rows", BATCHES, "Prompts that are answered at once."),
+            ("repeats", "Rounds", REPEATS, "Timed rounds; all sides take turns in each. One more run warms up."),
+        ):
+            start = min(getattr(_START, name), high)
+            row.number_input(words, low, high, start, key=f"bench_{name}", bind="query-params", help=help, width=130)
+        st.caption("Model, method and second method are those of the sidebar; the full cache is always measured too.")
+
+
+def recorded() -> None:
+    """Show the measurements that ship with the app, one row a source, then what was chosen of them."""
+    records = state.recorded("generation")
+    decode = measure.recorded_decode(state.RESULTS)
+    metrics = measure.recorded_metrics(state.RESULTS)
+    if not records and not decode:
+        page.empty("No recorded benchmark comes with this copy of the app. Choose This tab to make one.")
+        return
+    named = [("generation, with its parts", record.environment) for record in records]
+    named += [("decoding only", bench.environment) for bench in decode]
+    MEASUREMENT.source(records, RECORDED, _files(records, decode))
+    st.dataframe(measure.sources(named), hide_index=True, alt="Where and when the recorded results were measured.")
+    st.subheader("Generation: speed, packing, memory", anchor=False)
+    caution(records)
+    for batch in sorted({record.cell.settings["batch"] for record in records}):
+        part = [record for record in records if record.cell.settings["batch"] == batch]
+        st.markdown(f"**{batch} {'row' if batch == 1 else 'rows'}**")
+        results(part, f"recorded_{batch}")
+    if decode:
+        st.subheader("Decoding alone: other methods and a longer prompt", anchor=False)
+        table([measure.decode_row(bench) for bench in decode])
+    gpu = measure.recorded_gpu(state.RESULTS)
+    if gpu:
+        st.subheader("On a GPU", anchor=False)
+        st.markdown("Speed and memory only: models of a known shape with random weights say nothing about answers.")
+    for title, note, lines in gpu:
+        st.markdown(f"**{title}**")
+        st.dataframe(lines, hide_index=True, alt=f"{title}, recorded.")
+        st.caption(escape(note))
+    if metrics:
+        st.subheader("How fast heads are compared", anchor=False)
+        st.markdown(
+            "Not a model: the time to compare one layer's attention heads, full against compressed, all at once and "
+            "in a plain loop over heads and queries. It says why a run with its head scores takes no longer."
+        )
+        st.dataframe(metrics, hide_index=True, alt="Time to compare the heads of one layer, on a GPU and on a CPU.")
+
+
+def measured(plan: Plan) -> None:
+    """Show what this tab has measured of the plan."""
+    cells = MEASUREMENT.asked(plan)
+    records = present(cells, state.current_records())
+    good = [record for record in records if record.error is None]
+    MEASUREMENT.source(records, HERE, _files(good), f"{len(good)} of {counted(len(cells), 'cell')}.")
+    if not records:
+        page.empty(
+            "The first cell is on its way; results appear cell by cell."
+            if state.busy()
+            else "Nothing is measured yet for these settings. Press Measure; results appear cell by cell."
+        )
+        return
+    for record in records:
+        if record.error:
+            st.warning(escape(f"{record.cell}: {record.error}"), icon=":material/error:")
+    caution(good)
+    if good:
+        results(good, "here")
+
+
+def results(records: Sequence[ExperimentRecord], key: str) -> None:
+    """Draw the rows of some records of one batch: sentences, charts and table."""
+    rows = measure.rows(records)
+    for row in rows:
+        st.markdown(f"- {escape(measure.words(row))}")
+    figures.show("Speed", charts.speed(rows), f"bench_speed_{key}", help=definitions.BENCH_SPEED)
+    if len({row.context for row in rows}) > 1:
+        _against_context(rows, key)
+    table(rows)
+
+
+def caution(records: Sequence[ExperimentRecord]) -> None:
+    """Say what speeds of a CPU are not."""
+    if records and all(record.environment.device.startswith("cpu") for record in records):
+        st.info("These are speeds of a CPU. They say nothing about the speed of GPU kernels.", icon=":material/info:")
+
+
+def _against_context(rows: Sequence[Row], key: str) -> None:
+    left, right = st.columns(2, gap="medium")
+    drawn = (
+        (
+            left,
+            "Tokens/s against context",
+            definitions.BENCH_SPEED,
+            lambda r: r.tokens_per_second.median,
+            lambda r: r.full_tokens_per_second.median,
+            "tokens/s",
+        ),
+        (
+            right,
+            "Time to first token",
+            definitions.BENCH_FIRST,
+            lambda r: r.first_ms.median,
+            lambda r: r.full_first_ms.median,
+            "ms",
+        ),
+        (left, "Encode, share of a step", definitions.BENCH_PARTS, measure.encode_share, None, "%"),
+        (right, "Encode of the prompt", definitions.BENCH_PARTS, lambda r: r.encode_prompt_ms, None, "ms"),
+        (
+            left,
+            "Attention, a step",
+            definitions.BENCH_PARTS,
+            lambda r: r.attention_step_ms,
+            lambda r: r.full_attention_step_ms,
+            "ms",
+        ),
+        (
+            right,
+            "Attention of the prompt",
+            definitions.BENCH_PARTS,
+            lambda r: r.attention_prompt_ms,
+            lambda r: r.full_attention_prompt_ms,
+            "ms",
+        ),
+    )
+    for number, (column, title, help, own, full, unit) in enumerate(drawn):
+        with column:
+            chart = charts.against_context(rows, own, full, title, unit)
+            if chart is None:
+                st.caption(f"{title}: not measured.")
+            else:
+                figures.show(title, chart, f"bench_{number}_{key}", help=help)
+
+
+def table(rows: Sequence[Row]) -> None:
+    """Every row with its hardware, date and commit; what was not measured says so."""
+    shown = [_cells(row) for row in rows]
+    st.markdown("**All figures**", help=f"{definitions.BENCH_MEMORY} {definitions.BYTE_FLOOR}")
+    st.dataframe(
+        shown,
+        hide_index=True,
+        column_config={"x byte floor": st.column_config.TextColumn(help=definitions.BYTE_FLOOR)},
+        alt="Speed, memory and time of every method and context, with hardware, date and commit.",
+    )
+
+
+def _files(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench] = ()) -> list[page.File]:
+    return [
+        page.File("Figures as CSV", ".csv", "text/csv", lambda: _csv(records, decode)),
+        page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)),
+    ]
+
+
+def _csv(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench]) -> str:
+    lines = measure.table_rows([*measure.rows(records), *map(measure.decode_row, decode)])
+    return csv_text(list(lines[0]), [[*one.values()] for one in lines])
+
+
+def _cells(row: Row) -> dict[str, str | int]:
+    def number(value: float | None, digits: int, unit: str = "") -> str:
+        return "not measured" if value is None else f"{value:,.{digits}f}{unit}"
+
+    def size(value: int | None) -> str:
+        return "not measured" if value is None else human_bytes(value)
+
+    return {
+        "method": row.method,
+        "context": row.context,
+        "rows": row.batch,
+        "tokens/s": number(row.tokens_per_second.median, 1),
+        "full, tokens/s": number(row.full_tokens_per_second.median, 1),
+        "ratio": number(row.ratio, 2),
+        "first token": number(row.first_ms.median, 0, " ms"),
+        "full, first token": number(row.full_first_ms.median, 0, " ms"),
+        "encode, a step": number(row.encode_step_ms, 2, " ms"),
+        "attention, a step": number(row.attention_step_ms, 1, " ms"),
+        "full, attention": number(row.full_attention_step_ms, 1, " ms"),
+        "held": size(row.bytes),
+        "full, held": size(row.full_bytes),
+        "x byte floor": number(row.floor, 2),
+        "peak": size(row.peak_bytes),
+        "full, peak": size(row.full_peak_bytes),
+        "measured on": row.where,
+        "date": row.environment.created[:10],
+        "commit": row.environment.commit or "no commit",
+    }

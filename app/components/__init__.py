@@ -1,1 +1,0 @@
-"""The Streamlit building blocks that pages are made of."""
