@@ -11,13 +11,13 @@ page.header(
 )
 measurement = benchmarks.MEASUREMENT
 if measurement.view() == RECORDED:
-    work.ending("benchmarks")
+    measurement.ending()
     benchmarks.recorded()
 else:
     benchmarks.controls()
     plan = measurement.plan()
     measurement.run_bar(plan)
-    work.ending("benchmarks")
+    measurement.ending()
     if job := measurement.working():
         work.watch(job)
     benchmarks.measured(plan)

@@ -2,13 +2,13 @@
 
 import streamlit as st
 
-from app.compare import prompt
+from app.compare import live, prompt
 from app.compare import view as result
 from app.tab import state
-from app.ui import live, page, share
+from app.ui import page, share
 
 job = live.newest()
-methods = live.methods_of(job)
+methods = job.request.methods if job is not None else ()
 at_work = job is not None and job.live  # asked once: a run that ends while the page is drawn is collected by the rerun
 state.collect()
 page.header(

@@ -19,7 +19,7 @@ shown = measurement.view()
 methods.controls(shown)
 plan = measurement.plan()
 measurement.run_bar(plan, shortcuts=not recommend.own_text())
-work.ending("methods")
+measurement.ending()
 job = measurement.working()
 
 if shown == RECORDED:

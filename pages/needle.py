@@ -16,7 +16,7 @@ measurement = needle.MEASUREMENT
 needle.controls()
 plan = measurement.plan()
 measurement.run_bar(plan)
-work.ending("needle")
+measurement.ending()
 shown = measurement.view()
 
 if shown == RECORDED:

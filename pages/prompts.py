@@ -22,7 +22,7 @@ work.bar(
     key="prompts_run",
     disabled=wrong,
 )
-work.ending("prompts")
+prompt_set.ending()
 job = prompt_set.last()
 if job is None:
     page.empty("No set has run in this tab yet. Run the examples, or type prompts of your own.")

@@ -12,13 +12,13 @@ page.header(
 )
 shown, metric = seeds.chooser()
 if shown == RECORDED:
-    work.ending("seeds")
+    seeds.MEASUREMENT.ending()
     seeds.recorded(metric)
 else:
     seeds.controls()
     plan = seeds.MEASUREMENT.plan()
     seeds.MEASUREMENT.run_bar(plan)
-    work.ending("seeds")
+    seeds.MEASUREMENT.ending()
     if job := seeds.MEASUREMENT.working():
         work.watch(job)
     seeds.measured(plan, metric)

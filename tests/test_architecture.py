@@ -22,11 +22,15 @@ READERS = ("heads", "needle", "perplexity", "seeds", "speed")
 EXPERIMENTS = [ROOT / "turboquant" / "experiments" / f"{name}.py" for name in READERS]
 SOURCES = [*LIBRARY, *APP, *sorted((ROOT / "tests").rglob("*.py"))]
 
-FLOOR_PLAN = ROOT / "turboquant" / "README.md"
-# From the top to the bottom of the library, as its README has them: a package imports only from rows below its own.
-ROWS = [line.split("|")[1] for line in FLOOR_PLAN.read_text().splitlines() if line.startswith("| `")]
-FLOORS = [re.findall(r"`(\w+)`", row) for row in ROWS]
-ROW = {name: row for row, names in enumerate([["__main__"], *FLOORS]) for name in names}
+
+def rows_of(readme: Path) -> dict[str, int]:
+    """The rows of a README's floor plan by name, from the top down: a folder imports only from rows below its own."""
+    rows = [line.split("|")[1] for line in readme.read_text().splitlines() if line.startswith("| `")]
+    return {name: row for row, names in enumerate(rows) for name in re.findall(r"`(\w+)`", names)}
+
+
+ROW = {"__main__": -1, **rows_of(ROOT / "turboquant" / "README.md")}
+APP_ROW = rows_of(ROOT / "app" / "README.md")
 USES_TRANSFORMERS = {"cache", "experiments", "hf_attention", "integrations", "models", "run", "sizing"}
 MAX_LINES = 600
 
@@ -95,13 +99,24 @@ def test_imports_run_downwards(path: Path) -> None:
         assert ROW[other] > ROW[own], f"{own} imports {other}"
 
 
-def test_modules_use_each_other_one_way() -> None:
+@pytest.mark.parametrize("files", [LIBRARY, APP], ids=["library", "app"])
+def test_modules_use_each_other_one_way(files: list[Path]) -> None:
     """On every floor, imports within functions too."""
-    modules = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY
-    }
-    graph = {name: set(imported(path)) & set(modules) - {name, "turboquant"} for name, path in modules.items()}
+    parts = {path: path.relative_to(ROOT).with_suffix("").parts for path in files}
+    modules = {".".join(names).removesuffix(".__init__"): path for path, names in parts.items()}
+    graph = {name: set(imported(path)) & set(modules) - {name, "turboquant", "app"} for name, path in modules.items()}
     assert tuple(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "app").rglob("*.py")), ids=name_of)
+def test_imports_of_the_app_run_downwards(path: Path) -> None:
+    own = path.relative_to(ROOT / "app").parts[0].removesuffix(".py")
+    for name in imported(path) if own != "__init__" else ():
+        first, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if first == "app" and other not in ("", own):
+            pages = APP_ROW[other] == APP_ROW[own] == APP_ROW["compare"]
+            assert APP_ROW[other] > APP_ROW[own] or pages, f"{own} imports {other}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)

@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from app.config import AppConfig
+from app.tab.verdict import human_bytes
 from app.ui import definitions
-from app.ui.verdict import human_bytes
 from turboquant.kernels.backend import attention_backend
 from turboquant.records.results import Environment, environment
 

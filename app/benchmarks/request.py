@@ -13,7 +13,7 @@ from typing import Any
 from app.config import AppConfig
 from app.tab.measure import check_count
 from app.tab.requests import Choices, RequestError, check_bound, check_loading, method_texts
-from app.ui.verdict import human_bytes
+from app.tab.verdict import human_bytes
 from turboquant.methods import parse_method
 from turboquant.records.bench import GPU_BENCHES
 from turboquant.records.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread

@@ -10,10 +10,10 @@ from app.benchmarks.request import BATCHES, CONTEXTS, REPEATS, BenchChoices, Row
 from app.tab import state
 from app.tab.measure import Plan, as_json, present
 from app.tab.runs import csv_text
+from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
-from app.ui.verdict import human_bytes
 from turboquant.records.results import DecodeBench, ExperimentRecord
 
 _START = BenchChoices()
@@ -25,6 +25,7 @@ MEASUREMENT = Measurement(
     experiment="generation",
     recorded="generation",
     cells=measure.cells,
+    private=lambda chosen: False,  # shipped texts and numbers
     seconds=measure.seconds,
 )
 

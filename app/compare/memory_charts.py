@@ -6,8 +6,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from app.tab.verdict import cache_size, human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, Chart, layout, line
-from app.ui.verdict import cache_size, human_bytes
 from turboquant.records.results import CacheReport, Comparison
 from turboquant.sizing import KVBytes
 

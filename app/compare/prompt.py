@@ -2,10 +2,10 @@
 
 import streamlit as st
 
-from app.compare.examples import BY_NAME, EXAMPLES
-from app.engine.job import CompareRequest
+from app.compare.request import CompareRequest, compare_request
 from app.tab import state
-from app.tab.requests import RequestError, method_texts
+from app.tab.examples import BY_NAME, EXAMPLES
+from app.tab.requests import RequestError, method_texts, prompt_query
 from app.ui.panes import escape
 
 
@@ -20,7 +20,7 @@ def render() -> None:
     )
     job = state.job()
     live = job is not None and job.live
-    other = job.request.title if job is not None and live and not isinstance(job.request, CompareRequest) else None
+    other = job.request.title if job is not None and live and state.job_of(CompareRequest) is None else None
     with st.form("ask", border=False, enter_to_submit=False):
         st.text_area(
             "Prompt",
@@ -35,7 +35,7 @@ def render() -> None:
                 ":violet[**Compare**]",
                 icon=":material/compare:",
                 shortcut="Mod+Enter",
-                on_click=state.submit_compare,
+                on_click=submit,
                 disabled=live,
                 key="compare",
             )
@@ -48,6 +48,20 @@ def render() -> None:
                 key="stop",
             )
             st.caption(_plan() if other is None else _other(other), width="stretch")
+
+
+def submit() -> None:
+    """Compare what stands in the prompt box, and put it into the address."""
+    prompt = st.session_state.get(state.PROMPT, "")
+    state.submit(lambda: compare_request(state.choices(), prompt, state.config()))
+    if state.notice():
+        return
+    link = prompt_query(prompt)
+    for key in ("prompt", "example"):
+        if key in link:
+            st.query_params[key] = link[key]
+        elif key in st.query_params:
+            del st.query_params[key]
 
 
 def _other(title: str) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from app.compare.examples import BY_NAME
+from app.tab.examples import BY_NAME
 from app.tab.runs import RECORDED_FOLDER, Run
-from app.ui.verdict import facts, verdict
+from app.tab.verdict import facts, verdict
 from turboquant.methods import parse_method
 from turboquant.models.load import load_model
 from turboquant.records.results import Settings

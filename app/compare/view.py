@@ -7,15 +7,15 @@ import streamlit as st
 
 from app.compare import memory_charts as memory
 from app.compare import token_charts as tokens
-from app.compare.examples import LONG_EXAMPLE
 from app.compare.tokens import strip
 from app.heads import charts as heads
 from app.tab import state
+from app.tab.examples import LONG_EXAMPLE
 from app.tab.runs import Run
+from app.tab.verdict import cache_size, cosine, human_bytes, number, percent, verdict
 from app.ui import definitions, diff, figures, page, panes, share
 from app.ui.panes import LETTERS, code, escape
 from app.ui.style import COMPRESSED, SECOND, Chart
-from app.ui.verdict import cache_size, cosine, human_bytes, number, percent, verdict
 from turboquant.records.faults import UNMEASURED
 
 VIEWS = ("side by side", "diff", "focus")

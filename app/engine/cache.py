@@ -79,4 +79,4 @@ def _whole(result: Any) -> bool:
 def _key(job: Job, item: int) -> tuple[str, str] | None:
     """Whose result it is ("" for everybody's) and which."""
     key = job.request.key(item)
-    return None if key is None else ("" if job.request.public(item) else job.session, key)
+    return None if key is None else (job.session if item in job.request.private else "", key)

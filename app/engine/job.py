@@ -8,15 +8,15 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from app.compare.examples import name_of
-from turboquant.records.results import Cell, Settings
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from app.session.conversation import Conversation
+    from app.tab.results import Results
     from turboquant.run.compare import Event
 
 State = Literal["queued", "loading", "running", "done", "stopped", "failed"]
@@ -24,156 +24,65 @@ FINAL: tuple[State, ...] = ("done", "stopped", "failed")
 _ids = itertools.count(1)
 
 
-class Request(Protocol):
-    """What a visitor asked for, already checked.
+@dataclass(frozen=True, kw_only=True)
+class Request(ABC):
+    """What a visitor asked for, already checked: what it is, how it is run, and where its results belong.
 
     It is one or more items, computed one after the other, each with one result. Short work goes before long work, which
-    lets it by between two items. `title` and `page` say what it is and on which page it is shown; `sides` is the number
-    of answers that are streamed.
+    lets it by between two items.
+
+    Attributes:
+        model: Name of the model.
+        weights: How its weights are loaded.
+        private: The items whose results follow from something that a visitor wrote: no other visitor is given them. It
+            is said where the visitor's text is read and has no default, so that no kind of request can forget it.
+        methods: Those under which caches are compressed; none where the work is to find one.
+        title: What it is called.
+        page: The page that shows it.
+        short: Is it short work?
+        resumes: Does it go on where it was stopped?
     """
-
-    @property
-    def model(self) -> str: ...  # noqa: D102
-    @property
-    def weights(self) -> str: ...  # noqa: D102
-    @property
-    def title(self) -> str: ...  # noqa: D102
-    @property
-    def page(self) -> str: ...  # noqa: D102
-    @property
-    def short(self) -> bool: ...  # noqa: D102
-    @property
-    def sides(self) -> int: ...  # noqa: D102
-    @property
-    def items(self) -> int: ...  # noqa: D102
-
-    def key(self, item: int) -> str | None:
-        """What names an item's result: equal keys, equal results. None where it must be computed each time."""
-
-    def public(self, item: int) -> bool:
-        """Does the result follow from nothing that a visitor wrote? Then other visitors may be given it too."""
-
-
-@dataclass(frozen=True)
-class CompareRequest:
-    """One prompt answered with the full cache and with one or two methods; the result is a tuple of Comparisons."""
 
     model: str
     weights: str
-    prompt: str
+    private: frozenset[int]
     methods: tuple[str, ...]
-    settings: Settings
-    chat: bool = True
-    title: ClassVar[str] = "Compare"
-    page: ClassVar[str] = "compare"
-    short: ClassVar[bool] = True
-    items: ClassVar[int] = 1
+    title: str
+    page: str
+    short: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False
+
+    @property
+    def items(self) -> int:
+        """How many results there will be."""
+        return 1
 
     @property
     def sides(self) -> int:
-        """The original and one for each method."""
-        return 1 + len(self.methods)
+        """How many answers are streamed at once."""
+        return 0
 
+    @abstractmethod
     def key(self, item: int) -> str | None:
-        """Everything the answers depend on."""
-        del item
-        return _key("compare", self.model, self.weights, self.prompt, self.methods, self.settings, self.chat)
+        """What names an item's result: equal keys, equal results. None where it must be computed each time."""
 
-    def public(self, item: int) -> bool:
-        """Is the prompt one of the examples?"""
-        del item
-        return name_of(self.prompt) is not None
+    @abstractmethod
+    def run(self, loaded: Any, job: "Job", cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Work on the job's pending items with the loaded model, and add a result for each (worker thread)."""
 
+    @abstractmethod
+    def keep(self, tab: "Results", job: "Job", item: int) -> str | None:
+        """Put a result where the tab keeps such; return the id of a run that is to be shown, if there is one."""
 
-@dataclass(frozen=True)
-class PromptsRequest:
-    """A set of prompts, each answered with the full cache and with one method; each result is a Comparison."""
-
-    model: str
-    weights: str
-    prompts: tuple[str, ...]
-    method: str
-    settings: Settings
-    chat: bool = True
-    title: ClassVar[str] = "Prompts"
-    page: ClassVar[str] = "prompts"
-    short: ClassVar[bool] = False
-    sides: ClassVar[int] = 2
-
-    @property
-    def items(self) -> int:
-        """One a prompt."""
-        return len(self.prompts)
-
-    def key(self, item: int) -> str | None:
-        """Everything one pair of answers depends on."""
-        prompt = self.prompts[item]
-        return _key("prompt", self.model, self.weights, prompt, self.method, self.settings, self.chat)
-
-    def public(self, item: int) -> bool:
-        """Is the prompt one of the examples?"""
-        return name_of(self.prompts[item]) is not None
+    def prompt_tokens(self, result: Any) -> int:
+        """Tokens of the prompt that a result tells of."""
+        del result
+        return 0
 
 
-@dataclass(frozen=True)
-class CellsRequest:
-    """Cells of experiments; each result is an ExperimentRecord, those that failed with their error.
-
-    `private` says that the settings hold something the visitor wrote.
-    """
-
-    model: str
-    weights: str
-    cells: tuple[Cell, ...]
-    title: str
-    page: str
-    private: bool = False
-    short: ClassVar[bool] = False
-    sides: ClassVar[int] = 0
-
-    @property
-    def items(self) -> int:
-        """One a cell."""
-        return len(self.cells)
-
-    def key(self, item: int) -> str | None:
-        """The cell's identity."""
-        return self.cells[item].key
-
-    def public(self, item: int) -> bool:
-        """Are the cells made of shipped texts and numbers alone?"""
-        del item
-        return not self.private
-
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """The next turn of a conversation held in both caches; the result is a Turn."""
-
-    model: str
-    weights: str
-    conversation: "Conversation"
-    prompt: str
-    settings: Settings
-    title: ClassVar[str] = "Session"
-    page: ClassVar[str] = "session"
-    short: ClassVar[bool] = True
-    sides: ClassVar[int] = 2
-    items: ClassVar[int] = 1
-
-    def key(self, item: int) -> str | None:
-        """A turn depends on what the caches hold, so it is computed each time."""
-        del item
-        return None
-
-    def public(self, item: int) -> bool:
-        """A conversation is the visitor's own."""
-        del item
-        return False
-
-
-def _key(*parts: object) -> str:
-    return json.dumps([part.model_dump(mode="json") if isinstance(part, Settings) else part for part in parts])
+def key_of(*parts: object) -> str:
+    """Return a text that names these parts."""
+    return json.dumps([part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.engine.contract import EngineStatus
-from app.engine.job import CellsRequest, CompareRequest, Job, PromptsRequest, TurnRequest
+from app.engine.job import Job
 from app.engine.logs import event
 from turboquant.records.faults import out_of_memory
 
@@ -86,7 +86,7 @@ class Journal:
             **_asked(job),
             results=len(job.results),
             cached=len(job.cached),
-            prompt_tokens=sum(_prompt_tokens(job)) or None,
+            prompt_tokens=sum(map(job.request.prompt_tokens, job.results.values())) or None,
             generated_tokens=job.generated,
             work_s=_round(job.running_s),
             total_s=_round((job.ended or job.created) - job.created),
@@ -134,26 +134,7 @@ class _Present(Collector):
 def _asked(job: Job) -> dict[str, Any]:
     request = job.request
     named = {"job": job.id, "page": request.page, "model": request.model, "weights": request.weights}
-    return {**named, "methods": _methods(job)}
-
-
-def _methods(job: Job) -> list[str]:
-    request = job.request
-    if isinstance(request, CompareRequest):
-        return list(request.methods)
-    if isinstance(request, PromptsRequest):
-        return [request.method]
-    if isinstance(request, TurnRequest):
-        return [request.conversation.method]
-    if isinstance(request, CellsRequest):
-        return sorted({cell.method for cell in request.cells if cell.method})
-    return []
-
-
-def _prompt_tokens(job: Job) -> Iterator[int]:
-    for result in job.results.values():
-        first = result[0] if isinstance(result, tuple) else getattr(result, "comparison", result)
-        yield getattr(first, "prompt_tokens", 0)
+    return {**named, "methods": list(request.methods)}
 
 
 def _round(seconds: float | None) -> float | None:

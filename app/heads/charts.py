@@ -6,8 +6,8 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from app.tab.verdict import cosine, percent
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, RISK_SCALE, Chart, layout, line
-from app.ui.verdict import cosine, percent
 from turboquant.records.results import Comparison, HeadMetrics, HeadScores
 
 Part = Literal["packed", "served"]

@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 
 from app.compare.memory_charts import PART_WORDS, part_bar, parts
 from app.memory.request import GIB, MOST_TOKENS, Measured, Plan, Row, grid, lines, rows, tokens_short, tokens_text
+from app.tab.verdict import human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, SECOND, Chart, layout
-from app.ui.verdict import human_bytes
 
 _DASHES = {4: "solid", 3: "dash", 2: "dot"}
 _SYMBOLS = {"full": "circle", 4: "square", 3: "diamond", 2: "triangle-up"}

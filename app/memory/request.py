@@ -8,7 +8,7 @@ from typing import Any
 from app.memory.presets import presets
 from app.tab.requests import RequestError, recipes
 from app.tab.runs import Run
-from app.ui.verdict import human_bytes
+from app.tab.verdict import human_bytes
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method
 from turboquant.sizing import (
     MAX_CONFIG_BYTES,

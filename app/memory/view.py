@@ -10,9 +10,9 @@ from app.memory.presets import presets
 from app.memory.request import OTHER, OWN, Choices, Measured, Plan
 from app.tab import state
 from app.tab.requests import RequestError, recipes
+from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, page
 from app.ui.panes import escape
-from app.ui.verdict import human_bytes
 from turboquant.sizing import MAX_CONFIG_BYTES
 
 _DEFAULT = Choices()

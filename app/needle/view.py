@@ -32,6 +32,7 @@ MEASUREMENT = Measurement(
     experiment="needle",
     recorded="needle",
     cells=measure.cells,
+    private=lambda chosen: chosen.own,
     seconds=measure.seconds,
     describe=_describe,
 )

@@ -7,12 +7,20 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from app.compare.examples import EXAMPLES
 from app.config import AppConfig
-from app.engine.job import PromptsRequest
+from app.engine.job import Job, Request, key_of
+from app.tab.examples import EXAMPLES, own
 from app.tab.requests import Choices, RequestError, check_loading, method_text, sampling_settings
+from app.tab.runs import Run
+from turboquant.methods import parse_method
+from turboquant.records.results import Settings
 from turboquant.texts import decode_text
+
+if TYPE_CHECKING:
+    from app.tab.results import Results
 
 MAX_BYTES = 1_000_000
 SEPARATOR = "---"
@@ -191,6 +199,67 @@ def _checked(found: _Numbered, config: AppConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(prompt for _, prompt in found))  # what is given twice would count twice
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptsRequest(Request):
+    """A set of prompts, each answered with the full cache and with one method; each result is a Comparison."""
+
+    title: str = "Prompts"
+    page: str = "prompts"
+    prompts: tuple[str, ...]
+    settings: Settings
+    chat: bool = True
+
+    @property
+    def items(self) -> int:
+        """One a prompt."""
+        return len(self.prompts)
+
+    @property
+    def sides(self) -> int:
+        """The original and the compressed one."""
+        return 2
+
+    @property
+    def method(self) -> str:
+        """The one of all prompts."""
+        (method,) = self.methods
+        return method
+
+    def key(self, item: int) -> str | None:
+        """Everything one pair of answers depends on."""
+        prompt = self.prompts[item]
+        return key_of("prompt", self.model, self.weights, prompt, self.method, self.settings, self.chat)
+
+    def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Answer one prompt after the other."""
+        from turboquant.run.compare import compare
+
+        method = parse_method(self.method)
+        for item in job.pending:
+            job.begin_item(item)
+            found = compare(
+                loaded,
+                self.prompts[item],
+                method,
+                self.settings,
+                chat=self.chat,
+                on_event=job.publish,
+                cancelled=cancelled,
+            )
+            job.add(item, found)
+            if cancelled() or yielding():
+                return
+
+    def keep(self, tab: "Results", job: Job, item: int) -> str | None:
+        """A run of the set."""
+        tab.runs.add(Run(comparison=job.results[item], group=f"set-{job.id}", cached=item in job.cached))
+        return None
+
+    def prompt_tokens(self, result: Any) -> int:
+        """Those of one prompt."""
+        return int(result.prompt_tokens)
+
+
 def prompts_request(choices: Choices, prompts: Sequence[str], config: AppConfig) -> PromptsRequest:
     """Check every choice and every prompt once more and make the request that the engine runs.
 
@@ -200,5 +269,11 @@ def prompts_request(choices: Choices, prompts: Sequence[str], config: AppConfig)
     checked = _checked([(number, prompt) for number, prompt in enumerate(prompts, start=1)], config)
     model, weights = check_loading(choices, config)
     return PromptsRequest(
-        model, weights, checked, method_text(choices), sampling_settings(choices, config), bool(choices.chat)
+        model=model,
+        weights=weights,
+        private=own(checked),
+        prompts=checked,
+        methods=(method_text(choices),),
+        settings=sampling_settings(choices, config),
+        chat=bool(choices.chat),
     )

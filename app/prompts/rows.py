@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from app.engine.job import Job, PromptsRequest
+from app.engine.job import Job
+from app.prompts.request import PromptsRequest
 from app.tab.runs import Run, csv_text, fenced
-from app.ui.verdict import cache_size, verdict
+from app.tab.verdict import cache_size, verdict
 from turboquant.records.results import Comparison
 
 START = 60

@@ -3,16 +3,16 @@
 import streamlit as st
 
 from app.config import AppConfig
-from app.engine.job import Job, PromptsRequest
+from app.engine.job import Job
 from app.prompts import charts
-from app.prompts.request import MAX_BYTES, SUFFIXES, example_set, prompts_request, read_file, read_typed
+from app.prompts.request import MAX_BYTES, SUFFIXES, PromptsRequest, example_set, prompts_request, read_file, read_typed
 from app.prompts.rows import PromptRow, rows, table, to_csv, to_json, to_markdown
 from app.tab import state
 from app.tab.requests import RequestError, method_text
 from app.tab.runs import Run
+from app.tab.verdict import verdict
 from app.ui import definitions, figures, page, work
 from app.ui.panes import code, escape
-from app.ui.verdict import verdict
 
 SOURCES = ("Examples", "Typed", "File")
 _TEXT, _FILE, _READ, _JOB = "prompts_text", "prompts_file", "prompts_read", "prompts_job"
@@ -132,10 +132,14 @@ def _time(prompts: tuple[str, ...]) -> str:
 
 def last() -> Job | None:
     """The newest set of this tab, also when other work came after it."""
-    newest = state.job()
-    if newest is not None and isinstance(newest.request, PromptsRequest):
-        st.session_state[_JOB] = newest
+    if newest := state.job_of(PromptsRequest):
+        st.session_state[_JOB] = newest[0]
     return st.session_state.get(_JOB)
+
+
+def ending() -> None:
+    """Say what was wrong with the last click, and how the newest set ended if not well."""
+    work.ending(PromptsRequest)
 
 
 def kept(job: Job) -> list[Run]:
@@ -151,7 +155,7 @@ def results(job: Job) -> None:
         st.subheader("Prompts by damage", anchor=False, width="content")
         if job.results:
             page.tag("cached" if len(job.cached) == len(job.results) else "measured")
-        st.caption(f"{escape(job.request.model)}, {code(job.request.method)}", width="content")  # type: ignore[attr-defined]
+        st.caption(f"{escape(job.request.model)}, {code(*job.request.methods)}", width="content")
         files = [
             page.File("Table as CSV", ".csv", "text/csv", lambda: to_csv(found)),
             page.File("All runs as JSON", ".json", "application/json", lambda: to_json(found)),

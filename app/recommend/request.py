@@ -1,18 +1,21 @@
 """The search for a setting: what the widgets say as a checked request, and what it found as tables' rows."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
 from app.config import AppConfig
+from app.engine.job import Job, Request, key_of
 from app.methods.request import TEXT_NAMES, MethodsChoices, contexts
 from app.tab.measure import check_each
 from app.tab.requests import Choices, RequestError, check_loading
 from turboquant.experiments.recommendation import Recommendation, RecommendSettings
 from turboquant.records.results import ExperimentRecord, first_error
+
+if TYPE_CHECKING:
+    from app.tab.results import Results
 
 LIMITS = ("0.001", "0.003", "0.01", "0.03", "0.1")
 MOST_CELLS = 100
@@ -29,34 +32,48 @@ class RecommendChoices:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class RecommendRequest:
+@dataclass(frozen=True, kw_only=True)
+class RecommendRequest(Request):
     """A search for the smallest cache within limits; the result is a Recommendation.
 
     `text` is the visitor's own, in place of the settings' texts. `known` holds what was measured so far, so that a
     search goes on after it was stopped or has let others go first.
     """
 
-    model: str
-    weights: str
+    title: str = "Recommend"
+    page: str = "methods"
+    resumes: ClassVar[bool] = True
     settings: RecommendSettings
     text: str | None
     known: dict[str, ExperimentRecord]
-    title: ClassVar[str] = "Recommend"
-    page: ClassVar[str] = "methods"
-    short: ClassVar[bool] = False
-    sides: ClassVar[int] = 0
-    items: ClassVar[int] = 1
 
     def key(self, item: int) -> str | None:
         """Everything the search depends on."""
         del item
-        return json.dumps(["recommend", self.model, self.weights, self.settings.model_dump(mode="json"), self.text])
+        return key_of("recommend", self.model, self.weights, self.settings, self.text)
 
-    def public(self, item: int) -> bool:
-        """Is the text a shipped one?"""
-        del item
-        return self.text is None
+    def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Search, or go on; others may go first between two measurements, but not before one is made."""
+        from turboquant.experiments.base import Watch
+        from turboquant.experiments.recommend import recommend
+        from turboquant.run.generate import CancelledError
+
+        known, made = self.known, set[str]()
+        watch = Watch(job.progress, cancelled, stopping=lambda: bool(made) and yielding())
+
+        def keep(record: ExperimentRecord) -> None:
+            known[record.cell.key] = record
+            made.add(record.cell.key)
+
+        try:
+            job.add(0, recommend(loaded, self.settings, watch, text=self.text, known=known.values(), keep=keep))
+        except CancelledError:
+            return
+
+    def keep(self, tab: "Results", job: Job, item: int) -> str | None:
+        """The newest search alone."""
+        tab.recommendations[:] = [(job.results[item], item in job.cached)]
+        return None
 
 
 def request(
@@ -84,7 +101,15 @@ def request(
         settings = RecommendSettings(texts=texts, context=context, max_kl=limit, min_same_top_pct=chosen.same)
     except ValidationError as error:
         raise RequestError(f"These limits cannot be used ({first_error(error)}).") from None
-    return RecommendRequest(model, weights, settings, own, known)
+    return RecommendRequest(
+        model=model,
+        weights=weights,
+        private=frozenset() if own is None else frozenset({0}),
+        methods=(),
+        settings=settings,
+        text=own,
+        known=known,
+    )
 
 
 def _own(text: str, config: AppConfig) -> str:

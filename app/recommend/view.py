@@ -42,8 +42,8 @@ def section() -> None:
         disabled=refusal,
         shortcuts=own_text(),
     )
-    job = state.job()
-    if job is not None and isinstance(job.request, RecommendRequest):
+    if newest := state.job_of(RecommendRequest):
+        job, _ = newest
         if job.live:
             work.watch(job)
             return

@@ -6,8 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app.tab.runs import Run
+from app.tab.verdict import human_bytes, number, percent
 from app.ui.style import COMPRESSED, SECOND, Chart, layout, line
-from app.ui.verdict import human_bytes, number, percent
 
 _Read = Callable[[Run], float | None]
 _Show = Callable[[float | None], str]

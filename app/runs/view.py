@@ -8,9 +8,9 @@ import streamlit as st
 from app.runs import charts
 from app.tab import state
 from app.tab.runs import Run, zipped
+from app.tab.verdict import provenance, verdict
 from app.ui import definitions, figures, page, share
 from app.ui.panes import code, escape
-from app.ui.verdict import provenance, verdict
 
 A, B, CHOSEN = "runs_a", "runs_b", "runs_chosen"
 _VERSION = "runs_table_version"

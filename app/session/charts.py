@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from app.tab.verdict import human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, Chart, layout, line
-from app.ui.verdict import human_bytes
 
 if TYPE_CHECKING:
     from turboquant.run.chat import Turn

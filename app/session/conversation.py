@@ -3,16 +3,17 @@
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from app.compare.examples import BY_NAME, LONG_EXAMPLE
 from app.config import AppConfig
-from app.engine.job import TurnRequest
+from app.engine.job import Job, Request
+from app.tab.examples import BY_NAME, LONG_EXAMPLE
 from app.tab.requests import Choices, RequestError, check_loading, check_prompt, method_text, sampling_settings
 from turboquant.methods import parse_method
 from turboquant.records.results import Settings
 
 if TYPE_CHECKING:
+    from app.tab.results import Results
     from turboquant.run.chat import Session, Turn
     from turboquant.run.compare import Event
 
@@ -146,6 +147,42 @@ def _held(session: "Session") -> tuple[int, int]:
     return original, compressed
 
 
+@dataclass(frozen=True, kw_only=True)
+class TurnRequest(Request):
+    """The next turn of a conversation held in both caches; the result is a Turn."""
+
+    title: str = "Session"
+    page: str = "session"
+    short: ClassVar[bool] = True
+    conversation: Conversation
+    prompt: str
+    settings: Settings
+
+    @property
+    def sides(self) -> int:
+        """The original and the compressed one."""
+        return 2
+
+    def key(self, item: int) -> str | None:
+        """A turn depends on what the caches hold, so it is computed each time."""
+        del item
+        return None
+
+    def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Put the prompt to both sides."""
+        del yielding
+        job.add(0, self.conversation.ask(loaded, self.prompt, self.settings, job.publish, cancelled))
+
+    def keep(self, tab: "Results", job: Job, item: int) -> str | None:
+        """Nothing: the conversation has its turns."""
+        del tab, job, item
+        return None
+
+    def prompt_tokens(self, result: Any) -> int:
+        """Those of the turn's prompt."""
+        return int(result.comparison.prompt_tokens)
+
+
 def begin(choices: Choices, config: AppConfig) -> Conversation:
     """A conversation with the sidebar's settings, checked.
 
@@ -165,4 +202,12 @@ def turn_request(talk: Conversation, prompt: object, choices: Choices, config: A
     if len(talk.turns) >= MAX_TURNS:
         raise RequestError(f"A conversation has at most {MAX_TURNS} turns here; export this one and start a new one.")
     settings = sampling_settings(choices, config)
-    return TurnRequest(talk.model, talk.weights, talk, check_prompt(prompt, config), settings)
+    return TurnRequest(
+        model=talk.model,
+        weights=talk.weights,
+        private=frozenset({0}),  # a conversation is the visitor's own
+        methods=(talk.method,),
+        conversation=talk,
+        prompt=check_prompt(prompt, config),
+        settings=settings,
+    )

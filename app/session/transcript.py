@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.session.conversation import SIDES, Conversation, SideName
 from app.tab.runs import csv_text, fenced
-from app.ui.verdict import human_bytes, verdict
+from app.tab.verdict import human_bytes, verdict
 
 if TYPE_CHECKING:
     from turboquant.run.chat import Context, Turn

@@ -2,16 +2,16 @@
 
 import streamlit as st
 
-from app.engine.job import Job, TurnRequest
+from app.engine.job import Job
 from app.session import charts, transcript
-from app.session.conversation import OPENINGS, SIDES, Conversation, SideName, begin, turn_request
+from app.session.conversation import OPENINGS, SIDES, Conversation, SideName, TurnRequest, begin, turn_request
 from app.tab import state
 from app.tab.requests import RequestError
 from app.tab.runs import Run
+from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, work
 from app.ui.page import PAGES, File, copy_link, downloads, tag
 from app.ui.panes import escape
-from app.ui.verdict import human_bytes
 
 KEY, UNSENT = "conversation", "chat_unsent"
 _LONG = 900
@@ -27,10 +27,8 @@ def current() -> Conversation:
 
 def turn_job() -> Job | None:
     """The newest job of this tab if it is a turn of the conversation shown."""
-    job = state.job()
-    if job is None or not isinstance(job.request, TurnRequest):
-        return None
-    return job if job.request.conversation is state.conversation() else None
+    newest = state.job_of(TurnRequest)
+    return newest[0] if newest and newest[1].conversation is state.conversation() else None
 
 
 def _heading(side: SideName, method: str) -> str:

@@ -1,16 +1,22 @@
 """Measurements asked for on a page: the widgets' values as checked cells, and the records of them as rows."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from app.config import AppConfig
-from app.engine.job import CellsRequest
+from app.engine.job import Job, Request
 from app.tab.requests import RequestError
 from turboquant.records.results import Cell, ExperimentRecord
 
+if TYPE_CHECKING:
+    from app.tab.results import Results
+    from turboquant.experiments.base import Watch
+
 MAX_SEED = 2**31 - 1
+MAX_RECORDS = 2_000
 
 
 def check_each(name: str, values: Iterable[object], allowed: Sequence[str]) -> tuple[str, ...]:
@@ -43,16 +49,72 @@ def present(cells: Iterable[Cell], records: Mapping[str, ExperimentRecord]) -> l
     return [records[cell.key] for cell in cells if cell.key in records]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CellsRequest(Request):
+    """Cells of experiments; each result is an ExperimentRecord, those that failed with their error."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def items(self) -> int:
+        """One a cell."""
+        return len(self.cells)
+
+    def key(self, item: int) -> str | None:
+        """The cell's identity."""
+        return self.cells[item].key
+
+    def run(self, loaded: Any, job: Job, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> None:
+        """Measure the cells that are left, one group that shares its forward passes after the other."""
+        from turboquant.experiments.base import Models, groups, run_group
+        from turboquant.experiments.registry import EXPERIMENTS
+        from turboquant.run.generate import CancelledError
+
+        models = Models(lambda name, weights: loaded)
+        item_of = {self.cells[item].key: item for item in job.pending}
+        for group in groups([self.cells[item] for item in job.pending]):
+            watch = _watch(job, len(group), cancelled, yielding)
+            try:
+                for record in run_group(EXPERIMENTS[group[0].experiment], group, models, watch):
+                    job.add(item_of[record.cell.key], record)
+            except CancelledError:
+                return
+            if yielding():
+                return
+
+    def keep(self, tab: "Results", job: Job, item: int) -> str | None:
+        """A record by its cell; the oldest go where there are too many."""
+        record: ExperimentRecord = job.results[item]
+        tab.records[record.cell.key] = record
+        while len(tab.records) > MAX_RECORDS:
+            del tab.records[next(iter(tab.records))]
+        return None
+
+
+def _watch(job: Job, size: int, cancelled: Callable[[], bool], yielding: Callable[[], bool]) -> "Watch":
+    """Report the progress of `size` cells; stop between methods for others, but not before one is measured."""
+    from turboquant.experiments.base import Watch
+
+    known = len(job.results)
+    return Watch(
+        progress=lambda fraction, text: job.progress(known + size * fraction, text),
+        cancelled=cancelled,
+        stopping=lambda: len(job.results) > known and yielding(),
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a page's widgets ask for; without cells where they cannot be measured, and then why."""
+    """What a page's widgets ask for; without cells where they cannot be measured, and then why.
 
-    cells: tuple[Cell, ...] = ()
+    `private` says that the cells hold something that the visitor wrote.
+    """
+
+    cells: tuple[Cell, ...]
+    private: bool
     refusal: str | None = None
 
-    def request(
-        self, records: Mapping[str, ExperimentRecord], title: str, page: str, *, private: bool = False
-    ) -> CellsRequest:
+    def request(self, records: Mapping[str, ExperimentRecord], page: str) -> CellsRequest:
         """The cells that are not measured yet.
 
         Raises:
@@ -63,7 +125,15 @@ class Plan:
         left = missing(self.cells, records)
         if not left:
             raise RequestError("All of this is measured already; change a setting to measure more.")
-        return CellsRequest(left[0].model or "", left[0].weights, left, title, page, private)
+        return CellsRequest(
+            model=left[0].model or "",
+            weights=left[0].weights,
+            private=frozenset(range(len(left)) if self.private else ()),
+            methods=tuple(sorted({cell.method for cell in left if cell.method})),
+            title=page.capitalize(),
+            page=page,
+            cells=left,
+        )
 
 
 def made_with(records: Sequence[ExperimentRecord]) -> str:

@@ -8,9 +8,8 @@ from urllib.parse import urlencode
 
 from pydantic import ValidationError
 
-from app.compare.examples import name_of
 from app.config import WEIGHTS, AppConfig
-from app.engine.job import CompareRequest
+from app.tab.examples import name_of
 from turboquant.methods import METHODS, BitsMethod, parse_method
 from turboquant.models.registry import MODELS
 from turboquant.records.results import Settings
@@ -147,20 +146,6 @@ def check_loading(choices: Choices, config: AppConfig) -> tuple[str, str]:
     if choices.weights not in WEIGHTS:
         raise RequestError(f"Weights must be one of {', '.join(WEIGHTS)}, got {str(choices.weights)[:20]!r}.")
     return check_model(choices.model, config), choices.weights
-
-
-def compare_request(choices: Choices, prompt: object, config: AppConfig) -> CompareRequest:
-    """Check every choice and make the request that the engine runs.
-
-    Raises:
-        RequestError: One of them cannot be run.
-    """
-    model, weights = check_loading(choices, config)
-    methods = method_texts(choices)
-    if len(set(methods)) < len(methods):
-        raise RequestError("Both compressed settings are the same; change one of them.")
-    checked, sampling = check_prompt(prompt, config), sampling_settings(choices, config)
-    return CompareRequest(model, weights, checked, tuple(methods), sampling, bool(choices.chat))
 
 
 def method_texts(choices: Choices) -> list[str]:

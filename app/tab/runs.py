@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from app.ui.verdict import facts, provenance, verdict
+from app.tab.verdict import facts, provenance, verdict
 from turboquant.records.results import AttentionDetail, Comparison, HeadMetrics, Record
 
 RECORDED_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "runs"

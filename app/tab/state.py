@@ -5,28 +5,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import streamlit as st
 
-from app.compare.examples import BY_NAME
 from app.config import AppConfig, load_config
 from app.engine.backend import build_engine
 from app.engine.engine import Engine, EngineBusyError
-from app.engine.job import CellsRequest, CompareRequest, Job, PromptsRequest, Request
-from app.recommend.request import RecommendRequest
-from app.session.conversation import Conversation
-from app.tab.requests import Choices, RequestError, compare_request, prompt_query, read_choices
+from app.engine.job import Job, Request
+from app.tab.examples import BY_NAME
+from app.tab.requests import Choices, RequestError, read_choices
+from app.tab.results import Results
 from app.tab.runs import Run, RunError, RunStore, import_run, recorded_runs
 from turboquant.experiments.recommendation import Recommendation
 from turboquant.models.fingerprint import is_current
 from turboquant.models.inputs import MODEL
 from turboquant.records.results import ExperimentRecord, read_records
 
+if TYPE_CHECKING:
+    from app.session.conversation import Conversation
+
 PROMPT, EXAMPLE, SHOWN, NOTICE = "prompt", "example_pill", "run", "notice"
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-MAX_RECORDS = 2_000
 MAX_SEARCHED = 200
+R = TypeVar("R", bound=Request)
 
 
 @st.cache_resource(show_spinner=False)
@@ -92,6 +94,12 @@ def job() -> Job | None:
     return engine().job(session_id())
 
 
+def job_of(kind: type[R]) -> tuple[Job, R] | None:
+    """The newest job of this tab with what it was asked, if it is of this kind."""
+    newest = job()
+    return (newest, newest.request) if newest is not None and isinstance(newest.request, kind) else None
+
+
 def busy() -> bool:
     """Is a job of this tab waiting or at work?"""
     newest = job()
@@ -141,6 +149,11 @@ def current_records() -> dict[str, ExperimentRecord]:
     }
 
 
+def results() -> Results:
+    """Where the results of this tab's jobs are kept; to put one there takes no look at the session's state."""
+    return Results(runs(), records(), st.session_state.setdefault("recommendations", []))
+
+
 def recommendation() -> tuple[Recommendation, bool] | None:
     """What this tab's newest search has found, and whether it was known from before."""
     found: list[tuple[Recommendation, bool]] = st.session_state.setdefault("recommendations", [])
@@ -155,7 +168,7 @@ def searched() -> dict[str, ExperimentRecord]:
     return known
 
 
-def conversation() -> Conversation | None:
+def conversation() -> "Conversation | None":
     """The conversation of this tab."""
     return st.session_state.get("conversation")
 
@@ -181,12 +194,11 @@ def collect() -> None:
     taken: _Taken | None = st.session_state.get("taken")
     if taken is None or taken.job != newest.id:
         taken = st.session_state["taken"] = _Taken(newest.id)
-    store, kept = runs(), records()
-    found: list[tuple[Recommendation, bool]] = st.session_state.setdefault("recommendations", [])
-    for item, result in sorted(newest.results.items()):
+    kept = results()
+    for item in sorted(newest.results):
         if item not in taken.items:
             taken.items.add(item)
-            taken.show = _take(newest, item, result, store, kept, found) or taken.show
+            taken.show = newest.request.keep(kept, newest, item) or taken.show
     if taken.show is not None:
         st.session_state[SHOWN] = taken.show
         taken.show = None
@@ -196,31 +208,6 @@ def taken() -> int:
     """How many results of the newest job are in this tab already."""
     known: _Taken | None = st.session_state.get("taken")
     return len(known.items) if known is not None else 0
-
-
-def _take(
-    newest: Job,
-    item: int,
-    result: Any,
-    store: RunStore,
-    kept: dict[str, ExperimentRecord],
-    found: list[tuple[Recommendation, bool]],
-) -> str | None:
-    """Keep one result; returns the id of the run to show, if there is one. Does not touch the session's state."""
-    request, cached = newest.request, item in newest.cached
-    if isinstance(request, CompareRequest):
-        group = uuid.uuid4().hex[:8] if len(result) > 1 else None
-        made = [store.add(Run(comparison=c, group=group, cached=cached)) for c in reversed(result)]
-        return made[-1].id
-    if isinstance(request, PromptsRequest):
-        store.add(Run(comparison=result, group=f"set-{newest.id}", cached=cached))
-    elif isinstance(request, CellsRequest):
-        kept[result.cell.key] = result
-        while len(kept) > MAX_RECORDS:
-            del kept[next(iter(kept))]
-    elif isinstance(request, RecommendRequest):
-        found[:] = [(result, cached)]
-    return None
 
 
 # --- callbacks
@@ -235,20 +222,6 @@ def submit(make: Callable[[], Request]) -> None:
         st.session_state[NOTICE] = str(error)
         return
     st.session_state[NOTICE] = None
-
-
-def submit_compare() -> None:
-    """Compare what stands in the prompt box, and put it into the address."""
-    prompt = st.session_state.get(PROMPT, "")
-    submit(lambda: compare_request(choices(), prompt, config()))
-    if notice():
-        return
-    link = prompt_query(prompt)
-    for key in ("prompt", "example"):
-        if key in link:
-            st.query_params[key] = link[key]
-        elif key in st.query_params:
-            del st.query_params[key]
 
 
 def stop() -> None:

@@ -12,9 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from app.tab.verdict import percent
 from app.theory.request import Codebook, Coordinates, InnerProducts, RecordedCheck, Rotated, code_of
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, RISK, Chart, layout
-from app.ui.verdict import percent
 from turboquant.experiments.theory import COSINE, NEEDLES, NEIGHBOURS, TOLERANCE, Distortion, Theory
 from turboquant.records.spread import Estimate
 

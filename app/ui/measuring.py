@@ -7,10 +7,10 @@ from typing import Any, Generic, TypeVar
 import streamlit as st
 
 from app.config import AppConfig
-from app.engine.job import CellsRequest, Job
+from app.engine.job import Job
 from app.engine.library import import_library
 from app.tab import state
-from app.tab.measure import Plan, made_with, missing
+from app.tab.measure import CellsRequest, Plan, made_with, missing
 from app.tab.requests import Choices, RequestError
 from app.ui import page, work
 from app.ui.panes import escape
@@ -36,6 +36,7 @@ class Measurement(Generic[C]):
         experiment: The name of its experiment in records.
         recorded: The name of the shipped records.
         cells: Checks the widgets' values and makes the cells.
+        private: Do the widgets' values hold something that the visitor wrote? Then its results are for nobody else.
         seconds: About how long cells take by what is known; None where that says nothing.
         describe: What the cells are, in the app's own words.
     """
@@ -46,6 +47,7 @@ class Measurement(Generic[C]):
     experiment: str
     recorded: str
     cells: Callable[[C, Choices, AppConfig], tuple[Cell, ...]]
+    private: Callable[[C], bool]
     seconds: Callable[[Sequence[Cell], Iterable[ExperimentRecord]], float | None]
     describe: Callable[[Sequence[Cell]], str] = lambda cells: counted(len(cells), "cell")
 
@@ -73,10 +75,11 @@ class Measurement(Generic[C]):
     def plan(self) -> Plan:
         """What the widgets and the sidebar ask for."""
         import_library()
+        said = self.said()
         try:
-            return Plan(self.cells(self.said(), state.choices(), state.config()))
+            return Plan(self.cells(said, state.choices(), state.config()), self.private(said))
         except RequestError as error:
-            return Plan(refusal=str(error))
+            return Plan((), self.private(said), refusal=str(error))
 
     def run_bar(self, plan: Plan, *, shortcuts: bool = True) -> None:
         """Draw the buttons with what would be done and how long it takes; see `work.bar`."""
@@ -89,9 +92,7 @@ class Measurement(Generic[C]):
         work.bar("Measure", self._request, plan=words, key=key, disabled=disabled, shortcuts=shortcuts)
 
     def _request(self) -> CellsRequest:
-        plan = self.plan()
-        own = any("needle" in cell.settings for cell in plan.cells)  # a visitor's own words
-        asked = plan.request(state.current_records(), self.name.capitalize(), self.name, private=own)
+        asked = self.plan().request(state.current_records(), self.name)
         st.session_state[f"{self.prefix}_view"] = HERE
         return asked
 
@@ -114,16 +115,20 @@ class Measurement(Generic[C]):
 
     def working(self) -> Job | None:
         """The live job of this page, if there is one."""
-        job = state.job()
-        own = job is not None and job.request.page == self.name and isinstance(job.request, CellsRequest)
-        return job if own and job is not None and job.live else None
+        newest = state.job_of(CellsRequest)
+        return newest[0] if newest and newest[1].page == self.name and newest[0].live else None
 
     def asked(self, plan: Plan) -> tuple[Cell, ...]:
         """The plan's cells; while others are being measured, those."""
-        job, planned = self.working(), {cell.key for cell in plan.cells}
-        if job is None or not isinstance(job.request, CellsRequest):
+        newest, planned = state.job_of(CellsRequest), {cell.key for cell in plan.cells}
+        if newest is None or self.working() is None:
             return plan.cells
-        return plan.cells if all(cell.key in planned for cell in job.request.cells) else job.request.cells
+        measured = newest[1].cells
+        return plan.cells if all(cell.key in planned for cell in measured) else measured
+
+    def ending(self) -> None:
+        """Say what was wrong with the last click, and how the newest measurement here ended if not well."""
+        work.ending(CellsRequest, self.name)
 
     def source(
         self, records: Sequence[ExperimentRecord], shown: str, files: Sequence[page.File], words: str = ""

@@ -7,7 +7,7 @@ from typing import Literal
 import streamlit as st
 
 from app.tab.runs import Run
-from app.ui.verdict import human_bytes, provenance
+from app.tab.verdict import human_bytes, provenance
 
 Side = Literal["original", "compressed", "second"]
 SIDES: tuple[Side, Side, Side] = ("original", "compressed", "second")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import streamlit as st
 
 from app.engine.job import Job, Request
-from app.recommend.request import RecommendRequest
 from app.tab import state
 from app.ui.panes import escape
 
@@ -104,13 +103,16 @@ def watch(job: Job) -> None:
     st.fragment(look, run_every=1.0)()
 
 
-def ending(page: str) -> None:
-    """Say what was wrong with the last click, and how the newest job of this page ended if it did not end well."""
+def ending(kind: type[Request], page: str | None = None) -> None:
+    """Say what was wrong with the last click, and how the newest job ended if it is of this kind and did not end well.
+
+    With `page` it must be of that page too.
+    """
     if notice := state.notice():
         st.warning(escape(notice), icon=":material/info:")
-    job = state.job()
-    if job is not None and job.request.page == page and not isinstance(job.request, RecommendRequest):
-        ended(job)
+    newest = state.job_of(kind)
+    if newest is not None and page in (None, newest[1].page):
+        ended(newest[0])
 
 
 def ended(job: Job) -> None:
@@ -133,7 +135,7 @@ def _stopped(job: Job, kept: str) -> str:
     reason = f" by {job.stop_reason}" if job.stop_reason else ""
     if job.request.items > 1:
         return f"Stopped{reason}: {kept} Start it again to go on with the rest."
-    if isinstance(job.request, RecommendRequest):
+    if job.request.resumes:
         return f"Stopped{reason}: what it measured is kept. Start it again to go on."
     if not job.results:
         return f"Stopped{reason} before it began; nothing was computed."

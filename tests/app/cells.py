@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.engine.job import CellsRequest, Job
+from app.engine.job import Job
+from app.tab.measure import CellsRequest
 from turboquant.records.results import Cell, Environment, ExperimentRecord
 
 HERE = Environment(

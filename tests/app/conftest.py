@@ -13,9 +13,10 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from app.compare.request import CompareRequest
 from app.engine.contract import Progress
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest, Job
+from app.engine.job import Job
 from app.tab import state
 from tests.app.cells import Cells
 from tests.app.factory import comparison

@@ -18,7 +18,7 @@ import psutil
 from app.engine import backend
 from app.engine.contract import Progress
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest
+from tests.app.asked import compare_asked
 from tests.helpers import tiny_loaded
 from turboquant.records.results import Environment, Record, Settings, append_record, environment
 
@@ -71,7 +71,7 @@ def measure(engine: Engine, runs: int) -> SoakBench:
     for number in range(runs):
         prompt = f"Visitor {number} asks about the tide and the boats. " * 2
         model = f"model-{number // MODEL_EVERY % 2}"
-        job = engine.submit(f"visitor-{number}", CompareRequest(model, "auto", prompt, (METHOD,), SETTINGS))
+        job = engine.submit(f"visitor-{number}", compare_asked(prompt, SETTINGS, model, METHOD))
         assert job.wait(120)
         assert job.view.state == "done", job.view.error
         assert job.results[0][0].compressed.report.compressed_tokens > 0

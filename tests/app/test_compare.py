@@ -11,11 +11,11 @@ from streamlit.testing.v1 import AppTest
 from app.compare import view as result
 from app.compare.memory_charts import bytes_by_part
 from app.engine.engine import Engine
-from app.engine.job import PromptsRequest
 from app.tab import state
 from app.tab.runs import Run
+from app.tab.verdict import facts
 from app.ui import diff
-from app.ui.verdict import facts
+from tests.app.asked import prompts_asked
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from tests.app.test_page import ask, request, texts
@@ -144,7 +144,7 @@ def test_work_of_another_page_leaves_the_result_alone(page: AppTest, engine: Eng
     page.run()
     ask(page, "hello")
     bench.hold_run.clear()
-    asked = PromptsRequest("smollm2-135m", "auto", ("one", "two"), "turboquant:bits=4", request().settings)
+    asked = prompts_asked(("one", "two"), request().settings, "smollm2-135m")
     job = engine.submit(page.session_state["session_id"], asked)
     until(lambda: job.view.state == "running")
     page.run()

@@ -7,9 +7,12 @@ import time
 import pytest
 import torch
 
-from app.compare.examples import EXAMPLES
+from app.compare.request import CompareRequest
 from app.engine.engine import Engine, EngineBusyError
-from app.engine.job import CompareRequest, Job, PromptsRequest
+from app.engine.job import Job
+from app.prompts.request import PromptsRequest
+from app.tab.examples import EXAMPLES
+from tests.app.asked import compare_asked, prompts_asked
 from tests.app.conftest import Bench, until
 from turboquant.records.faults import out_of_memory
 from turboquant.records.results import Settings
@@ -19,11 +22,11 @@ SETTINGS = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=
 
 
 def request(prompt: str = "hello", model: str = "a") -> CompareRequest:
-    return CompareRequest(model, "auto", prompt, ("turboquant:bits=4",), SETTINGS)
+    return compare_asked(prompt, SETTINGS, model)
 
 
 def long_request(*prompts: str, model: str = "a") -> PromptsRequest:
-    return PromptsRequest(model, "auto", prompts, "turboquant:bits=4", SETTINGS)
+    return prompts_asked(prompts, SETTINGS, model)
 
 
 def test_jobs_run_first_in_first_out(engine: Engine, bench: Bench) -> None:

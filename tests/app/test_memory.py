@@ -16,7 +16,7 @@ from app.memory.presets import FOLDER, presets
 from app.memory.request import OWN, Choices, Plan, make_plan, measured_points
 from app.tab.requests import RequestError, recipes
 from app.tab.runs import Run
-from app.ui.verdict import human_bytes
+from app.tab.verdict import human_bytes
 from tests.app.conftest import Bench
 from tests.app.factory import comparison
 from turboquant import parse_method

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
+from app.compare.request import compare_request
 from app.config import AppConfig
 from app.engine import backend
 from app.engine.engine import Engine
@@ -16,7 +17,7 @@ from app.methods import view as components
 from app.methods.request import START, MethodsChoices
 from app.tab import state
 from app.tab.measure import as_json, json_lines, made_with, report
-from app.tab.requests import Choices, RequestError, compare_request
+from app.tab.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, ended, opened, said, until
 from tests.app.factory import report as cache_report

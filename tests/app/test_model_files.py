@@ -11,17 +11,19 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app.compare.examples import EXAMPLES
+from app.compare.request import CompareRequest
 from app.config import AppConfig
 from app.engine import backend
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest, Job, PromptsRequest, Request
+from app.engine.job import Job, Request
 from app.methods.request import MethodsChoices
 from app.recommend.request import RecommendChoices
 from app.recommend.request import request as recommend_request
 from app.session.conversation import begin, turn_request
 from app.tab import state
+from app.tab.examples import EXAMPLES
 from app.tab.requests import Choices
+from tests.app.asked import compare_asked, prompts_asked
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import save_tiny
 from turboquant.records.results import Settings
@@ -74,7 +76,7 @@ def logits(job: Job) -> Any:
 
 
 def test_a_comparison_is_that_of_the_model_as_it_is(engine: Engine, folder: Path, saved: dict[int, Path]) -> None:
-    request = CompareRequest(str(folder), "auto", PROMPT, (METHOD,), SETTINGS)
+    request = compare_asked(PROMPT, SETTINGS, str(folder), METHOD)
     first = done(engine, request)
     assert first.view.error is None
     assert not first.cached
@@ -92,7 +94,7 @@ def test_a_comparison_is_that_of_the_model_as_it_is(engine: Engine, folder: Path
 
 
 def test_a_folder_that_has_gone_is_said_and_nothing_old_is_given(engine: Engine, folder: Path) -> None:
-    request = CompareRequest(str(folder), "auto", PROMPT, (METHOD,), SETTINGS)
+    request = compare_asked(PROMPT, SETTINGS, str(folder), METHOD)
     done(engine, request)
     shutil.rmtree(folder)
     gone = done(engine, request)
@@ -115,9 +117,9 @@ def test_a_run_in_two_turns_is_of_one_model(
     engine = Engine(backend.load, run, is_expected=backend.is_expected)
     try:
         prompts = tuple(example.prompt[:200] for example in EXAMPLES[:2])
-        long = engine.submit("me", PromptsRequest(str(folder), "auto", prompts, METHOD, SETTINGS))
+        long = engine.submit("me", prompts_asked(prompts, SETTINGS, str(folder), METHOD))
         until(lambda: long.view.state == "running", 60)
-        short = engine.submit("you", CompareRequest(str(folder), "auto", PROMPT, (METHOD,), SETTINGS))
+        short = engine.submit("you", compare_asked(PROMPT, SETTINGS, str(folder), METHOD))
         first_item.set()
         assert short.wait(60)
         assert long.wait(60)

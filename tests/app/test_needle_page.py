@@ -150,7 +150,7 @@ def test_an_own_needle_reaches_the_cells_is_private_and_not_in_the_link(page: Ap
     ended(page)
     assert {name: cells.served[0].settings[name] for name in OWN} == OWN
     request = newest(page).request
-    assert not request.public(0)
+    assert request.private == frozenset(range(request.items))
     link = next(code.value for code in page.code if "needle_own=true" in code.value)
     assert "needle_lengths=256&needle_lengths=512" in link
     assert "blue" not in link
@@ -256,9 +256,11 @@ def test_everything_measured_is_nothing_to_request() -> None:
     records = {cell.key: record(cell) for cell in planned}
     assert missing(planned, records) == ()
     with pytest.raises(RequestError, match="measured already"):
-        Plan(planned).request(records, "Needle", "needle")
+        Plan(planned, private=True).request(records, "needle")
     del records[planned[1].key]
-    assert Plan(planned).request(records, "Needle", "needle").cells == planned[1:2]
+    asked = Plan(planned, private=True).request(records, "needle")
+    assert (asked.title, asked.cells, asked.private) == ("Needle", planned[1:2], {0})
+    assert Plan(planned, private=False).request(records, "needle").private == frozenset()
 
 
 def test_the_estimate_of_recorded_cells_is_near_what_they_took() -> None:

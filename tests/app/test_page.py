@@ -7,15 +7,16 @@ import time
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.compare.examples import BY_NAME
+from app.compare.request import CompareRequest
 from app.config import AppConfig
 from app.engine.contract import EngineStatus
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest
 from app.tab import state
+from app.tab.examples import BY_NAME
 from app.tab.requests import Choices
 from app.tab.runs import Run
 from app.ui.sidebar import engine_words
+from tests.app.asked import compare_asked
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
 from turboquant.records.results import Settings
@@ -37,7 +38,7 @@ def ask(page: AppTest, prompt: str) -> AppTest:
 
 def request(prompt: str = "hello", model: str = "smollm2-135m") -> CompareRequest:
     sampling = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)
-    return CompareRequest(model, "auto", prompt, ("turboquant:bits=4",), sampling)
+    return compare_asked(prompt, sampling, model)
 
 
 def test_empty_page_says_what_to_do(page: AppTest) -> None:

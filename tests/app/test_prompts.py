@@ -10,12 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.config import AppConfig
-from app.engine.job import Job, PromptsRequest
+from app.engine.job import Job
 from app.prompts.charts import kl_per_prompt
 from app.prompts.request import MAX_BYTES, example_set, prompts_request, read_file, read_typed
 from app.prompts.rows import rows, table, to_csv, to_json, to_markdown
 from app.tab.requests import Choices, RequestError
 from app.tab.runs import Run, import_run
+from tests.app.asked import prompts_asked
 from tests.app.factory import comparison
 from turboquant.records.results import Comparison, Settings
 
@@ -154,7 +155,7 @@ def test_the_request_is_checked_once_more_on_the_server() -> None:
     asked = prompts_request(Choices(bits=3), example_set(), AppConfig())
     assert asked.items == len(example_set())
     assert asked.method.startswith("turboquant:bits=3")
-    assert asked.public(0)
+    assert not asked.private
     with pytest.raises(RequestError, match="limit here is 4"):
         prompts_request(Choices(), ["x"] * 5, CONFIG)
     with pytest.raises(RequestError, match="model"):
@@ -170,7 +171,7 @@ def damaged(prompt: str, kl: float, **options: Any) -> Comparison:
 @pytest.fixture
 def ran() -> tuple[Job, list[Run]]:
     """A set of five that was stopped in its fifth prompt; the third packed nothing."""
-    asked = PromptsRequest("m", "auto", ("mild", "=bad", "short", "same", "late"), "turboquant:bits=4", Settings())
+    asked = prompts_asked(("mild", "=bad", "short", "same", "late"), Settings(), "m")
     job = Job("me", asked)
     same = (" the", " river")
     results = [

@@ -5,11 +5,11 @@ import html
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.compare.examples import EXAMPLES
 from app.config import AppConfig
 from app.engine.engine import Engine
 from app.prompts.request import read_file
 from app.tab import state
+from app.tab.examples import EXAMPLES
 from app.tab.requests import RequestError
 from tests.app.conftest import Bench, until
 from tests.app.factory import comparison

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from app.compare.request import compare_request
 from app.config import AppConfig
 from app.engine import backend
 from app.engine.engine import Engine
-from app.tab.requests import compare_request, defaults
+from app.tab.requests import defaults
 from app.tab.runs import Run, import_run
 from tests.app.conftest import MAIN
 

@@ -8,6 +8,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from app.compare.request import compare_request
 from app.config import AppConfig
 from app.engine import backend
 from app.engine.engine import Engine
@@ -17,7 +18,7 @@ from app.recommend import charts
 from app.recommend import request as measure
 from app.recommend.request import RecommendChoices, RecommendRequest
 from app.tab import state
-from app.tab.requests import Choices, RequestError, compare_request, read_choices
+from app.tab.requests import Choices, RequestError, read_choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
 from turboquant.experiments.recommendation import Recommendation
@@ -152,8 +153,8 @@ def test_a_stopped_search_keeps_what_it_measured(loaded: Any) -> None:
 
 def test_only_searches_in_shipped_texts_are_shared() -> None:
     shipped, own = request(), request(RecommendChoices(own=True, text=TEXT))
-    assert shipped.public(0)
-    assert not own.public(0)
+    assert shipped.private == frozenset()
+    assert own.private == {0}
     assert shipped.key(0) == request().key(0) != request(RecommendChoices(kl="0.1")).key(0)
     assert own.key(0) != request(RecommendChoices(own=True, text=TEXT + ".")).key(0)
 

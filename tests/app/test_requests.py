@@ -1,6 +1,8 @@
 """The server's own check of what the widgets say."""
 
-from dataclasses import replace
+import importlib
+import pkgutil
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -9,14 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.compare.examples import EXAMPLES
+import app
+from app.compare.request import compare_request
 from app.config import AppConfig
+from app.engine.job import Request
+from app.tab.examples import EXAMPLES
 from app.tab.requests import (
     Choices,
     RequestError,
     check_bound,
     check_model,
-    compare_request,
     defaults,
     method_text,
     query,
@@ -146,3 +150,23 @@ def test_whatever_a_browser_sends_is_run_or_refused(values: dict[str, Any], prom
     assert 1 <= request.settings.max_new_tokens <= 256
     for method in request.methods:
         parse_method(method)
+
+
+def kinds() -> list[type[Request]]:
+    """Every kind of request that a module of the app defines."""
+    for module in pkgutil.walk_packages(app.__path__, "app."):
+        if module.name != "app.main":
+            importlib.import_module(module.name)
+    return sorted(Request.__subclasses__(), key=lambda kind: kind.__name__)
+
+
+def test_no_kind_of_request_can_forget_what_is_private() -> None:
+    """Whether other visitors may be given a result has no default: it is said where the visitor's text is read."""
+    assert len(kinds()) >= 5
+    for kind in kinds():
+        (private,) = (one for one in fields(kind) if one.name == "private")
+        assert private.default is MISSING, kind
+        assert private.default_factory is MISSING, kind
+        given = {one.name: None for one in fields(kind) if one.default is MISSING and one.name != "private"}
+        with pytest.raises(TypeError, match="private"):
+            kind(**given)

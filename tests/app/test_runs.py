@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.tab.runs import MAX_IMPORT_BYTES, Run, RunError, RunStore, import_run, recorded_runs
-from app.ui.verdict import human_bytes, verdict
+from app.tab.verdict import human_bytes, verdict
 from tests.app.factory import comparison
 
 

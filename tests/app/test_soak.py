@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest
 from app.tab.runs import Run, RunError, import_run, recorded_runs
+from tests.app.asked import compare_asked
 from tests.app.soak import METHOD, SETTINGS, SoakBench, measure, sentence, small_engine
 from tests.server.process import ROOT
 
@@ -47,7 +47,7 @@ def test_the_words_are_those_of_the_newest_record() -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=200))
 def test_any_prompt_is_answered_or_refused_in_one_sentence(small: Engine, prompt: str) -> None:
-    job = small.submit("me", CompareRequest("model", "auto", prompt, (METHOD,), SETTINGS))
+    job = small.submit("me", compare_asked(prompt, SETTINGS, "model", METHOD))
     assert job.wait(60)
     assert job.view.state in ("done", "failed")
     if job.view.state == "failed":

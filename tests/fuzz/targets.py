@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from app.compare.request import compare_request
 from app.config import AppConfig
-from app.tab.requests import Choices, RequestError, compare_request, query, read_choices
+from app.tab.requests import Choices, RequestError, query, read_choices
 from app.tab.runs import RunError, import_run
 from turboquant.methods import METHODS, parse_method
 from turboquant.sizing import ModelConfigError, SizingError, kv_bytes, read_config

@@ -20,7 +20,8 @@ import torch
 from app.config import AppConfig
 from app.engine import backend, logs
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest, Job
+from app.engine.job import Job
+from tests.app.asked import compare_asked
 from turboquant.records.results import Settings
 
 MODEL = "smollm2-135m"
@@ -53,9 +54,7 @@ PHASES: dict[str, Callable[[Job], bool]] = {
 def ask(engine: Engine, name: str, repeats: int, tokens: int) -> Job:
     """Submit a comparison."""
     prompt = f"{name}: " + WORDS * repeats
-    return engine.submit(
-        name, CompareRequest(MODEL, "auto", prompt, ("turboquant:bits=4",), Settings(max_new_tokens=tokens))
-    )
+    return engine.submit(name, compare_asked(prompt, Settings(max_new_tokens=tokens), MODEL))
 
 
 def main(phase: str) -> None:

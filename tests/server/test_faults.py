@@ -17,7 +17,7 @@ import pytest
 
 from app.engine.backend import run as run_job
 from app.engine.engine import Engine
-from app.engine.job import CompareRequest
+from tests.app.asked import compare_asked
 from tests.helpers import enlarge, file_system, tiny_loaded
 from tests.server.process import ROOT, Server
 from tests.server.tab import Tab
@@ -79,7 +79,7 @@ def test_a_measurement_without_memory_keeps_the_answers(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("turboquant.run.compare.token_metrics", refused)
     engine = Engine(lambda name, **_: tiny_loaded("llama", chat_template=None), run_job)
-    request = CompareRequest("tiny", "auto", TEXT, (METHOD,), Settings(max_new_tokens=3))
+    request = compare_asked(TEXT, Settings(max_new_tokens=3), "tiny", METHOD)
     job = engine.submit("me", request)
     assert job.wait(30)
     assert job.view.state == "done"

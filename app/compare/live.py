@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from app.engine.job import CompareRequest, Job, View
+from app.compare.request import CompareRequest
+from app.engine.job import Job, View
 from app.tab import state
 from app.ui import work
 from app.ui.panes import SIDES, Side, escape, frame, live_line
@@ -12,13 +13,8 @@ from app.ui.panes import SIDES, Side, escape, frame, live_line
 
 def newest() -> Job | None:
     """The newest job of this tab, if it is a comparison."""
-    job = state.job()
-    return job if job is not None and isinstance(job.request, CompareRequest) else None
-
-
-def methods_of(job: Job | None) -> tuple[str, ...]:
-    """The methods of its compressed answers."""
-    return job.request.methods if job is not None and isinstance(job.request, CompareRequest) else ()
+    found = state.job_of(CompareRequest)
+    return found and found[0]
 
 
 def stream(job: Job, methods: Sequence[str]) -> None:
@@ -66,7 +62,7 @@ def _status_line(slot: "st.delta_generator.DeltaGenerator", words: str, fraction
 
 def ending(job: Job | None, methods: Sequence[str]) -> None:
     """Say how the newest comparison ended when its result does not say it; what a failed one had written is shown."""
-    work.ending("compare")
+    work.ending(CompareRequest)
     if job is None or job.live or job.view.state != "failed" or not any(side.text for side in job.view.sides):
         return
     st.caption("What was computed until then:")

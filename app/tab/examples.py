@@ -1,5 +1,6 @@
 """Prompts that show something: each is one pill under the prompt box."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _HARBOUR = """\
@@ -90,3 +91,8 @@ LONG_EXAMPLE = "summary"
 def name_of(prompt: str) -> str | None:
     """The name of the example with exactly this prompt."""
     return next((example.name for example in EXAMPLES if example.prompt == prompt), None)
+
+
+def own(prompts: Sequence[str]) -> frozenset[int]:
+    """Which of some prompts a visitor wrote: those that are no example."""
+    return frozenset(i for i, prompt in enumerate(prompts) if name_of(prompt) is None)
