@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLOOR_PLANS = [ROOT / "turboquant" / "README.md", ROOT / "app" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *FLOOR_PLANS, *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"", "json", "math", "python", "sh", "text", "toml", "yaml"}
 _FENCE = re.compile(r"^( *)(```+|~~~+) *([\w-]*)[^\n]*\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"<!-- *(run|not run|file)(?:: *(.*?))? *-->\s*\Z")

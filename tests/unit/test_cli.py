@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import at_terminal
-from turboquant import cli
+from turboquant import __version__, cli
 from turboquant.cache.build import NothingCompressedError
 from turboquant.experiments.decode_speed import bench_decode
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import MODELS, LoadedModel, tiny_model
 from turboquant.models.registry import ModelSpec
-from turboquant.records.results import DecodeBench
+from turboquant.records.results import DecodeBench, environment
 from turboquant.report.summary import read_results
 from turboquant.report.tables import busy_table, decode_table
 
@@ -117,6 +117,15 @@ def test_what_is_wrong_is_one_sentence_and_a_code(tiny, tmp_path: Path, argument
     assert result.exit_code == code
     assert message in result.stderr
     assert not (tmp_path / "bench.jsonl").exists()
+
+
+def test_version_says_what_a_report_of_a_fault_needs() -> None:
+    result = RUNNER.invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    here = environment()
+    for part in (__version__, here.commit or "unknown", here.python, here.torch, here.transformers, here.device):
+        assert part in result.stdout
+    assert len(result.stdout.splitlines()) == 1
 
 
 def test_unknown_model_fails_in_one_sentence() -> None:

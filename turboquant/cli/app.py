@@ -66,8 +66,30 @@ JsonOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output instead of going on with it.")]
 
 
+def _version(asked: bool) -> None:
+    if not asked:
+        return
+    import torch
+
+    from turboquant import __version__
+    from turboquant.records.results import environment
+
+    here = environment("cuda" if torch.cuda.is_available() else "cpu")
+    parts = [f"turboquant {__version__}", f"commit {here.commit or 'unknown'}", f"Python {here.python}"]
+    parts += [f"torch {here.torch}", f"transformers {here.transformers}", f"{here.device}, {here.cpu_threads} threads"]
+    typer.echo("; ".join(parts))
+    raise typer.Exit
+
+
 @app.callback()
-def _callback() -> None:
+def _callback(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print versions, commit and device, and leave."
+        ),
+    ] = False,
+) -> None:
     """What happens to a model's answers, memory and speed when its KV cache is compressed."""
 
 
