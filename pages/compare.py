@@ -2,7 +2,8 @@
 
 import streamlit as st
 
-from app.compare import live, prompt
+from app.compare import live_view as live
+from app.compare import prompt_view as prompt
 from app.compare import view as result
 from app.tab import state
 from app.ui import page, share

@@ -7,7 +7,7 @@ import streamlit as st
 
 from app.compare import memory_charts as memory
 from app.compare import token_charts as tokens
-from app.compare.tokens import strip
+from app.compare.tokens_view import strip
 from app.heads import charts as heads
 from app.tab import state
 from app.tab.examples import LONG_EXAMPLE
