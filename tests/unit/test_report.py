@@ -323,8 +323,9 @@ def test_gpu_and_cpu_records_of_one_cell_are_both_kept_and_never_averaged(tmp_pa
 def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> None:
     kinds = {"evaluate": "attention", "gpu-long": "attention"}
     kinds |= dict.fromkeys(("methods", "sweep", "recipe", "gpu-quality"), "perplexity")
-    if name == "decode":
-        record_ = bench_decode(tiny_loaded(), parse_method("turboquant"), prompt_tokens=150, new_tokens=3, repeats=1)
+    if name in ("decode", "decode-busy"):
+        sizes = {"prompt_tokens": 150, "new_tokens": 3, "repeats": 1, "busy": int(name == "decode-busy")}
+        record_ = bench_decode(tiny_loaded(), parse_method("turboquant"), **sizes)
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", record_, record_.model_copy(update={"environment": older}))
         day, commit = record_.environment.created[:10], record_.environment.commit
