@@ -7,22 +7,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app.methods.request import FULL, Row
-from app.ui.style import BASELINE, COMPRESSED, Chart, layout
+from app.ui.style import BASELINE, Chart, layout
+from turboquant.methods import METHODS, in_order
+from turboquant.report.style import looks
 
 Bits = Literal["held", "packed"]
-STYLES = {
-    "turboquant": (COMPRESSED, "circle"),
-    "turboquant-paper": ("#b0559b", "square"),
-    "rtn": ("#c2742c", "diamond"),
-    "kivi": ("#2f9e8f", "triangle-up"),
-    "polarquant": ("#5f7fbf", "triangle-down"),
-    "qjl": ("#b5434a", "star"),
-    "hf-quanto": ("#8a8a2e", "cross"),
-    "hf-hqq": ("#7a8494", "x"),
-    "hf-fp8": ("#4f8a4f", "hexagon"),
-}
-_OTHER = (BASELINE, "pentagon")
-_VARIANTS = ("", "-open", "-dot")
 COLUMNS = (
     "method",
     "KL",
@@ -47,13 +36,6 @@ def family(method: str) -> str:
     return ", ".join([name, *options])
 
 
-def _style(name: str, families: Sequence[str]) -> dict[str, Any]:
-    base = name.partition(",")[0]
-    variants = [one for one in families if one.partition(",")[0] == base]
-    color, symbol = STYLES.get(base, _OTHER)
-    return {"color": color, "symbol": symbol + _VARIANTS[min(variants.index(name), len(_VARIANTS) - 1)]}
-
-
 def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
     """KL against bits a value; the front is the line that no other method is below and left of.
 
@@ -76,9 +58,11 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
         )
     )
     families = sorted({family(row.method) for row, _ in drawn}, key=_family_order)
+    styles = looks((name.partition(",")[0], name) for name in families)
     for name in families:
+        color, sign, _ = styles[name]
         own = [(row, cost) for row, cost in drawn if family(row.method) == name]
-        marker = {"size": 11, "line": {"width": 2}, **_style(name, families)}
+        marker = {"size": 11, "line": {"width": 2}, "color": color, "symbol": sign}
         figure.add_trace(_points(name, own, marker, bits))
     layout(
         figure,
@@ -95,8 +79,8 @@ def pareto(rows: Sequence[Row], bits: Bits = "held") -> Chart:
 
 
 def _family_order(name: str) -> tuple[int, str]:
-    base = name.partition(",")[0]
-    return (list(STYLES).index(base) if base in STYLES else len(STYLES), name)
+    order, base = in_order(METHODS), name.partition(",")[0]
+    return (order.index(base) if base in order else len(order), name)
 
 
 def _points(name: str, own: Sequence[tuple[Row, float]], marker: dict[str, Any], bits: Bits) -> go.Scatter:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from app.config import AppConfig
 from app.tab.measure import check_count, check_each
 from app.tab.requests import SAME, Choices, RequestError, check_loading, has_window, method_text, recipes
-from turboquant.methods import METHODS, BitsMethod, Method, parse_method
+from turboquant.methods import METHODS, BitsMethod, Method, parse_method, settings_of
 from turboquant.records.pareto import pareto_front
 from turboquant.records.results import Cell, ExperimentRecord, first_error
 from turboquant.texts import TEXTS
@@ -56,7 +56,7 @@ def contexts(config: AppConfig) -> tuple[str, ...]:
 
 def offered(recorded: Iterable[ExperimentRecord]) -> list[str]:
     """The methods to choose from: the usual ones, then all that were recorded; the full cache is always measured."""
-    found = dict.fromkeys([*START, *(str(record.cell.method) for record in recorded)])
+    found = dict.fromkeys([*START, *settings_of("presets"), *(str(record.cell.method) for record in recorded)])
     return [method for method in found if method != FULL]
 
 

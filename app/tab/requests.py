@@ -10,25 +10,14 @@ from pydantic import ValidationError
 
 from app.config import WEIGHTS, AppConfig
 from app.tab.examples import name_of
-from turboquant.methods import METHODS, BitsMethod, parse_method
+from turboquant.methods import METHODS, BitsMethod, in_order, parse_method, settings_of
 from turboquant.models.registry import MODELS
 from turboquant.records.results import Settings
 
 SAME = "same"
 BIT_CHOICES = (2, 3, 4)
 EACH_BITS = (SAME, *(str(bits) for bits in range(1, 9)))
-SECOND_CHOICES = (
-    "turboquant:bits=4",
-    "turboquant:bits=3",
-    "turboquant:bits=2",
-    "turboquant-paper:bits=4",
-    "kivi:bits=4",
-    "kivi:bits=2",
-    "rtn:bits=4",
-    "polarquant",
-    "qjl",
-    "hf-quanto:bits=4",
-)
+SECOND_CHOICES = tuple(settings_of("presets"))
 MAX_EXACT = 4096
 LINK_PROMPT_CHARS = 1500
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -72,8 +61,7 @@ def defaults(config: AppConfig) -> Choices:
 
 def recipes() -> list[str]:
     """The methods that can be picked: those with a number of bits, the recommended one first."""
-    names = [name for name, method in METHODS.items() if issubclass(method, BitsMethod)]
-    return sorted(names, key=lambda name: (name != "turboquant", name != "turboquant-paper", name))
+    return in_order(name for name, method in METHODS.items() if issubclass(method, BitsMethod))
 
 
 def has_window(recipe: str) -> bool:

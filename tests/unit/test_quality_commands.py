@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
-from turboquant.cli.methods import GRID, usable
-from turboquant.methods import parse_method
+from turboquant.cli.methods import usable
+from turboquant.methods import parse_method, settings_of
 from turboquant.records.pareto import pareto_front
 from turboquant.records.results import read_records
 
@@ -264,8 +264,8 @@ def test_the_table_of_methods_is_sorted_and_marks_the_front(model: str, tmp_path
 
 
 def test_the_grid_is_known_and_what_cannot_run_here_is_left_out_with_its_reason() -> None:
-    methods, skipped = usable([*GRID, "not-there"])
-    assert len(methods) + len(skipped) == len(GRID) + 1
+    methods, skipped = usable([*settings_of("grid"), "not-there"])
+    assert len(methods) + len(skipped) == len(settings_of("grid")) + 1
     assert len({str(method) for method in methods}) == len(methods) >= 20
     assert "unknown method 'not-there'" in skipped["not-there"]
     assert all(spec == "not-there" or "hf-" in spec for spec in skipped)

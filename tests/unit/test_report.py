@@ -17,11 +17,11 @@ from tests.sample_records import METHOD_NAMES, grid, record, write
 from turboquant import cli
 from turboquant.experiments.base import cells_for, run_cells
 from turboquant.experiments.decode_speed import bench_decode
-from turboquant.methods import METHODS, parse_method
+from turboquant.methods import METHODS, Method, parse_method
 from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.records.results import ExperimentRecord
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
-from turboquant.report.plots import PLOTS, STYLES, against_bits, legend, pareto, validate_figure
+from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize
 from turboquant.report.tables import Table, comparison_table, number
 from turboquant.report.variance import variance_table
@@ -92,8 +92,9 @@ def test_numbers_have_the_digits_that_mean_something(metric: str, value: float |
 
 
 def test_every_method_has_a_colour_and_a_sign_of_its_own() -> None:
-    assert set(METHODS) <= {*STYLES, "lossless"}
-    assert len({color for color, _ in STYLES.values()}) == len({sign for _, sign in STYLES.values()}) == len(STYLES)
+    own = [method for name, method in METHODS.items() if name != "lossless"]  # a test's own
+    assert len({method.color for method in own}) == len({method.sign for method in own}) == len(own)
+    assert not {method.color for method in own} & {Method.color}
     one, two = (
         legend(summarize(record(name) for name in names)) for names in (METHOD_NAMES, ("turboquant-paper:bits=4",))
     )

@@ -32,23 +32,6 @@ if TYPE_CHECKING:
     from turboquant.methods import Method
     from turboquant.records.results import ExperimentRecord
 
-# From 2 to 8 bits a value; other libraries' caches come last, since one that fails has the rest measured one by one.
-GRID = (
-    "full",
-    *(f"turboquant:{bits}" for bits in ("bits=2", "bits=3", "key_bits=4,value_bits=2", "key_bits=4,value_bits=3")),
-    *(f"turboquant:bits={bits}" for bits in (4, 8)),
-    *(f"turboquant-paper:bits={bits}" for bits in (2, 3, 4)),
-    *(f"turboquant-paper:bits={bits},qjl=orthogonal" for bits in (2, 3, 4)),
-    *(f"rtn:bits={bits}" for bits in (3, 4, 8)),
-    *(f"rtn:bits={bits},rotation=hadamard" for bits in (2, 3, 4)),
-    *(f"kivi:bits={bits}" for bits in (2, 4)),
-    "polarquant",
-    "qjl",
-    *(f"hf-quanto:bits={bits}" for bits in (2, 4)),
-    *(f"hf-hqq:bits={bits}" for bits in (2, 4)),
-    "hf-fp8",
-)
-
 
 def usable(grid: Sequence[str]) -> "tuple[list[Method], dict[str, str]]":
     """Return the methods that can run here, and why each of the others cannot."""
@@ -98,8 +81,10 @@ def methods(
     if listed:
         list_methods()
         return
+    from turboquant.methods import settings_of
+
     started = time.perf_counter()
-    chosen, skipped = (read_methods(method, GRID, bits), {}) if method or bits else usable(GRID)
+    chosen, skipped = (read_methods(method, [], bits), {}) if method or bits else usable(settings_of("grid"))
     for spec, reason in skipped.items():
         say(f"left out: {spec}: {reason}")
     values = {"texts": text, "context": context, "prefill": prefill, "windows": windows, "chunk_tokens": chunk_tokens}

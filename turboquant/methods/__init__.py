@@ -15,7 +15,9 @@ from turboquant.methods.base import (
     check_choice,
     check_count,
     check_length,
+    in_order,
     parse_method,
+    settings_of,
 )
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_length",
+    "in_order",
     "parse_method",
+    "settings_of",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

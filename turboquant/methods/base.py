@@ -2,9 +2,9 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,14 @@ class Method(ABC):
     title: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
+    color: ClassVar[str] = "#7a8494"
+    """In every figure. Colour-blind readers tell those of the methods here apart (after Okabe and Ito, and Tol)."""
+    sign: ClassVar[str] = "star"
+    """Marker in every figure, as plotly names it."""
+    presets: ClassVar[tuple[str, ...]] = ()
+    """Settings that are offered to choose from, without the name: `bits=4`; "" for the defaults."""
+    grid: ClassVar[tuple[str, ...]] = ()
+    """Settings that `turboquant methods` measures."""
     foreign: ClassVar[bool] = False
     """Do the layers belong to another library (`foreign_layer`)? Then there are no quantizers."""
     residual_length = 0  # not annotated, so not an option: methods that have a window declare the field
@@ -158,6 +166,17 @@ class BitsMethod(Method, ABC):
         if field_name in ("key_bits", "value_bits"):
             return self.bits is None
         return super()._is_printed(field_name)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return methods as lists show them: TurboQuant first, other libraries' caches last."""
+    return sorted(names, key=lambda name: (METHODS[name].foreign, not name.startswith("turboquant"), name))
+
+
+def settings_of(attribute: Literal["presets", "grid"]) -> list[str]:
+    """Return the `presets` or the `grid` of all methods, as `parse_method` reads them."""
+    each = ((name, options) for name in in_order(METHODS) for options in getattr(METHODS[name], attribute))
+    return [f"{name}:{options}" if options else name for name, options in each]
 
 
 def _text(value: object) -> str:

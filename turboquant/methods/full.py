@@ -16,6 +16,9 @@ class Full(Method):
     title: ClassVar[str] = "Full precision"
     summary: ClassVar[str] = "Keys and values are stored as the model computed them. This is the reference."
     reference: ClassVar[str] = "transformers DynamicCache"
+    color: ClassVar[str] = "#808080"
+    sign: ClassVar[str] = "x"
+    grid: ClassVar[tuple[str, ...]] = ("",)
 
     def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
         """Return None: nothing is quantized."""

@@ -84,6 +84,10 @@ class HFQuanto(_GroupWise):
         "dense tensors, and quantizes its whole history again whenever its exact window is full."
     )
     reference: ClassVar[str] = "transformers QuantizedCache, backend quanto"
+    color: ClassVar[str] = "#999933"
+    sign: ClassVar[str] = "square-open"
+    presets: ClassVar[tuple[str, ...]] = ("bits=4",)
+    grid: ClassVar[tuple[str, ...]] = ("bits=2", "bits=4")
     backend: ClassVar[str] = "quanto"
     widths: ClassVar[tuple[int, ...]] = (2, 4)
     axes: ClassVar[tuple[int, ...]] = (0, -1)
@@ -103,6 +107,9 @@ class HFHQQ(_GroupWise):
         "dense tensors, and quantizes its whole history again whenever its exact window is full."
     )
     reference: ClassVar[str] = "transformers QuantizedCache, backend hqq"
+    color: ClassVar[str] = "#aa4499"
+    sign: ClassVar[str] = "diamond-open"
+    grid: ClassVar[tuple[str, ...]] = ("bits=2", "bits=4")
     axis_key: int = 1
     axis_value: int = 1
     backend: ClassVar[str] = "hqq"
@@ -121,6 +128,9 @@ class HFFp8(HFMethod):
         "layer, taken from the first call. It hands out dense tensors."
     )
     reference: ClassVar[str] = "transformers QuantizedCache, backend fp8"
+    color: ClassVar[str] = "#44aa99"
+    sign: ClassVar[str] = "triangle-up-open"
+    grid: ClassVar[tuple[str, ...]] = ("",)
 
     @property
     def payload_bits(self) -> float:

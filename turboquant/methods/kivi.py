@@ -121,6 +121,10 @@ class KIVI(BitsMethod):
         "between its own least and greatest value. The most recent tokens stay exact."
     )
     reference: ClassVar[str] = "arXiv:2402.02750"
+    color: ClassVar[str] = "#009e73"
+    sign: ClassVar[str] = "diamond"
+    presets: ClassVar[tuple[str, ...]] = ("bits=4", "bits=2")
+    grid: ClassVar[tuple[str, ...]] = ("bits=2", "bits=4")
     residual_length: int = 128
     group_size: int = 32
 

@@ -188,6 +188,10 @@ class PolarQuant(BitsMethod):
         "angles are rounded to the optimal levels for their known densities. 4 bits are the paper's recipe."
     )
     reference: ClassVar[str] = "arXiv:2502.02617"
+    color: ClassVar[str] = "#cc79a7"
+    sign: ClassVar[str] = "triangle-up"
+    presets: ClassVar[tuple[str, ...]] = ("",)
+    grid: ClassVar[tuple[str, ...]] = ("",)
     rotation: RotationKind = "qr"
 
     def __post_init__(self) -> None:

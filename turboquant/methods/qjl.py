@@ -134,6 +134,10 @@ class QJL(BitsMethod):
         "outlier channels are sketched apart. Values are rounded per token. The most recent tokens stay exact."
     )
     reference: ClassVar[str] = "arXiv:2406.03482, with the authors' orthogonal projection"
+    color: ClassVar[str] = "#d55e00"
+    sign: ClassVar[str] = "triangle-down"
+    presets: ClassVar[tuple[str, ...]] = ("",)
+    grid: ClassVar[tuple[str, ...]] = ("",)
     default_bits: ClassVar[int] = 2
     residual_length: int = 128
     double_layers: int = 15

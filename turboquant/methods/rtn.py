@@ -127,6 +127,13 @@ class RTN(BitsMethod):
         "q4_0 cache. A random Hadamard rotation may come first, which spreads outliers over all channels."
     )
     reference: ClassVar[str] = "llama.cpp q4_0 and q8_0; with rotation QuaRot, arXiv:2404.00456"
+    color: ClassVar[str] = "#e69f00"
+    sign: ClassVar[str] = "square"
+    presets: ClassVar[tuple[str, ...]] = ("bits=4",)
+    grid: ClassVar[tuple[str, ...]] = (
+        *("bits=3", "bits=4", "bits=8"),
+        *("bits=2,rotation=hadamard", "bits=3,rotation=hadamard", "bits=4,rotation=hadamard"),
+    )
     group_size: int = 32
     rotation: Literal["none", "hadamard"] = "none"
 

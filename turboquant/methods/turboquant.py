@@ -38,6 +38,12 @@ class TurboQuant(BitsMethod):
         "the density that gives. Keys lose the mean of their group of 64 first; sinks and recent tokens stay exact."
     )
     reference: ClassVar[str] = "arXiv:2504.19874, Algorithm 1, with group means, corrected norms, sinks and a window"
+    color: ClassVar[str] = "#0080d0"
+    sign: ClassVar[str] = "circle"
+    presets: ClassVar[tuple[str, ...]] = ("bits=4", "bits=3", "bits=2")
+    grid: ClassVar[tuple[str, ...]] = (
+        *("bits=2", "bits=3", "key_bits=4,value_bits=2", "key_bits=4,value_bits=3", "bits=4", "bits=8"),
+    )
     residual_length: int = 64
     sink_length: int = 4
     rotation: RotationKind = "hadamard"
@@ -117,6 +123,13 @@ class TurboQuantPaper(TurboQuant):
         "inner products unbiased but noisier; values are rounded plainly. Nothing stays exact."
     )
     reference: ClassVar[str] = "arXiv:2504.19874, Algorithms 1 and 2"
+    color: ClassVar[str] = "#56b4e9"
+    sign: ClassVar[str] = "circle-open"
+    presets: ClassVar[tuple[str, ...]] = ("bits=4",)
+    grid: ClassVar[tuple[str, ...]] = (
+        *("bits=2", "bits=3", "bits=4"),
+        *("bits=2,qjl=orthogonal", "bits=3,qjl=orthogonal", "bits=4,qjl=orthogonal"),
+    )
     residual_length: int = 0
     sink_length: int = 0
     rotation: RotationKind = "qr"

@@ -1,7 +1,7 @@
-"""Figures of reports: one look, one colour and sign for each method everywhere. The one module that needs plotly.
+"""Figures of reports. The one module that needs plotly.
 
-Colours are told apart by colour-blind readers (after Okabe and Ito, and Tol), and each method has a sign as well. Text
-takes the page's colour, so that a figure serves light and dark pages.
+Each method has its own colour and sign (`Method.color`, `Method.sign`). Text takes the page's colour, so that a figure
+serves light and dark pages.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,30 +11,17 @@ from itertools import groupby
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from turboquant.methods import METHODS, in_order
 from turboquant.records.pareto import pareto_front
 from turboquant.records.results import ExperimentRecord
+from turboquant.report.style import looks
 from turboquant.report.summary import Summary
 
-STYLES = {
-    "full": ("#808080", "x"),
-    "turboquant": ("#0080d0", "circle"),
-    "turboquant-paper": ("#56b4e9", "circle-open"),
-    "rtn": ("#e69f00", "square"),
-    "kivi": ("#009e73", "diamond"),
-    "polarquant": ("#cc79a7", "triangle-up"),
-    "qjl": ("#d55e00", "triangle-down"),
-    "hf-quanto": ("#999933", "square-open"),
-    "hf-hqq": ("#aa4499", "diamond-open"),
-    "hf-fp8": ("#44aa99", "triangle-up-open"),
-}
-_SPARE = ("#7a8494", "star")
 _GLYPHS = {
     **{"x": "✕", "circle": "●", "circle-open": "○", "square": "■", "diamond": "◆", "triangle-up": "▲"},
     **{"triangle-down": "▼", "square-open": "□", "diamond-open": "◇", "triangle-up-open": "△", "star": "★"},
     **{"cross": "✚", "hexagon": "⬢", "bowtie": "⧓"},
 }
-_VARIANTS = ("star", "cross", "hexagon", "bowtie")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _GRID = "rgba(128,128,128,0.28)"
 BASELINE_BITS = 16
 
@@ -64,16 +51,7 @@ def library_script() -> str:
 
 
 def _styles(summaries: Iterable[Summary]) -> dict[str, tuple[str, str, str]]:
-    """Return colour, sign and dash of each family; options of one method share its colour."""
-    styles: dict[str, tuple[str, str, str]] = {}
-    used: dict[str, int] = {}
-    for one in summaries:
-        if one.family not in styles:
-            count = used[one.base] = used.get(one.base, -1) + 1
-            color, sign = STYLES.get(one.base, _SPARE)
-            sign = _VARIANTS[(count - 1) % len(_VARIANTS)] if count else sign
-            styles[one.family] = (color, sign, _DASHES[count % len(_DASHES)])
-    return styles
+    return looks((one.base, one.family) for one in summaries)
 
 
 def legend(summaries: Iterable[Summary]) -> list[tuple[str, str, str]]:
@@ -237,7 +215,8 @@ def memory_by_model(summaries: Sequence[Summary]) -> Plot | None:
     figure = go.Figure()
     for method in dict.fromkeys(row[1] for row in rows):
         own = [row for row in rows if row[1] == method]
-        color = STYLES.get(method.split(":")[0], ("#b8b8b8", ""))[0]
+        known = METHODS.get(method.split(":")[0])
+        color = known.color if known else "#b8b8b8"
         figure.add_trace(
             go.Bar(
                 x=[f"{row[0]}, {row[2]:,} tokens" for row in own],
@@ -273,7 +252,7 @@ def validate_figure(
         return record.cell.settings["dim"], record.cell.settings["bits"]
 
     usable = sorted((record for record in records if record.error is None), key=bits_of)
-    colors = [color for color, _ in STYLES.values()][1:]
+    colors = [METHODS[name].color for name in in_order(METHODS) if name != "full"]
     for number, (dim, group) in enumerate(groupby(usable, key=lambda record: record.cell.settings["dim"])):
         part = list(group)
         for source, sign, dash in ((metric, "circle", "solid"), (f"{metric}_theory", "x-thin-open", "dot")):
