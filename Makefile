@@ -1,4 +1,5 @@
 # make app      set up and serve the app on http://localhost:8501 (PORT=... changes the port)
+# make check    set up, then what a minute can tell: linters and quick tests
 # make test     set up, then run the linters and the tests
 # make nightly  the tests that take minutes: fuzzing, endurance, faults
 # make setup    the part they share; a second run does nothing
@@ -17,7 +18,7 @@ READY_DEV := $(VENV)/.ready-dev-$(call checksum,requirements.txt requirements-de
 # Otherwise quanto does so at first use, while the other test process waits for it; where it cannot, tests are skipped.
 COMPILE_QUANTO := from optimum.quanto.library.extensions import get_extension; get_extension("quanto_cpp").lib
 
-.PHONY: setup app test nightly lint browser clean
+.PHONY: setup app check test nightly lint browser clean
 
 setup: $(READY)
 
@@ -28,6 +29,10 @@ app: setup
 # the order that tests/conftest.py gives: the longest first.
 test: lint browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# What can be known in a minute: lint, types, the floor plans and the quick unit tests.
+check: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not nightly" tests/test_architecture.py tests/unit
 
 nightly: $(READY_DEV) browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m nightly --timeout 3600 $(PYTEST_ARGS)

@@ -27,8 +27,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 FIRST = ("tests/e2e/test_actions.py", "tests/unit/", "tests/e2e/", "tests/reference/", "tests/property/")
 
 
+# Unit tests that take seconds, by file: they load models, start commands, compile kernels. Not in `make check`.
+SLOW = (
+    *("attention", "attention_options", "cache", "cli", "command_errors", "compare_command", "compare_methods"),
+    *("comparison", "evaluate", "failed_calls", "generate", "golden", "graphs", "hf_generate", "hf_layers", "hub"),
+    *("identity", "kernel_bench", "kernels", "models", "modes", "needle", "perplexity", "probe", "quality_commands"),
+    *("recommend", "report", "sass", "session", "sizing", "sweep", "threads", "validate", "variance"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first; within a file tests keep their order."""
+    """Mark slow files, and put long ones first; within a file tests keep their order."""
+    for item in items:
+        if item.path.parent.name == "unit" and item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 
 

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
-from turboquant.ops import backend
 
 from tests.helpers import Lossless, tokens
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report, fill_cache, layer_states
 from turboquant.hf_attention import _visible, attend, attention_forward
+from turboquant.kernels import backend
 from turboquant.methods import parse_method
 from turboquant.models.load import tiny_model
 

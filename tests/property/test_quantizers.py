@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from turboquant.ops import codes as ops
 
+from turboquant.kernels import codes as ops
 from turboquant.kernels import cpu
 from turboquant.methods import METHODS, BitsMethod, parse_method
 from turboquant.quant.packing import PLANE_WIDTHS, pack_bits, unpack_bits

@@ -140,7 +140,7 @@ def test_report_counts_every_storage_that_can_be_reached(llama, spec: str) -> No
     cache = build_cache(llama.config, parse_method(spec))
     ids = tokens(2, 400)
     logits(llama, ids[:, :300], cache, 300)
-    logits(llama, ids[:, 300:], cache, 1)
+    logits(llama, ids[:, 300:], cache, 4)
     report = cache_report(cache)
     assert report.bytes == sum(reachable_storages(cache).values())
     parts = ("key", "value", "scale", "exact", "spare", "shared")
@@ -165,7 +165,7 @@ def test_compressed_bytes_are_the_bits_and_no_dense_copy_survives(llama) -> None
 
 def test_spare_room_is_bounded(llama) -> None:
     cache = build_cache(llama.config, parse_method("turboquant:bits=4"))
-    logits(llama, tokens(1, 500), cache, 1)
+    logits(llama, tokens(1, 500), cache, 4)
     report = cache_report(cache)
     assert report.spare_bytes < 0.3 * (report.bytes - report.exact_bytes) + 32 * 4 * 2 * 2 * 3 * 64 * 2
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from turboquant.ops import backend
 
 from turboquant.cache.build import build_cache
 from turboquant.cache.graph import GraphDecoder
+from turboquant.kernels import backend
 from turboquant.methods import parse_method
 from turboquant.models.tiny import tiny_model
 

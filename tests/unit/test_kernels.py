@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from turboquant.ops import backend
 
 from turboquant.cache.buffer import TokenBuffer
+from turboquant.kernels import backend
 from turboquant.kernels.attention import PackedSegment, _reference
 from turboquant.kernels.encode import encode
 from turboquant.kernels.scores import _reference as reference_scores
