@@ -23,8 +23,7 @@ from turboquant.records.results import ExperimentRecord
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize
-from turboquant.report.tables import Table, comparison_table, number
-from turboquant.report.variance import variance_table
+from turboquant.report.tables import Table, comparison_table, number, variance_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")

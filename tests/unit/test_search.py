@@ -5,8 +5,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.experiments.recommend import BITS, MOST_APART, candidates, one_step_down
-from turboquant.experiments.search import Candidate, most, smallest
+from turboquant.experiments.recommend import BITS, MOST_APART, Candidate, candidates, most, one_step_down, smallest
 
 GRID = list(product(range(4), range(4)))
 

@@ -8,7 +8,7 @@ Every measurement is an ordinary record of the experiment `perplexity`.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import product
 from math import ceil, inf, log2
@@ -18,7 +18,6 @@ from turboquant.experiments.base import Models, Watch, cells_for, run_group
 from turboquant.experiments.perplexity import EXPERIMENT, FullRun, PerplexitySettings, read_full
 from turboquant.experiments.perplexity import run as run_perplexity
 from turboquant.experiments.recommendation import MOST_TOKENS, Memory, Part, Recommendation, RecommendSettings, Tried
-from turboquant.experiments.search import Candidate, most, smallest
 from turboquant.methods import Method, parse_method
 from turboquant.methods.layer_bits import Bits, write_layer_bits
 from turboquant.models.inputs import Reusable, reusable
@@ -36,6 +35,63 @@ LAYER_TOKENS = 128
 """Tokens of a window on which a single layer is measured."""
 TYPED = "typed in"
 """Name of a text that came as such and not by a name."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that may be chosen.
+
+    Attributes:
+        method: As `parse_method` reads it.
+        family: Candidates of one family differ in bits alone.
+        bits: Of keys and of values.
+        size: Bytes its cache holds where sizes are compared.
+    """
+
+    method: str
+    family: str
+    bits: tuple[int, int]
+    size: int
+
+    def within(self, other: "Candidate") -> bool:
+        """Is it of the same family, with no more bits a key and no more a value? Where the other fails, it does too."""
+        return self.family == other.family and all(a <= b for a, b in zip(self.bits, other.bits, strict=True))
+
+
+def smallest(
+    candidates: Iterable[Candidate],
+    choose: Callable[[Candidate], bool],
+    confirm: Callable[[Candidate], bool] = lambda candidate: True,
+) -> Candidate | None:
+    """Return the smallest candidate that passes both tests, or None.
+
+    The one in the middle is tried: where it passes, only smaller ones are still of interest; where it fails, so do
+    those `within` it. What is left at the end is confirmed; where that fails, the search goes on among larger ones.
+    `choose` may be asked about a candidate twice.
+    """
+    left = sorted(candidates, key=lambda one: (one.size, one.method))
+    best: Candidate | None = None
+    while True:
+        below = left if best is None else [one for one in left if one.size < best.size]
+        if below:
+            tried = below[len(below) // 2]
+            if choose(tried):
+                best = tried
+                continue
+        elif best is None or confirm(best):
+            return best
+        else:
+            tried, best = best, None
+        left = [one for one in left if not one.within(tried)]
+
+
+def most(count: int, passes: Callable[[int], bool]) -> int:
+    """Return the greatest number from 1 to `count` that passes, or 0; if one passes, all below it are taken to pass."""
+    low, high = 0, count + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    return low
 
 
 def recommend(

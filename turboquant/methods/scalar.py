@@ -11,10 +11,9 @@ from turboquant.kernels.codes import code_combine, code_levels, code_scores, til
 from turboquant.methods import check_choice
 from turboquant.quant.codebook import boundaries, check_bits, lloyd_max
 from turboquant.quant.grouping import FP16_MAX, OUTLIER, in_float16, median, stored
-from turboquant.quant.kernel_view import KernelView
 from turboquant.quant.modes import plain, shared_table
 from turboquant.quant.packing import Planes, pack_bits, plane_widths
-from turboquant.quant.quantizer import PackedTensor, Quantizer, token_groups
+from turboquant.quant.quantizer import KernelView, PackedTensor, Quantizer, token_groups
 from turboquant.quant.rotation import Rotation
 
 Scale = Literal["matched", "norm", "unbiased"]

@@ -18,8 +18,8 @@ from turboquant.report.tables import (
     failures_table,
     front_table,
     number,
+    variance_table,
 )
-from turboquant.report.variance import variance_table
 
 if TYPE_CHECKING:
     from turboquant.report.plots import Plot

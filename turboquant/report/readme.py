@@ -25,8 +25,8 @@ from turboquant.report.tables import (
     decode_table,
     front_table,
     needle_table,
+    variance_table,
 )
-from turboquant.report.variance import variance_table
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
 _PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)

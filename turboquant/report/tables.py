@@ -6,8 +6,9 @@ from itertools import groupby
 from typing import Any
 
 from turboquant.records.pareto import pareto_front
-from turboquant.records.results import DecodeBench
-from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on
+from turboquant.records.results import DecodeBench, ExperimentRecord
+from turboquant.records.spread import spread
+from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on, summarize
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -55,6 +56,11 @@ LABELS = {
     "inner_product_prod_gaussian": "inner product, prod",
     "inner_product_prod_gaussian_theory": "inner product, theory",
 }
+
+
+GREEDY = ("kl_mean", "same_top_pct", "delta_ppl_pct", "agreed_tokens")
+SAMPLED = "agreed_tokens"
+"""What the table of `variance` shows of greedy and of sampled answers."""
 
 
 @dataclass(frozen=True)
@@ -268,3 +274,30 @@ def failures_table(failed: Sequence[Any]) -> Table:
     """Return the cells that failed, with their errors."""
     rows = tuple((str(record.cell), record.error or "", record.environment.created[:10]) for record in failed)
     return Table("Cells that failed", ("cell", "error", "when"), rows)
+
+
+def variance_table(records: Sequence[ExperimentRecord]) -> Table:
+    """Return how far figures spread: mean and standard deviation over rotation seeds, for sampled answers over all.
+
+    Args:
+        records: Of the experiment `variance`; a sampling seed of None stands for perplexity and greedy answers.
+    """
+    kept = [record for record in records if record.error is None]
+    rows = []
+    for summary in summarize(kept):
+        own = [r for r in kept if summarize([r])[0].group == summary.group]
+        greedy = [r for r in own if r.cell.settings.get("seed") is None]
+        sampled = [r for r in own if r.cell.settings.get("seed") is not None]
+        figures = (*(_mean_and_sd(greedy, name) for name in GREEDY), _mean_and_sd(sampled, SAMPLED))
+        rows.append((summary.model or NONE, code(summary.method), *figures, f"{len(greedy)} + {len(sampled)}"))
+    names = (*(f"{label(name)} ± sd" for name in GREEDY), "agreed tokens, sampled ± sd", "greedy + sampled runs")
+    note = measured_on(record.environment for record in kept)
+    return Table("", ("model", "method", *names), tuple(rows), note)
+
+
+def _mean_and_sd(records: Sequence[ExperimentRecord], name: str) -> str:
+    values = [value for record in records if (value := record.metrics.get(name)) is not None]
+    if not values:
+        return NONE
+    found = spread(values)
+    return number(name, found.mean) + ("" if found.sd is None else f" ± {number(name, found.sd)}")

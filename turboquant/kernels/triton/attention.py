@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turboquant.kernels.triton import decode, levels
 from turboquant.kernels.triton.rotations import parts, sketch
-from turboquant.quant.kernel_view import KernelView
+from turboquant.quant.quantizer import KernelView
 
 MAX_QUERIES = 4
 """Query tokens a call; more go through `kernels.prefill`."""

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant.kernels.triton.rotations import parts
-from turboquant.quant.kernel_view import KernelView
+from turboquant.quant.quantizer import KernelView
 
 SCALES = {"norm": 0, "matched": 1, "unbiased": 2}
 UNGROUPED_TOKENS = 64

@@ -17,7 +17,7 @@ from turboquant.kernels.triton import levels
 from turboquant.kernels.triton.attention import INTERPRETED, _two
 from turboquant.kernels.triton.levels import halves, load_table, quarters
 from turboquant.kernels.triton.rotate import join, rotate
-from turboquant.quant.kernel_view import KernelView
+from turboquant.quant.quantizer import KernelView
 
 WORKSPACE = 2**27
 """Bytes of dequantized keys (and of values) held at once."""

@@ -13,7 +13,7 @@ from turboquant.kernels.triton import attention, levels
 from turboquant.kernels.triton.decode import _scale
 from turboquant.kernels.triton.levels import halves, load_table, quarters
 from turboquant.kernels.triton.rotate import rotate
-from turboquant.quant.kernel_view import KernelView
+from turboquant.quant.quantizer import KernelView
 
 MAX_GROUPS = 16
 """The most groups that a program reads: the rows of one dot."""
