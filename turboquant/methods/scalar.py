@@ -132,20 +132,21 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
 
     def _encode(self, x: Tensor, like: PackedMSE | None, valid: Tensor | None) -> tuple[PackedMSE, Tensor]:
         """Return the packed vectors and the error that is left, in the rotated space."""
-        y = self.rotation.apply(x.float())
+        y = self.rotation.apply(x.float())  # y = Pi x (Algorithm 1, Quant); means can be taken before or after
         center = like.center if like is not None else stored(_mean(y, valid), smallest=0.0) if self.center else None
         packed = PackedMSE((), y, center, None, None, None)  # the fields that are known so far
         if center is not None:
             y = y - center.float()
             if self.group_size:
                 packed, y = self._without_group_means(packed, y, valid)
-        norms = y.norm(dim=-1, keepdim=True)
+        norms = y.norm(dim=-1, keepdim=True)  # section 3.1: vectors of any length store their L2 norm beside the codes
         unit = y / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        # idx_j = argmin_k |y_j - c_k| (Algorithm 1): the levels are sorted, so the boundaries between them decide
         codes = self.codes[torch.bucketize(unit, self.boundaries, out_int32=True, right=True)]
         levels = self.codebook[codes.int()]
-        if self.bits and self.scale == "matched":
+        if self.bits and self.scale == "matched":  # beyond the paper: |x^| = |x|
             norms = norms / levels.norm(dim=-1, keepdim=True)
-        elif self.bits and self.scale == "unbiased":
+        elif self.bits and self.scale == "unbiased":  # EDEN (arXiv:2108.08842): <x, x^> = |x|^2
             norms = norms / (unit * levels).sum(dim=-1, keepdim=True).clamp_min(1e-6)
         scales, tops = self._stored_scales(norms, valid)
         packed = replace(packed, codes=pack_bits(codes, self.bits), scales=scales, tops=tops)
@@ -157,7 +158,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         groups, real = token_groups(y, valid, self.group_size)
         means = _mean_without_outliers(groups, real)
         tops = stored(means.abs().amax(dim=-1), smallest=0.0)
-        means = _steps(means, tops.unsqueeze(-1), 127).to(torch.int8)
+        means = _steps(means, tops.unsqueeze(-1), 127).to(torch.int8)  # 8 bits a channel, one float16 a group
         packed = replace(packed, means=means, mean_tops=tops)
         subtracted = packed.group_means()
         assert subtracted is not None
@@ -190,6 +191,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         """Return the vectors in float32."""
         y = torch.zeros(*packed.scales.shape, self.dim, dtype=torch.float32, device=packed.scales.device)
         if self.bits:
+            # y~_j = c_idx_j, rescaled (Algorithm 1, DeQuant)
             y = code_levels(packed.codes, self.bits, self.codebook, self.dim) * packed.vector_scales().unsqueeze(-1)
         means = packed.group_means()
         if means is not None:
@@ -209,7 +211,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         else:
             scores = code_scores(projected, packed.codes, self.bits, self.codebook, packed.vector_scales())
         means = packed.group_means()
-        if means is not None:
+        if means is not None:  # <R q, y~ + mean> = <R q, y~> + <R q, mean>, the second once a group
             scores = (scores.unflatten(-1, (means.shape[2], -1)) + (projected @ means.mT).unsqueeze(-1)).flatten(-2)
         return scores if packed.center is None else scores + projected @ packed.center.float().mT
 
@@ -339,6 +341,7 @@ class TurboQuantProd(TurboQuantMSE):
     ) -> PackedProd:
         """Quantize vectors; see `Quantizer.quantize`."""
         packed, error = self._encode(x, like, valid)
+        # qjl = sign(S r) of the residual r = x - x~_mse (Algorithm 2, Quant), and its norm gamma
         signs = (error @ self.projection.mT >= 0).to(torch.uint8)
         return PackedProd(**vars(packed), signs=pack_bits(signs, 1), error_norms=stored(error.norm(dim=-1), valid))
 
@@ -349,6 +352,7 @@ class TurboQuantProd(TurboQuantMSE):
         """Return the vector whose inner product with q is the estimate."""
         assert isinstance(packed, PackedProd)
         signs = code_levels(packed.signs, 1, self.sign_levels, self.dim)
+        # sqrt(pi/2)/d * gamma * S^T qjl (Algorithm 2, DeQuant; QJL's Definition 1)
         correction = (signs @ self.projection) * self._gains(packed).unsqueeze(-1)
         return super().dequantize(packed) + self.rotation.inverse(correction)
 
@@ -362,7 +366,9 @@ class TurboQuantProd(TurboQuantMSE):
     ) -> Float[Tensor, "batch kv_heads queries tokens"]:
         """Return the unbiased estimates of inner products, from codes and signs."""
         assert isinstance(packed, PackedProd)
-        rotated, sketched = projected.split(self.dim, dim=-1)
+        rotated, sketched = projected.split(
+            self.dim, dim=-1
+        )  # <q, S^T qjl> = <S q, qjl>: signs are never projected back
         correction = code_scores(sketched, packed.signs, 1, self.sign_levels, self._gains(packed))
         return super().scores(rotated, packed) + correction
 

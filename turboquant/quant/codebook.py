@@ -55,9 +55,9 @@ def _tail_mean(x: np.ndarray, dim: int) -> np.ndarray:
 
 def _centroids(levels: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Cell probabilities and centroids of the positive half, cells split half-way between levels."""
-    edges = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [1.0]])
+    edges = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [1.0]])  # Lloyd's first condition
     probability = -np.diff(_tail(edges, dim))
-    return probability, -np.diff(_tail_mean(edges, dim)) / probability
+    return probability, -np.diff(_tail_mean(edges, dim)) / probability  # the second: levels are centroids
 
 
 def _newton_step(levels: np.ndarray, probability: np.ndarray, centroids: np.ndarray, dim: int) -> np.ndarray:
@@ -88,6 +88,7 @@ def _solve(bits: int, dim: int) -> tuple[np.ndarray, float]:
         inside = better[0] > 0 and better[-1] < 1 and (np.diff(better) > 0).all()
         levels = better if inside else centroids
     probability, centroids = _centroids(levels, dim)
+    # With levels at centroids E(x - c)^2 = E x^2 - E c^2, and E x^2 = 1/dim; both halves count.
     return centroids, float(1 - 2 * dim * (probability * centroids**2).sum())
 
 
