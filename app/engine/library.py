@@ -1,6 +1,7 @@
 """The model library takes seconds to import, and threads that import it at the same time find it half made."""
 
 import gc
+import importlib
 from functools import cache
 from threading import Lock
 
@@ -19,5 +20,7 @@ def _import_once() -> None:
 
     Streamlit collects after every run of a page, which would look at them all for a quarter of a second each time.
     """
+    for module in ("experiments.base", "models.load", "experiments.registry"):
+        importlib.import_module(f"turboquant.{module}")
     gc.collect()
     gc.freeze()

@@ -11,7 +11,7 @@ from tests.app.conftest import MAIN
 from tests.server.process import ROOT
 
 PAGES = sorted(path.stem for path in (ROOT / "pages").glob("*.py"))
-SOURCES = [*(ROOT / "app" / "components").glob("*.py"), *(ROOT / "pages").glob("*.py"), ROOT / "app" / "state.py"]
+SOURCES = [*(ROOT / "app").rglob("*.py"), *(ROOT / "pages").glob("*.py")]
 NAMED = {key for path in SOURCES for key in re.findall(r"key=\"([a-z_]+)\"", path.read_text())}
 MADE = {"prompt", "run", "example", "heads_run", "heads_head", "heads_position", "mem_keys", "mem_values"}
 KEYS = sorted(NAMED | MADE)
