@@ -11,7 +11,7 @@ from turboquant.cache.build import build_cache, cache_report
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.methods import Method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Record
+from turboquant.records.base import Record
 from turboquant.run.generate import check_length
 
 

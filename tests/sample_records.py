@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from turboquant.records.results import CacheReport, Cell, Environment, ExperimentRecord, append_record
+from turboquant.records.comparison import CacheReport
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import append_record
 
 METHOD_NAMES = ("full", "turboquant:bits=4", "turboquant:bits=2", "turboquant-paper:bits=4", "turboquant-paper:bits=2")
 

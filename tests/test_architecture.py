@@ -170,7 +170,7 @@ def test_pages_use_the_app_and_the_app_uses_no_page(path: Path) -> None:
         ("turboquant", ("torch", "transformers", "streamlit", "numba")),
         ("turboquant.cli", ("torch", "transformers", "streamlit", "numba")),
         ("turboquant.methods", ("transformers", "streamlit", "numba", "triton")),
-        ("turboquant.records.results", ("transformers", "streamlit", "numba")),
+        ("turboquant.records.files", ("transformers", "streamlit", "numba")),
     ],
 )
 def test_what_an_import_does_not_bring_along(module: str, absent: tuple[str, ...]) -> None:

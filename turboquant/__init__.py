@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turboquant.models.load import MODELS, load_model, tiny_model
     from turboquant.quant.codebook import expected_mse, lloyd_max
     from turboquant.quant.quantizer import PackedTensor, Quantizer
-    from turboquant.records.results import Comparison, Settings
+    from turboquant.records.comparison import Comparison, Settings
     from turboquant.run.compare import compare, compare_methods
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOME = {
     "methods.turboquant": ("TurboQuantMSE", "TurboQuantProd"),
     "models.load": ("MODELS", "load_model", "tiny_model"),
     "quant.quantizer": ("PackedTensor", "Quantizer"),
-    "records.results": ("Comparison", "Settings"),
+    "records.comparison": ("Comparison", "Settings"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [

@@ -13,7 +13,7 @@ from app.config import AppConfig
 from app.tab.verdict import human_bytes
 from app.ui import definitions
 from turboquant.kernels.backend import attention_backend
-from turboquant.records.results import Environment, environment
+from turboquant.records.environment import Environment, environment
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
 NOT_SHOWN = (

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from app.benchmarks.request import Row
 from app.ui.style import COMPRESSED, ORIGINAL, SECOND, Chart, layout
-from turboquant.records.results import Spread
+from turboquant.records.experiment import Spread
 
 _COLORS = (COMPRESSED, SECOND, "#b0559b", "#7a8494")
 _PATTERNS = ("/", "x", ".", "\\")

@@ -16,7 +16,9 @@ from app.tab.requests import Choices, RequestError, check_bound, check_loading, 
 from app.tab.verdict import human_bytes
 from turboquant.methods import parse_method
 from turboquant.records.bench import GPU_BENCHES
-from turboquant.records.results import CacheReport, Cell, DecodeBench, Environment, ExperimentRecord, Spread
+from turboquant.records.comparison import CacheReport
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import Cell, DecodeBench, ExperimentRecord, Spread
 
 CONTEXTS = (256, 384, 640, 1024, 2048, 4096)
 MOST_NEW_TOKENS = 256

@@ -14,7 +14,7 @@ from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
-from turboquant.records.results import DecodeBench, ExperimentRecord
+from turboquant.records.experiment import DecodeBench, ExperimentRecord
 
 _START = BenchChoices()
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from app.tab.verdict import cache_size, human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, Chart, layout, line
-from turboquant.records.results import CacheReport, Comparison
+from turboquant.records.comparison import CacheReport, Comparison
 from turboquant.sizing import KVBytes
 
 _UNIT = 2**20

@@ -12,7 +12,7 @@ from app.tab.runs import RECORDED_FOLDER, Run
 from app.tab.verdict import facts, verdict
 from turboquant.methods import parse_method
 from turboquant.models.load import load_model
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.run.compare import compare
 
 

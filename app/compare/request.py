@@ -18,7 +18,7 @@ from app.tab.requests import (
 )
 from app.tab.runs import Run
 from turboquant.methods import parse_method
-from turboquant.records.results import Comparison, Settings
+from turboquant.records.comparison import Comparison, Settings
 
 if TYPE_CHECKING:
     from app.tab.results import Results

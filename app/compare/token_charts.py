@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from app.ui.style import COMPRESSED, ORIGINAL, RISK, Chart, layout, line
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 
 
 def tokens_table(c: Comparison) -> pd.DataFrame:

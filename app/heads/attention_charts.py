@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from app.heads.charts import Part, diagonal
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, Chart, layout
-from turboquant.records.results import AttentionDetail
+from turboquant.records.heads import AttentionDetail
 
 _LONGEST = 24
 _LABELLED = 4

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from app.tab.verdict import cosine, percent
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, RISK_SCALE, Chart, layout, line
-from turboquant.records.results import Comparison, HeadMetrics, HeadScores
+from turboquant.records.comparison import Comparison, HeadMetrics, HeadScores
 
 Part = Literal["packed", "served"]
 _MARKED = 5

@@ -12,8 +12,9 @@ from app.config import AppConfig
 from app.tab.measure import check_count, check_each
 from app.tab.requests import SAME, Choices, RequestError, check_loading, has_window, method_text, recipes
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method, settings_of
+from turboquant.records.base import first_error
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.records.pareto import pareto_front
-from turboquant.records.results import Cell, ExperimentRecord, first_error
 from turboquant.texts import TEXTS
 
 FULL = "full"

@@ -13,7 +13,7 @@ from app.tab.measure import as_json, json_lines, report
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, Measurement, counted
 from app.ui.panes import escape
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 
 _URL: Final = "query-params"
 HELD, PACKED = "bits held", "packed bits"

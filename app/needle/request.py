@@ -11,7 +11,8 @@ from app.config import AppConfig
 from app.tab.measure import MAX_SEED, check_count, check_each
 from app.tab.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from turboquant.methods import parse_method
-from turboquant.records.results import Cell, ExperimentRecord, first_error
+from turboquant.records.base import first_error
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.texts import TEXTS
 
 LENGTHS = ("256", "512", "1024", "2048", "4096", "8192", "16384", "32768", "65536", "131072")

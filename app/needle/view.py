@@ -13,7 +13,7 @@ from app.tab.measure import MAX_SEED, as_json, json_lines, report
 from app.ui import definitions, figures, page
 from app.ui.measuring import Measurement, counted
 from app.ui.panes import escape
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 _URL: Final = "query-params"
 _MOST_METHODS = 3

@@ -16,7 +16,7 @@ from app.tab.examples import EXAMPLES, own
 from app.tab.requests import Choices, RequestError, check_loading, method_text, sampling_settings
 from app.tab.runs import Run
 from turboquant.methods import parse_method
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.texts import decode_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from app.engine.job import Job
 from app.prompts.request import PromptsRequest
 from app.tab.runs import Run, csv_text, fenced
 from app.tab.verdict import cache_size, verdict
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 
 START = 60
 

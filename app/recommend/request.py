@@ -12,7 +12,8 @@ from app.methods.request import TEXT_NAMES, MethodsChoices, contexts
 from app.tab.measure import check_each
 from app.tab.requests import Choices, RequestError, check_loading
 from turboquant.experiments.recommendation import Recommendation, RecommendSettings
-from turboquant.records.results import ExperimentRecord, first_error
+from turboquant.records.base import first_error
+from turboquant.records.experiment import ExperimentRecord
 
 if TYPE_CHECKING:
     from app.tab.results import Results

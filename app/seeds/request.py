@@ -13,7 +13,7 @@ from app.engine.library import import_library
 from app.tab.measure import check_count, check_each
 from app.tab.requests import SAME, Choices, RequestError, check_bound, check_loading, method_text
 from turboquant.methods import Method, parse_method
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.records.spread import CONFIDENCE, LEAST_PAIRS, Difference, Spread95
 from turboquant.texts import TEXTS
 

@@ -13,7 +13,7 @@ from app.tab.runs import csv_text
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.texts import TEXTS
 
 _START = SeedsChoices()

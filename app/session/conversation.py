@@ -10,7 +10,7 @@ from app.engine.job import Job, Request
 from app.tab.examples import BY_NAME, LONG_EXAMPLE
 from app.tab.requests import Choices, RequestError, check_loading, check_prompt, method_text, sampling_settings
 from turboquant.methods import parse_method
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 if TYPE_CHECKING:
     from app.tab.results import Results

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from app.config import AppConfig
 from app.engine.job import Job, Request
 from app.tab.requests import RequestError
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 if TYPE_CHECKING:
     from app.tab.results import Results

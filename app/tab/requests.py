@@ -12,7 +12,7 @@ from app.config import WEIGHTS, AppConfig
 from app.tab.examples import name_of
 from turboquant.methods import METHODS, BitsMethod, in_order, parse_method, settings_of
 from turboquant.models.registry import MODELS
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 SAME = "same"
 BIT_CHOICES = (2, 3, 4)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from app.tab.runs import RunStore
 from turboquant.experiments.recommendation import Recommendation
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 
 
 @dataclass(frozen=True)

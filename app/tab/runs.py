@@ -17,7 +17,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from app.tab.verdict import facts, provenance, verdict
-from turboquant.records.results import AttentionDetail, Comparison, HeadMetrics, Record
+from turboquant.records.base import Record
+from turboquant.records.comparison import Comparison, HeadMetrics
+from turboquant.records.heads import AttentionDetail
 
 RECORDED_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "runs"
 MAX_IMPORT_BYTES = 20_000_000

@@ -20,7 +20,8 @@ from app.tab.runs import Run, RunError, RunStore, import_run, recorded_runs
 from turboquant.experiments.recommendation import Recommendation
 from turboquant.models.fingerprint import is_current
 from turboquant.models.inputs import MODEL
-from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.files import read_records
 
 if TYPE_CHECKING:
     from app.session.conversation import Conversation

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 from turboquant.records.verdict import cache_size, human_bytes, quoted, verdict
 
 __all__ = ["cache_size", "cosine", "facts", "human_bytes", "number", "percent", "provenance", "quoted", "verdict"]

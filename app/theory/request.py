@@ -29,7 +29,7 @@ from turboquant.experiments.theory import (
 from turboquant.methods.scalar import TurboQuantMSE
 from turboquant.quant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
 from turboquant.quant.rotation import Rotation, RotationKind, random_rotation
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.spread import Estimate
 
 DIMS = (8, 16, 32, 64, 80, 96, 128, 256, 512)

@@ -14,7 +14,7 @@ from app.tab.measure import CellsRequest, Plan, made_with, missing
 from app.tab.requests import Choices, RequestError
 from app.ui import page, work
 from app.ui.panes import escape
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 RECORDED, HERE = "Recorded", "This tab"
 C = TypeVar("C")

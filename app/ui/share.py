@@ -11,7 +11,7 @@ from app.tab.runs import Run, together
 from app.ui import page
 from app.ui.panes import LETTERS
 from turboquant.methods import BitsMethod, parse_method
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 
 ORIGINS = {"measured": "this tab", "recorded": "recorded", "imported": "imported"}
 

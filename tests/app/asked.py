@@ -3,7 +3,7 @@
 from app.compare.request import CompareRequest
 from app.prompts.request import PromptsRequest
 from app.tab.examples import own
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 METHOD = "turboquant:bits=4"
 

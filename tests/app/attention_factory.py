@@ -3,8 +3,8 @@
 from typing import Any
 
 from tests.app.factory import HEADS, LAYERS, comparison
+from turboquant.records.comparison import Comparison
 from turboquant.records.heads import AttentionDetail, HeadDetail
-from turboquant.records.results import Comparison
 
 TOKENS = ["<s>", "The", " river", " runs", "\n", " to", " <b>the</b>", " sea"]
 FULL = [0.0, 1.0, 3.0, 2.5, 0.5, 0.0, 1.0, 2.0]

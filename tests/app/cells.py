@@ -7,7 +7,8 @@ from typing import Any
 
 from app.engine.job import Job
 from app.tab.measure import CellsRequest
-from turboquant.records.results import Cell, Environment, ExperimentRecord
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 HERE = Environment(
     created="2026-01-02T03:04:05+00:00",

@@ -20,7 +20,7 @@ from app.engine.job import Job
 from app.tab import state
 from tests.app.cells import Cells
 from tests.app.factory import comparison
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 from turboquant.run.compare import Event
 
 MAIN = str(Path(__file__).resolve().parents[2] / "app" / "main.py")

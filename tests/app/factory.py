@@ -1,10 +1,9 @@
 """Comparisons made by hand, for pages and exports: no model runs here and no number in them was measured."""
 
-from turboquant.records.results import (
+from turboquant.records.comparison import (
     CacheReport,
     Comparison,
     Divergence,
-    Environment,
     HeadMetrics,
     HeadScores,
     ModelInfo,
@@ -12,6 +11,7 @@ from turboquant.records.results import (
     SideResult,
     TokenMetrics,
 )
+from turboquant.records.environment import Environment
 
 LAYERS, HEADS = 3, 4
 

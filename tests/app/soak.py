@@ -20,7 +20,10 @@ from app.engine.contract import Progress
 from app.engine.engine import Engine
 from tests.app.asked import compare_asked
 from tests.helpers import tiny_loaded
-from turboquant.records.results import Environment, Record, Settings, append_record, environment
+from turboquant.records.base import Record
+from turboquant.records.comparison import Settings
+from turboquant.records.environment import Environment, environment
+from turboquant.records.files import append_record
 
 METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"
 SETTINGS = Settings(max_new_tokens=3)

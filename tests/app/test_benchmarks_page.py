@@ -17,7 +17,8 @@ from app.tab import state
 from app.tab.requests import Choices, RequestError
 from tests.app.cells import Cells
 from tests.app.conftest import ended, opened, said, until
-from turboquant.records.results import Cell, ExperimentRecord, read_records
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import read_records
 
 RECORDS = read_records(state.RESULTS / "generation.jsonl")
 SINGLE = [record for record in RECORDS if record.cell.settings["batch"] == 1]

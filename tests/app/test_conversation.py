@@ -18,7 +18,7 @@ from app.session.conversation import MAX_TURNS, OPENINGS, Conversation, begin, t
 from app.tab.requests import Choices, RequestError, defaults
 from tests.helpers import tiny_loaded
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.run.chat import Turn
 from turboquant.run.compare import Event
 from turboquant.run.generate import PromptError

@@ -14,8 +14,8 @@ from app.prompts.request import PromptsRequest
 from app.tab.examples import EXAMPLES
 from tests.app.asked import compare_asked, prompts_asked
 from tests.app.conftest import Bench, until
+from turboquant.records.comparison import Settings
 from turboquant.records.faults import out_of_memory
-from turboquant.records.results import Settings
 from turboquant.run.compare import Event
 
 SETTINGS = Settings(max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, seed=0)

@@ -23,7 +23,7 @@ from tests.app.conftest import MAIN, ended, opened, said, until
 from tests.app.factory import report as cache_report
 from tests.helpers import tiny_loaded
 from turboquant.methods import METHODS, parse_method
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 CONFIG = AppConfig()
 RECORDED = [str(record.cell.method) for record in state.recorded("methods")]

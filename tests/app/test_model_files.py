@@ -26,7 +26,7 @@ from app.tab.requests import Choices
 from tests.app.asked import compare_asked, prompts_asked
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import save_tiny
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 SETTINGS = Settings(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, seed=0)
 METHOD = "turboquant:bits=2,residual_length=8"

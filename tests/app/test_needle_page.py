@@ -20,7 +20,7 @@ from app.tab.requests import Choices, RequestError
 from tests.app.cells import HERE, Cells
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.texts import TEXTS
 
 CONFIG = AppConfig()

@@ -19,7 +19,7 @@ from app.ui.sidebar import engine_words
 from tests.app.asked import compare_asked
 from tests.app.conftest import MAIN, Bench, until
 from tests.app.factory import comparison
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 
 def texts(page: AppTest) -> str:

@@ -18,7 +18,7 @@ from app.tab.requests import Choices, RequestError
 from app.tab.runs import Run, import_run
 from tests.app.asked import prompts_asked
 from tests.app.factory import comparison
-from turboquant.records.results import Comparison, Settings
+from turboquant.records.comparison import Comparison, Settings
 
 CONFIG = AppConfig(max_prompts=4, max_prompt_chars=50)
 

@@ -13,7 +13,7 @@ from app.tab.examples import EXAMPLES
 from app.tab.requests import RequestError
 from tests.app.conftest import Bench, until
 from tests.app.factory import comparison
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 
 PAGE = "../pages/prompts.py"
 

@@ -22,7 +22,7 @@ from app.tab.requests import Choices, RequestError, read_choices
 from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.helpers import tiny_loaded
 from turboquant.experiments.recommendation import Recommendation
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 
 TEXT = "\n".join(
     f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet." for i in range(24)

@@ -20,7 +20,8 @@ from tests.app.cells import Cells
 from tests.app.conftest import ended, newest, opened, said, until
 from turboquant.experiments import seeds as variance
 from turboquant.methods import parse_method
-from turboquant.records.results import Cell, ExperimentRecord, read_records
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import read_records
 from turboquant.texts import TEXTS
 
 RECORDS = read_records(state.RESULTS / "variance.jsonl")

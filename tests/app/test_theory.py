@@ -18,7 +18,7 @@ from app.theory import request as lessons
 from app.theory.request import Setting
 from turboquant.experiments.theory import TOLERANCE
 from turboquant.quant.codebook import expected_mse
-from turboquant.records.results import read_records
+from turboquant.records.files import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 DIMS = st.sampled_from([8, 16, 32, 64])

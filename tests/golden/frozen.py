@@ -15,7 +15,7 @@ from turboquant import cli
 from turboquant.experiments.base import cells_for
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.report.summary import read_results
 
 FOLDER = Path(__file__).parent

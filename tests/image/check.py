@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from tests.image.container import Container, Running
-from turboquant.records.results import Environment, Record, append_record, environment
+from turboquant.records.base import Record
+from turboquant.records.environment import Environment, environment
+from turboquant.records.files import append_record
 
 WORK = Path("/var/tmp/turboquant-image")
 COMMAND = [sys.executable, "-m", "tests.image.check"]

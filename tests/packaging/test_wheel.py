@@ -38,7 +38,7 @@ FROM_OUTSIDE = '''
 """A stranger's file, for a type checker."""
 
 from turboquant import Method, build_cache, cache_report, load_model, parse_method
-from turboquant.records.results import CacheReport
+from turboquant.records.comparison import CacheReport
 
 method: Method = parse_method("turboquant:bits=4")
 loaded = load_model("smollm2-135m")

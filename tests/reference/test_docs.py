@@ -244,7 +244,8 @@ def test_the_guide_has_every_page_and_says_of_each_figure_what_the_app_says() ->
 
 
 def test_the_guide_quotes_recorded_figures() -> None:
-    from turboquant.records.results import Comparison, read_records
+    from turboquant.records.comparison import Comparison
+    from turboquant.records.files import read_records
 
     guide = " ".join((ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split())
     found = {record.cell.method: record.metrics for record in read_records(ROOT / "results" / "methods.jsonl")}
@@ -276,7 +277,7 @@ def test_the_recorded_recommendations_follow_from_their_records() -> None:
     """The searches are gone through again on the records alone; nothing is measured."""
     from turboquant.experiments.recommend import recommend
     from turboquant.experiments.recommendation import RecommendSettings
-    from turboquant.records.results import read_records
+    from turboquant.records.files import read_records
 
     page = (ROOT / "docs" / "recommend.md").read_text(encoding="utf-8")
     records = read_records(ROOT / "results" / "recommend.jsonl")

@@ -12,7 +12,7 @@ from tests.helpers import tiny_loaded, tokens
 from turboquant.cache.build import build_cache, fill_cache, layer_states
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import TokenMetrics
+from turboquant.records.comparison import TokenMetrics
 from turboquant.run.heads import token_metrics
 
 NORM, PROMPT, COUNT = 192.0, 384, 640

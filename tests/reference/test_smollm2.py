@@ -10,7 +10,7 @@ import torch
 from turboquant.methods import parse_method
 from turboquant.models.embedded import is_available
 from turboquant.models.load import LoadedModel, load_model
-from turboquant.records.results import CacheReport, Comparison, Settings
+from turboquant.records.comparison import CacheReport, Comparison, Settings
 from turboquant.run.compare import compare, prompt_ids
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")

@@ -22,7 +22,9 @@ from typing import Literal
 
 from tests.server.process import Server
 from tests.server.tab import Tab
-from turboquant.records.results import Environment, Record, append_record, environment
+from turboquant.records.base import Record
+from turboquant.records.environment import Environment, environment
+from turboquant.records.files import append_record
 
 SESSION_TTL_S = 10
 RUN_EVERY = 5

@@ -21,7 +21,9 @@ from typing import Literal, Self
 
 from tests.server.process import Server
 from tests.server.tab import Tab
-from turboquant.records.results import Environment, Record, append_record, environment
+from turboquant.records.base import Record
+from turboquant.records.environment import Environment, environment
+from turboquant.records.files import append_record
 
 LIMIT_MIB = 2575  # 2.7 GB
 SETTINGS = {

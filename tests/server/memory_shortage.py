@@ -22,7 +22,7 @@ from app.engine import backend, logs
 from app.engine.engine import Engine
 from app.engine.job import Job
 from tests.app.asked import compare_asked
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 MODEL = "smollm2-135m"
 WORDS = "The tide table says when the boats can leave the harbour of Arnsey. "

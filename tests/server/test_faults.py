@@ -21,8 +21,8 @@ from tests.app.asked import compare_asked
 from tests.helpers import enlarge, file_system, tiny_loaded
 from tests.server.process import ROOT, Server
 from tests.server.tab import Tab
+from turboquant.records.comparison import Settings
 from turboquant.records.faults import UNMEASURED, out_of_disk, out_of_memory
-from turboquant.records.results import Settings
 
 TEXT = "The tide table says when the boats can leave the harbour of Arnsey. " * 6
 METHOD = "turboquant:bits=4,residual_length=8,sink_length=0"

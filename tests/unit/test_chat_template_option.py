@@ -13,7 +13,8 @@ from tests.helpers import save_tiny
 from turboquant import cli
 from turboquant.experiments.heads import AttentionSettings
 from turboquant.experiments.needle import NeedleSettings
-from turboquant.records.results import Comparison, read_records
+from turboquant.records.comparison import Comparison
+from turboquant.records.files import read_records
 
 RUNNER = CliRunner()
 REFUSES = "{{ raise_exception('System role not supported') }}"

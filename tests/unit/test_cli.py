@@ -17,7 +17,8 @@ from turboquant.experiments.decode_speed import bench_decode
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import MODELS, LoadedModel, tiny_model
 from turboquant.models.registry import ModelSpec
-from turboquant.records.results import DecodeBench, environment
+from turboquant.records.environment import environment
+from turboquant.records.experiment import DecodeBench
 from turboquant.report.summary import read_results
 from turboquant.report.tables import busy_table, decode_table
 

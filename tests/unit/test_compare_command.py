@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tests.helpers import at_terminal, file_system, save_tiny
 from turboquant import cli
 from turboquant.cli.compare import _spaced
-from turboquant.records.results import Comparison
+from turboquant.records.comparison import Comparison
 from turboquant.records.verdict import cache_size
 from turboquant.run.chat import Turn
 

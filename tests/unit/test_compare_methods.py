@@ -14,8 +14,8 @@ from turboquant.cache.build import QuantizedLayer
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel
 from turboquant.records import heads as attention
+from turboquant.records.comparison import Comparison, Settings
 from turboquant.records.heads import AttentionCollector, AttentionDetail, chosen_steps, rounded
-from turboquant.records.results import Comparison, Settings
 from turboquant.run import compare as comparison
 from turboquant.run.compare import Event, compare, compare_methods
 from turboquant.run.generate import Generation

@@ -14,7 +14,7 @@ from tests.helpers import AttentionCalls, reachable_storages, tiny_loaded
 from turboquant.cache.build import CompressedCache, build_cache
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Comparison, Settings, SideResult
+from turboquant.records.comparison import Comparison, Settings, SideResult
 from turboquant.run import compare as comparison
 from turboquant.run.compare import Event, compare, first_divergence
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.files import read_records
 from turboquant.report.methodology import EvaluationFileError, document, read_document
 
 SCHEMA = ["seq_len", "compression_ratio", "cosine_similarity", "top1_match_pct", "top5_match_pct"]

@@ -14,7 +14,8 @@ from turboquant.cli.app import finish, run_recorded
 from turboquant.experiments.base import Experiment, Measurement, Watch, cells_for, run_cells
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel, ModelError
-from turboquant.records.results import Cell, ExperimentRecord, read_records
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import read_records
 from turboquant.run.generate import CancelledError
 
 FULL, FOUR, TWO = "full", "turboquant:bits=4,residual_length=8", "turboquant:bits=2,residual_length=8"
@@ -155,7 +156,7 @@ def test_the_output_of_something_else_is_left_alone(output: Path, capsys: pytest
 
 
 def _foreign() -> str:
-    from turboquant.records.results import environment
+    from turboquant.records.environment import environment
 
     return ExperimentRecord(cell=Cell(experiment="needle"), environment=environment()).model_dump_json()
 

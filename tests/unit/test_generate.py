@@ -11,7 +11,7 @@ from tests.helpers import AttentionCalls, tiny_loaded, tiny_tokenizer
 from turboquant.cache.build import build_cache
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.run.compare import compare
 from turboquant.run.generate import (
     Generation,

@@ -16,7 +16,7 @@ from turboquant.cache.build import CompressedCache, build_cache, cache_report, f
 from turboquant.cache.foreign import ForeignLayer
 from turboquant.methods import parse_method
 from turboquant.models.load import tiny_model
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.run.compare import compare
 
 HAVE_HQQ = transformers.utils.is_hqq_available()

@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.files import read_records
 from turboquant.report.methodology import read_document
 
 RUNNER = CliRunner()

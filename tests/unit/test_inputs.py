@@ -19,7 +19,10 @@ from turboquant.methods import Method, parse_method
 from turboquant.models import hub
 from turboquant.models.inputs import as_here, disagreement, reusable
 from turboquant.models.load import MODELS, LoadedModel, load_model
-from turboquant.records.results import Cell, ExperimentRecord, ModelInfo, Record, append_record, read_records
+from turboquant.records.base import Record
+from turboquant.records.comparison import ModelInfo
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import append_record, read_records
 from turboquant.report.methodology import read_document
 from turboquant.texts import read_text
 

@@ -16,7 +16,7 @@ from turboquant.experiments.needle import EXPERIMENT, NeedleSettings, build_prom
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import read_records
+from turboquant.records.files import read_records
 from turboquant.run.generate import CancelledError
 
 RECORDED = Path(__file__).resolve().parents[2] / "results" / "needle.jsonl"

@@ -13,7 +13,7 @@ from tests.helpers import Lossless, tiny_loaded, tokens
 from turboquant.cache.build import QuantizedLayer, build_cache
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel, tiny_model
-from turboquant.records.results import HeadMetrics, HeadScores, Settings
+from turboquant.records.comparison import HeadMetrics, HeadScores, Settings
 from turboquant.run import heads as probe
 from turboquant.run.generate import CancelledError, Generation, QueryRecorder, generate_in_turn
 from turboquant.run.heads import METRICS, head_metrics, token_metrics

@@ -18,8 +18,8 @@ from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
 from turboquant.cli.methods import usable
 from turboquant.methods import parse_method, settings_of
+from turboquant.records.files import read_records
 from turboquant.records.pareto import pareto_front
-from turboquant.records.results import read_records
 
 RUNNER = CliRunner()
 SHORT = ["--text", "hamlet", "--context", "260", "--prefill", "220"]

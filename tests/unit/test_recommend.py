@@ -15,7 +15,8 @@ from turboquant.experiments.recommend import recommend
 from turboquant.experiments.recommendation import Recommendation, RecommendSettings
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import ExperimentRecord, read_records
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.files import read_records
 from turboquant.run.generate import CancelledError, PromptError
 from turboquant.sizing import SizingError
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
-from turboquant.records.results import read_records
+from turboquant.records.files import read_records
 
 RUNNER = CliRunner()
 LINES = [f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet.\n" for i in range(20)]

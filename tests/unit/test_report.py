@@ -19,7 +19,7 @@ from turboquant.experiments.base import cells_for, run_cells
 from turboquant.experiments.decode_speed import bench_decode
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
-from turboquant.records.results import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize

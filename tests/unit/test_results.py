@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.records.results import Cell, ExperimentRecord, RecordFileError, append_record, environment, read_records
+from turboquant.records.environment import environment
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import RecordFileError, append_record, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +54,9 @@ def test_many_processes_append_without_losing_or_mixing_lines(tmp_path: Path) ->
     code = """
         import sys
         from pathlib import Path
-        from turboquant.records.results import Cell, ExperimentRecord, append_record, environment
+        from turboquant.records.environment import environment
+        from turboquant.records.experiment import Cell, ExperimentRecord
+        from turboquant.records.files import append_record
         writer, each, path = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
         where = environment()
         for i in range(each):

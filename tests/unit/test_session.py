@@ -14,7 +14,7 @@ from tests.helpers import Lossless, tiny_loaded
 from turboquant.cache.build import build_cache, cache_report, layer_states
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 from turboquant.run.chat import Session
 from turboquant.run.generate import PromptError
 from turboquant.run.metrics import token_agreement

@@ -24,7 +24,9 @@ from turboquant.experiments.registry import EXPERIMENTS as TASKS
 from turboquant.experiments.sweep import grid, with_rotation_seeds
 from turboquant.experiments.workers import run_workers, visible_gpus
 from turboquant.methods import parse_method
-from turboquant.records.results import Cell, ExperimentRecord, Record, read_records
+from turboquant.records.base import Record
+from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.files import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL, FOUR, TWO = "full", "turboquant:bits=4,residual_length=8", "turboquant:bits=2,residual_length=8"

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from turboquant import cli
-from turboquant.records.results import read_records
+from turboquant.records.files import read_records
 
 RUNNER = CliRunner()
 SMALL = ["--dims", "64", "--seeds", "6", "--vectors", "64"]

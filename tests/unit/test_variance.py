@@ -35,7 +35,7 @@ from turboquant.experiments.seeds import (
     without_seed,
 )
 from turboquant.methods import METHODS, parse_method
-from turboquant.records.results import read_records
+from turboquant.records.files import read_records
 from turboquant.records.spread import LEAST_PAIRS, paired_difference, spread
 from turboquant.run.generate import Generation, QueryRecorder
 

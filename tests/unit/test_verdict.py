@@ -5,7 +5,7 @@ import pytest
 from tests.helpers import tiny_loaded, tokens
 from tests.sample_records import cache
 from turboquant import build_cache, cache_report, parse_method
-from turboquant.records.results import CacheReport
+from turboquant.records.comparison import CacheReport
 from turboquant.records.verdict import against_16_bits, cache_size
 
 MIB = 2**20

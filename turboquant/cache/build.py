@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from turboquant.cache.foreign import ForeignLayer
 from turboquant.cache.layer import CachedStates, QuantizedLayer
-from turboquant.records.results import CacheReport
+from turboquant.records.comparison import CacheReport
 
 if TYPE_CHECKING:
     from turboquant.methods import Method

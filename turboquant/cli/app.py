@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from turboquant.experiments.base import Experiment, Watch
     from turboquant.methods import Method
     from turboquant.models.load import LoadedModel, ModelError
-    from turboquant.records.results import Cell, ExperimentRecord, Record
+    from turboquant.records.base import Record
+    from turboquant.records.experiment import Cell, ExperimentRecord
 
     Engine = Callable[
         [Sequence[Cell], Mapping[str, Experiment[Any]], Watch, Callable[[], bool]], Iterator[ExperimentRecord]
@@ -40,7 +41,7 @@ MOST_RUNS = 10_000
 """Timed rounds, seeds and the like that a command takes at most."""
 MOST_TOKENS = 2**24
 MOST_ANSWER = 2**16
-"""Tokens that are generated at most, as `turboquant.records.results.Settings` has it."""
+"""Tokens that are generated at most, as `turboquant.records.comparison.Settings` has it."""
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
@@ -72,7 +73,7 @@ def _version(asked: bool) -> None:
     import torch
 
     from turboquant import __version__
-    from turboquant.records.results import environment
+    from turboquant.records.environment import environment
 
     here = environment("cuda" if torch.cuda.is_available() else "cpu")
     parts = [f"turboquant {__version__}", f"commit {here.commit or 'unknown'}", f"Python {here.python}"]
@@ -261,7 +262,7 @@ def progress_bar(title: str) -> Iterator[Callable[[float, str], None]]:
 
 def finished(path: Path, experiments: set[str], overwrite: bool) -> "list[ExperimentRecord]":
     """Return the records to go on with, none with `overwrite`; leave with code 2 for a file of something else."""
-    from turboquant.records.results import RecordFileError, read_records
+    from turboquant.records.files import RecordFileError, read_records
 
     check_writable(path)
     if overwrite:
@@ -304,7 +305,7 @@ def run_recorded(
     """
     from turboquant.experiments.base import Watch
     from turboquant.models.inputs import disagreement
-    from turboquant.records.results import append_record
+    from turboquant.records.files import append_record
 
     cells = list({cell.key: cell for cell in cells}.values())  # what is asked for twice counts once
     before, keep = store or (

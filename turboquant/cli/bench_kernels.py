@@ -22,7 +22,7 @@ from turboquant.cli.app import (
 from turboquant.cli.tables import show
 
 if TYPE_CHECKING:
-    from turboquant.records.results import Record
+    from turboquant.records.base import Record
     from turboquant.report import Table
 
 B = TypeVar("B", bound="Record")
@@ -46,7 +46,7 @@ def _cases(
 
 def write_benches(running: "Iterable[B]", output: Path, table: "Callable[[Sequence[B]], Table]") -> None:
     """Keep each record and print it: as JSON, or at a terminal all of them as a table."""
-    from turboquant.records.results import append_record
+    from turboquant.records.files import append_record
 
     done = []
     try:

@@ -22,7 +22,7 @@ def bench_metrics_command(
 ) -> None:
     """Time comparing one layer's attention heads, all at once against head by head (default: SmolLM2's heads)."""
     from turboquant.experiments.decode_speed import bench_metrics
-    from turboquant.records.results import append_record
+    from turboquant.records.files import append_record
 
     check_writable(output)
     for count in dict.fromkeys(tokens or [512, 2048, 8192]):

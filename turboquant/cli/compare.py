@@ -30,7 +30,8 @@ from turboquant.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from turboquant.records.results import Comparison, Record, SideResult
+    from turboquant.records.base import Record
+    from turboquant.records.comparison import Comparison, SideResult
     from turboquant.run.chat import Session, Turn
     from turboquant.run.compare import Event
 
@@ -68,7 +69,7 @@ def compare(
     The record goes to --output, and as a JSON line to standard output where that is a pipe or a file. Without a prompt
     it asks for one after the other: at the terminal, or one a line from standard input.
     """
-    from turboquant.records.results import Settings
+    from turboquant.records.comparison import Settings
     from turboquant.run.generate import PromptError, check_prompt
 
     if text is not None and prompt is not None:
@@ -100,7 +101,8 @@ def _check_output(path: Path, chat: bool, overwrite: bool) -> None:
     """Leave with code 2 where the file cannot be written or holds something else."""
     from pydantic import ValidationError
 
-    from turboquant.records.results import Comparison, read_lines
+    from turboquant.records.comparison import Comparison
+    from turboquant.records.files import read_lines
     from turboquant.run.chat import Turn
 
     check_writable(path)
@@ -182,7 +184,7 @@ class _Asking:
 
     def _keep(self, result: "Comparison | Turn") -> bool:
         """Append the record to the output, before anything is printed; return False where that cannot be."""
-        from turboquant.records.results import append_record
+        from turboquant.records.files import append_record
 
         if self.output is None:
             return True
@@ -280,7 +282,7 @@ def _streaming() -> "Iterator[Callable[[Event], None]]":
 
 
 def _print_result(result: "Comparison | Turn", rows: int) -> None:
-    from turboquant.records.results import Comparison
+    from turboquant.records.comparison import Comparison
     from turboquant.records.verdict import verdict
 
     comparison = result if isinstance(result, Comparison) else result.comparison

@@ -30,7 +30,7 @@ from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
-    from turboquant.records.results import Cell, ExperimentRecord
+    from turboquant.records.experiment import Cell, ExperimentRecord
 
 CONTEXTS = (2048, 4096, 8192)
 COLUMNS = {
@@ -110,7 +110,7 @@ def evaluate(
 
 def _check_records(path: Path) -> None:
     """Leave with code 2 where records cannot be appended to a file, or it is no file of records."""
-    from turboquant.records.results import RecordFileError, read_records
+    from turboquant.records.files import RecordFileError, read_records
 
     check_writable(path)
     try:
@@ -143,7 +143,7 @@ def _store(output: Path, overwrite: bool, cells: "Sequence[Cell]", also: Path | 
     That is also a file with results from before a change that would stay beside new ones.
     """
     from turboquant.models.inputs import reusable
-    from turboquant.records.results import append_record
+    from turboquant.records.files import append_record
     from turboquant.report.methodology import EvaluationFileError, difference, read_document, write_document
 
     try:

@@ -25,7 +25,7 @@ from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
-    from turboquant.records.results import ExperimentRecord
+    from turboquant.records.experiment import ExperimentRecord
 
 COLUMNS = (
     "method",

@@ -30,7 +30,7 @@ from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.records.results import ExperimentRecord
+    from turboquant.records.experiment import ExperimentRecord
 
 
 def usable(grid: Sequence[str]) -> "tuple[list[Method], dict[str, str]]":

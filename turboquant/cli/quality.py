@@ -28,7 +28,7 @@ from turboquant.cli.tables import interval, number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.records.results import ExperimentRecord
+    from turboquant.records.experiment import ExperimentRecord
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 

@@ -28,7 +28,7 @@ from turboquant.texts import reading
 
 if TYPE_CHECKING:
     from turboquant.experiments.recommend import Recommendation, Tried
-    from turboquant.records.results import ExperimentRecord
+    from turboquant.records.experiment import ExperimentRecord
 
 TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", "MB estimated", "within limits")
 
@@ -73,7 +73,7 @@ def recommend(
     from turboquant.experiments.base import Watch
     from turboquant.experiments.recommend import RecommendSettings, reusable_for
     from turboquant.experiments.recommend import recommend as search
-    from turboquant.records.results import append_record
+    from turboquant.records.files import append_record
     from turboquant.run.generate import CancelledError
 
     values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}

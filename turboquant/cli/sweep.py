@@ -27,7 +27,7 @@ from turboquant.cli.app import (
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Engine
-    from turboquant.records.results import Cell, ExperimentRecord
+    from turboquant.records.experiment import Cell, ExperimentRecord
 
 METHODS = ("full", "turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 

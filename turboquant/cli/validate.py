@@ -24,7 +24,7 @@ from turboquant.cli.tables import print_table
 
 if TYPE_CHECKING:
     from turboquant.experiments.base import Watch
-    from turboquant.records.results import Cell, ExperimentRecord
+    from turboquant.records.experiment import Cell, ExperimentRecord
 
 DIMS = (64, 80, 96, 128, 256)
 BITS = tuple(range(1, 9))
@@ -126,7 +126,7 @@ def _import_plots() -> None:
 
 def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
     from turboquant.experiments.theory import SyntheticSettings
-    from turboquant.records.results import Cell
+    from turboquant.records.experiment import Cell
 
     settings = [
         read_settings(SyntheticSettings, {"dim": dim, "bits": b, **shared}, dim="--dims")
@@ -140,7 +140,8 @@ def _measure(
     cells: "Sequence[Cell]", experiments: Mapping[str, Any], watch: "Watch", stopping: Callable[[], bool]
 ) -> "Iterator[ExperimentRecord]":
     from turboquant.experiments.theory import SyntheticSettings, validate
-    from turboquant.records.results import ExperimentRecord, environment
+    from turboquant.records.environment import environment
+    from turboquant.records.experiment import ExperimentRecord
 
     for i, cell in enumerate(cells):
         if stopping():

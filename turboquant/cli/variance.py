@@ -30,7 +30,7 @@ from turboquant.cli.tables import number, print_table
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
-    from turboquant.records.results import Cell, ExperimentRecord
+    from turboquant.records.experiment import Cell, ExperimentRecord
     from turboquant.records.spread import Difference, Spread95
 
 SPREADS = ("metric", "seeds", "mean", "sd", "min", "max", "95 % interval of the mean")
@@ -135,7 +135,7 @@ def _cells(
 def _show_partial(cells: "Sequence[Cell]", methods: "Sequence[Method]", reference: "Method", output: Path) -> None:
     """Show what a stopped run has measured."""
     from turboquant.models.inputs import reusable
-    from turboquant.records.results import RecordFileError, read_records
+    from turboquant.records.files import RecordFileError, read_records
 
     try:
         done = list(reusable(read_records(output), cells).records.values())

@@ -18,7 +18,10 @@ from turboquant.methods import Method, parse_method
 from turboquant.models.fingerprint import is_current
 from turboquant.models.inputs import inputs
 from turboquant.models.load import LoadedModel, ModelError, load_model
-from turboquant.records.results import CacheReport, Cell, ExperimentRecord, Record, environment
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport
+from turboquant.records.environment import environment
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.run.compare import model_info
 from turboquant.run.generate import CancelledError, PromptError
 from turboquant.texts import ReadText, reading

@@ -17,7 +17,7 @@ import torch
 from turboquant.experiments.base import Experiment, Models, Watch, failed, groups, run_group
 from turboquant.models.inputs import as_here
 from turboquant.models.load import load_model
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 RETRIES = 3
 """How often Ray runs a task again whose node or process died."""

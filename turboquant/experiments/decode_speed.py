@@ -11,7 +11,10 @@ from torch import Tensor
 from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, DecodeBench, Environment, Record, Settings, Spread, environment
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport, Settings
+from turboquant.records.environment import Environment, environment
+from turboquant.records.experiment import DecodeBench, Spread
 from turboquant.records.spread import timing_spread
 from turboquant.run.compare import model_info
 from turboquant.run.generate import Generation, QueryRecorder, check_length

@@ -26,7 +26,8 @@ from turboquant.experiments.needle_prompt import SENTENCES, NeedlePrompt, needle
 from turboquant.methods import Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, HeadScores, Record
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport, HeadScores
 from turboquant.run.generate import PromptError
 from turboquant.run.heads import head_scores, mean_of, row_of
 from turboquant.run.memory import check_context, trim

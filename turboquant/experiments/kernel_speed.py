@@ -25,7 +25,7 @@ from turboquant.kernels.encode import encode
 from turboquant.kernels.scores import scores
 from turboquant.methods import Method
 from turboquant.records.bench import AttentionBench, EncodeBench, ScoresBench
-from turboquant.records.results import environment
+from turboquant.records.environment import environment
 from turboquant.records.spread import timing_spread
 
 COLD_BYTES = 2**28

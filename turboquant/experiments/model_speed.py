@@ -22,7 +22,7 @@ from turboquant.cache.build import build_cache, cache_bytes, fill_cache
 from turboquant.cache.graph import GraphDecoder
 from turboquant.methods import Method
 from turboquant.records.bench import ContextBench, ModelBench
-from turboquant.records.results import environment
+from turboquant.records.environment import environment
 from turboquant.records.spread import timing_spread
 
 CHUNK = 2048

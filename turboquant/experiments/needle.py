@@ -23,7 +23,8 @@ from turboquant.experiments.needle_prompt import SENTENCES, STARTS, NeedlePrompt
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, Record, Settings
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport, Settings
 from turboquant.run.generate import Generation, QueryRecorder
 from turboquant.run.memory import check_context
 

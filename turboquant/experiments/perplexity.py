@@ -28,7 +28,8 @@ from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, Record
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport
 from turboquant.records.spread import block_interval
 from turboquant.run.generate import PromptError, QueryRecorder
 from turboquant.run.heads import packing_runs

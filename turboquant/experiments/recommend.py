@@ -22,7 +22,8 @@ from turboquant.methods import Method, parse_method
 from turboquant.methods.layer_bits import Bits, write_layer_bits
 from turboquant.models.inputs import Reusable, reusable
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import ExperimentRecord, environment
+from turboquant.records.environment import environment
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.run.compare import model_info
 from turboquant.run.generate import CancelledError, PromptError
 from turboquant.sizing import KVBytes, SizingError, kv_bytes, read_config

@@ -6,7 +6,9 @@ from pydantic import Field, field_validator
 
 from turboquant.methods import BitsMethod, parse_method
 from turboquant.methods.layer_bits import Bits
-from turboquant.records.results import Environment, ModelInfo, Record
+from turboquant.records.base import Record
+from turboquant.records.comparison import ModelInfo
+from turboquant.records.environment import Environment
 
 RECIPES = ("turboquant", "kivi", "rtn:rotation=hadamard")
 MOST_TOKENS = 32_768

@@ -27,7 +27,9 @@ from turboquant.experiments.perplexity import BLOCK, PerplexitySettings, text_wi
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, ExperimentRecord, Record, Settings
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport, Settings
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.spread import Difference, Spread95, paired_difference, spread
 from turboquant.run.generate import QueryRecorder, logits_processors
 from turboquant.run.heads import packing_runs

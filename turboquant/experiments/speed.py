@@ -31,7 +31,8 @@ from turboquant.hf_attention import time_attention
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import CacheReport, Record
+from turboquant.records.base import Record
+from turboquant.records.comparison import CacheReport
 from turboquant.run.generate import PromptError
 from turboquant.run.memory import cache_shape, check_context, tokens_that_fit, trim
 from turboquant.texts import read_text

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from turboquant.experiments.base import Experiment, cells_for
 from turboquant.methods import Method
-from turboquant.records.results import Cell, Record, first_error
+from turboquant.records.base import Record, first_error
+from turboquant.records.experiment import Cell
 
 CONTEXT_FIELDS = ("context", "tokens")
 """What the settings of experiments call the number of tokens in all."""

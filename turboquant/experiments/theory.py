@@ -20,7 +20,8 @@ from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quant.codebook import check_bits, check_dim, expected_mse
 from turboquant.quant.quantizer import Quantizer
 from turboquant.quant.rotation import RotationKind, qjl_projection, qjl_scale, random_rotation
-from turboquant.records.results import Record, Spread
+from turboquant.records.base import Record
+from turboquant.records.experiment import Spread
 from turboquant.records.spread import Estimate, estimate, timing_spread
 
 TOLERANCE = 4.0

@@ -23,7 +23,7 @@ import torch
 
 from turboquant.experiments.base import Experiment, Models, Watch, failed, groups, run_group
 from turboquant.models.load import load_model
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 TRIES = 2
 _POLL_SECONDS = 0.2

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from turboquant.models.fingerprint import commit, fingerprint, folder_digest, same_content, unchanged
-from turboquant.records.results import Cell, ExperimentRecord
+from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.texts import TEXTS, ReadText, read_text, reading
 
 MODEL, TEXT = "model", "text "

@@ -2,7 +2,9 @@
 
 from typing import ClassVar, Literal
 
-from turboquant.records.results import Environment, Record, Spread
+from turboquant.records.base import Record
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import Spread
 
 
 class _Bench(Record):

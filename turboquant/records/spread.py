@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from turboquant.records.results import Record, Spread
+from turboquant.records.base import Record
+from turboquant.records.experiment import Spread
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999

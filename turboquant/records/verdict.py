@@ -1,6 +1,6 @@
 """A comparison in words: sizes, quoted tokens and the verdict sentence. Plain text, for pages and the command line."""
 
-from turboquant.records.results import CacheReport, Comparison
+from turboquant.records.comparison import CacheReport, Comparison
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
-from turboquant.records.results import Environment, ExperimentRecord
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.report.tables import NONE, Table, code, number
 
 B = TypeVar("B", bound=GpuBench)

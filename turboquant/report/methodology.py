@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from turboquant.methods import parse_method
-from turboquant.records.results import Cell, ExperimentRecord, first_error
+from turboquant.records.base import first_error
+from turboquant.records.experiment import Cell, ExperimentRecord
 
 EXPERIMENT = "attention"
 SCHEMA = ("seq_len", "compression_ratio", "cosine_similarity", "top1_match_pct", "top5_match_pct")

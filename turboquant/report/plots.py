@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from turboquant.methods import METHODS, in_order
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.pareto import pareto_front
-from turboquant.records.results import ExperimentRecord
 from turboquant.report.style import looks
 from turboquant.report.summary import Summary
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from turboquant.records.bench import GpuBench
-from turboquant.records.results import DecodeBench
+from turboquant.records.experiment import DecodeBench
 from turboquant.report.gpu import (
     attention_table,
     context_table,

@@ -13,8 +13,11 @@ from pydantic import ValidationError
 
 from turboquant.methods import parse_method
 from turboquant.models.inputs import own_files
+from turboquant.records.base import first_error
 from turboquant.records.bench import GPU_BENCHES, GpuBench
-from turboquant.records.results import DecodeBench, Environment, ExperimentRecord, first_error, read_lines
+from turboquant.records.environment import Environment
+from turboquant.records.experiment import DecodeBench, ExperimentRecord
+from turboquant.records.files import read_lines
 
 CONTEXT_SETTINGS = ("context", "tokens")
 AVERAGED = frozenset((*CONTEXT_SETTINGS, "seed", "seeds", "depth", "rotation_seed", "sampling_seed", "repetition"))

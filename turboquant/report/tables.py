@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from turboquant.records.experiment import DecodeBench, ExperimentRecord
 from turboquant.records.pareto import pareto_front
-from turboquant.records.results import DecodeBench, ExperimentRecord
 from turboquant.records.spread import spread
 from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on, summarize
 

@@ -24,7 +24,8 @@ from turboquant.cache.build import build_cache
 from turboquant.cache.layer import QuantizedLayer
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Comparison, Record, Settings
+from turboquant.records.base import Record
+from turboquant.records.comparison import Comparison, Settings
 from turboquant.run.compare import OnEvent, Question, answer_twice
 from turboquant.run.generate import SIDES, Generation, QueryRecorder, check_length, conversation_ids
 from turboquant.run.heads import packing_runs

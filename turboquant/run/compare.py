@@ -12,9 +12,7 @@ from torch import Tensor
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
-from turboquant.records.faults import UNMEASURED, out_of_memory
-from turboquant.records.results import (
-    AttentionDetail,
+from turboquant.records.comparison import (
     Comparison,
     Divergence,
     HeadMetrics,
@@ -22,8 +20,10 @@ from turboquant.records.results import (
     Settings,
     SideResult,
     TokenMetrics,
-    environment,
 )
+from turboquant.records.environment import environment
+from turboquant.records.faults import UNMEASURED, out_of_memory
+from turboquant.records.heads import AttentionDetail
 from turboquant.run.generate import (
     SIDES,
     CancelledError,

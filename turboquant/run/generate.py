@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from turboquant.cache.build import cache_bytes
 from turboquant.hf_attention import observe_queries
 from turboquant.models.load import LoadedModel
-from turboquant.records.results import Settings
+from turboquant.records.comparison import Settings
 
 SIDES: tuple[Literal["original"], Literal["compressed"]] = ("original", "compressed")
 

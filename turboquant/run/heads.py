@@ -18,8 +18,8 @@ from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.quant.quantizer import Quantizer
+from turboquant.records.comparison import HeadMetrics, HeadScores, TokenMetrics
 from turboquant.records.heads import AttentionCollector
-from turboquant.records.results import HeadMetrics, HeadScores, TokenMetrics
 from turboquant.run.generate import CancelledError, QueryRecorder
 from turboquant.run.metrics import head_agreement, token_agreement
 
