@@ -7,7 +7,8 @@ from typing import TypeVar
 from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.records.environment import Environment
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.report.tables import NONE, Table, code, number
+from turboquant.records.metrics import NONE
+from turboquant.report.tables import Table, code, number
 
 B = TypeVar("B", bound=GpuBench)
 LARGE = "llama-3.1-8b", 8, 32_768, 1

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from turboquant.records.experiment import DecodeBench, ExperimentRecord
+from turboquant.records.metrics import NONE, metric
 from turboquant.records.pareto import pareto_front
 from turboquant.records.spread import spread
 from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on, summarize
@@ -27,36 +28,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "validate": ("mse", "mse_theory", "inner_product_prod_gaussian", "inner_product_prod_gaussian_theory"),
 }
 """The figures that a table shows, by experiment; of other experiments every figure is shown."""
-
-NONE = "-"
-"""Stands for a figure that could not be had."""
-
-LABELS = {
-    "bits_per_value": "bits a value held",
-    "packed_bits_per_value": "bits a packed value",
-    "compression_ratio": "compression",
-    "cosine_similarity": "cosine",
-    "top1_match_pct": "top-1 match, %",
-    "top5_match_pct": "top-5 match, %",
-    "kl_mean": "KL, nats",
-    "kl_p99": "KL, 99th percentile",
-    "same_top_pct": "same top token, %",
-    "delta_ppl_pct": "perplexity change, %",
-    "ppl_full": "perplexity, full",
-    "ppl": "perplexity",
-    "needle_rank_full": "needle rank, full",
-    "needle_rank": "needle rank",
-    "success_full_pct": "found, full, %",
-    "success_pct": "found, %",
-    "full_tokens_per_second": "full, tokens/s",
-    "tokens_per_second": "tokens/s",
-    "speed_ratio": "speed ratio",
-    "mse": "MSE",
-    "mse_theory": "MSE, theory",
-    "inner_product_prod_gaussian": "inner product, prod",
-    "inner_product_prod_gaussian_theory": "inner product, theory",
-}
-
 
 GREEDY = ("kl_mean", "same_top_pct", "delta_ppl_pct", "agreed_tokens")
 SAMPLED = "agreed_tokens"
@@ -87,31 +58,14 @@ class Table:
         return f"{text}\n\n{self.note}" if self.note else text
 
 
-def label(metric: str) -> str:
+def label(name: str) -> str:
     """Return a metric's name for people."""
-    if metric in LABELS:
-        return LABELS[metric]
-    for ending, unit in (("_pct", ", %"), ("_ms", ", ms"), ("_bytes", ", bytes"), ("_tokens_per_second", ", tokens/s")):
-        if metric.endswith(ending):
-            return metric.removesuffix(ending).replace("_", " ") + unit
-    return metric.replace("_", " ")
+    return metric(name).label
 
 
-def number(metric: str, value: float | None) -> str:
+def number(name: str, value: float | None) -> str:
     """Return a figure as shown; one that could not be had is a dash."""
-    if value is None:
-        return NONE
-    if metric.endswith(("_pct", "_tokens_per_second")) or metric == "tokens_per_second":
-        return f"{value:.1f}"
-    if metric.endswith("_bytes"):
-        return f"{value:,.0f}"
-    if metric.startswith("needle_rank"):
-        return f"{value:.0f}"
-    if metric.startswith("kl") or "mse" in metric or "inner_product" in metric:
-        return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
-    if "cosine" in metric:
-        return f"{value:.4f}"
-    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return metric(name).text(value)
 
 
 def code(text: str | None) -> str:
