@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = {
         "bits a value held",
         "bits held",
         better="less",
-        definition="Everything the cache holds, in bits, divided by the cached values; 16 is the uncompressed baseline.",
+        definition="Everything the cache holds, in bits, divided by the cached values; 16 is the 16-bit baseline.",
     ),
     "packed_bits_per_value": Metric(
         "bits a packed value",
@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {
         "KL mean",
         SMALL,
         "less",
-        "How far the next-token distribution moves under the compressed cache, in nats, mean over tokens; 0 is no change.",
+        "How far the next-token distribution moves under the compressed cache, mean over tokens; 0 is no change.",
     ),
     "kl_p99": Metric("KL, 99th percentile", "KL p99", SMALL, "less", "One token in a hundred moves further than this."),
     "same_top_pct": Metric(
