@@ -83,6 +83,26 @@ def library_parts(names: set[str]) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_what_is_imported_of_our_own_exists(path: Path) -> None:
+    """Type checkers pass over modules that are missing, and some imports run only on a GPU or at night."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            if name.split(".")[0] in ("turboquant", "app", "tests"):
+                place = ROOT.joinpath(*name.split("."))
+                assert place.is_dir() or place.with_suffix(".py").is_file(), f"{name} does not exist"
+
+
+def test_modules_whose_shapes_are_checked_exist() -> None:
+    (option,) = re.findall(r"--jaxtyping-packages=([^\"]+)", (ROOT / "pyproject.toml").read_text())
+    *modules, checker = option.split(",")
+    assert checker == "beartype.beartype"
+    for name in modules:
+        assert ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file(), f"{name} does not exist"
+
+
 def test_every_folder_is_a_floor() -> None:
     folders = {part_of(path) for path in LIBRARY} - {"__init__"}
     assert folders == set(ROW), "the table in turboquant/README.md is the plan"
