@@ -196,7 +196,7 @@ def busy_table(records: Sequence[DecodeBench]) -> Table:
             code(r.method),
             f"{r.prompt_tokens} + {r.new_tokens}",
             str(r.busy_processes),
-            "as built" if r.openmp_spins is None else f"{r.openmp_spins:,}",
+            "not set" if r.openmp_spins is None else f"{r.openmp_spins:,}",
             f"{r.full_tokens_per_second.median:.2f}",
             f"{r.tokens_per_second.median:.2f}",
             "" if r.full_worst_step_ms is None else f"{r.full_worst_step_ms:,.0f}",
