@@ -1,5 +1,7 @@
 """What each figure means, in one or two plain sentences; shown as the help of the figure."""
 
+from turboquant.records.metrics import metric
+
 KV_BYTES = (
     "Bytes the compressed cache really holds at the end, summed over every storage reachable from it: codes, scales, "
     "exact tokens, spare room and shared tables."
@@ -23,11 +25,8 @@ COSINE = (
     "How alike a head's attention is under full and compressed keys; 1 is the same. It can look fine while the "
     "most attended token changes, so read it next to the top-1 match and the KL."
 )
-TOP1 = "How often the token a head attends to most is the same under full and compressed keys."
-TOP5 = (
-    "How often the token a head attends to most under full keys is among its five most attended ones under compressed "
-    "keys."
-)
+TOP1 = metric("top1_match_pct").definition
+TOP5 = metric("top5_match_pct").definition
 KL = (
     "How far the next-token distribution moves when the original answer is read through the compressed cache, in nats; "
     "0 is no change. Mean over the answer's tokens."
@@ -184,21 +183,12 @@ PARETO = (
     "One point a method; lower left is better. On the dotted front are the methods that no other one beats: nobody has "
     "both fewer bits and less KL."
 )
-METHOD_KL = (
-    "How far the next-token distribution moves under the compressed cache when a text is read through it, in nats; "
-    "mean over the measured tokens. 0 is no change."
-)
-METHOD_SAME_TOP = "At how many of the measured tokens the most likely next token stays the same."
-METHOD_PPL = "By how much perplexity on the text rises against the full cache; below 0 it falls."
-METHOD_HELD = (
-    "Everything the cache holds at the end, in bits, divided by the cached values: codes, scales, exact tokens in the "
-    "model's own number format, spare room, tables. A full cache in float32 holds 32."
-)
-METHOD_PACKED = (
-    "Codes and scales of the packed tokens alone, in bits a value: what one more token costs in a long text. Empty "
-    "where nothing is packed or some layers are not compressed."
-)
-METHOD_SMALLER = "The 16-bit baseline (2 bytes a value) divided by the bytes really held; below 1 it is larger."
+METHOD_KL = metric("kl_mean").definition
+METHOD_SAME_TOP = metric("same_top_pct").definition
+METHOD_PPL = metric("delta_ppl_pct").definition
+METHOD_HELD = metric("bits_per_value").definition
+METHOD_PACKED = metric("packed_bits_per_value").definition
+METHOD_SMALLER = metric("compression_ratio").definition
 RECOMMENDED = (
     "The smallest cache, at the model's longest context (at most 32,768 tokens), whose predictions stay within both "
     "limits on both halves of the text. What is smaller failed, or has no more bits than one that failed."
