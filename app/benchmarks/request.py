@@ -4,10 +4,8 @@ Medians and percentiles are those of the records. The experiment needs the model
 import; it is imported where it is first needed.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from app.config import AppConfig
@@ -15,15 +13,13 @@ from app.tab.measure import check_count
 from app.tab.requests import Choices, RequestError, check_bound, check_loading, method_texts
 from app.tab.verdict import human_bytes
 from turboquant.methods import parse_method
-from turboquant.records.bench import GPU_BENCHES
 from turboquant.records.comparison import CacheReport
 from turboquant.records.environment import Environment
-from turboquant.records.experiment import Cell, DecodeBench, ExperimentRecord, Spread
+from turboquant.records.experiment import Cell, ExperimentRecord, Spread
 
 CONTEXTS = (256, 384, 640, 1024, 2048, 4096)
 MOST_NEW_TOKENS = 256
 BATCHES, REPEATS = (1, 8), (1, 10)
-METRICS_FILE, DECODE_FILE = "bench-metrics.jsonl", "bench-decode.jsonl"
 
 
 @dataclass(frozen=True)
@@ -156,31 +152,26 @@ def byte_floor(report: CacheReport | None) -> float | None:
     return report.bytes / (report.full_precision_bytes / report.payload_ratio)
 
 
-def _spread(record: ExperimentRecord, prefix: str, name: str) -> Spread:
-    found = [record.metrics.get(f"{prefix}{part}{name}") for part in ("", "p20_", "p80_")]
-    median, p20, p80 = (float("nan") if value is None else value for value in found)
-    return Spread(median=median, p20=p20, p80=p80)
-
-
 def row(record: ExperimentRecord) -> Row:
-    """A row of the experiment `generation`."""
+    """A row of the experiment `generation`, or of `decode`, which measures no parts of a step."""
     m, s = record.metrics, record.cell.settings
 
     def whole(name: str) -> int | None:
         return None if (value := m.get(name)) is None else int(value)
 
+    full, new = s.get("context"), s["new_tokens"]
     kinds = ("encode", "attention", "full_attention")
     times = {f"{kind}_{part}_ms": m.get(f"{kind}_{part}_ms") for kind in kinds for part in ("prompt", "step")}
     return Row(
         method=str(record.cell.method),
-        context=s["context"],
-        new_tokens=s["new_tokens"],
-        batch=s["batch"],
-        tokens_per_second=_spread(record, "", "tokens_per_second"),
-        full_tokens_per_second=_spread(record, "full_", "tokens_per_second"),
+        context=s["prompt_tokens"] + new if full is None else full,
+        new_tokens=new,
+        batch=s.get("batch", 1),
+        tokens_per_second=Spread.of(m, "tokens_per_second"),
+        full_tokens_per_second=Spread.of(m, "tokens_per_second", "full_"),
         ratio=m.get("speed_ratio") or float("nan"),
-        first_ms=_spread(record, "", "time_to_first_token_ms"),
-        full_first_ms=_spread(record, "full_", "time_to_first_token_ms"),
+        first_ms=Spread.of(m, "time_to_first_token_ms"),
+        full_first_ms=Spread.of(m, "time_to_first_token_ms", "full_"),
         bytes=whole("cache_bytes") or 0,
         full_bytes=whole("full_cache_bytes"),
         peak_bytes=whole("peak_memory_bytes"),
@@ -193,85 +184,40 @@ def row(record: ExperimentRecord) -> Row:
     )
 
 
-def decode_row(bench: DecodeBench) -> Row:
-    """A row of `bench-decode`, which measures speed and bytes held, and no parts of a step."""
-    return Row(
-        method=bench.method,
-        context=bench.prompt_tokens + bench.new_tokens,
-        new_tokens=bench.new_tokens,
-        batch=1,
-        tokens_per_second=bench.tokens_per_second,
-        full_tokens_per_second=bench.full_tokens_per_second,
-        ratio=bench.ratio,
-        first_ms=bench.prefill_ms,
-        full_first_ms=bench.full_prefill_ms,
-        bytes=bench.report.bytes,
-        floor=byte_floor(bench.report),
-        environment=bench.environment,
-        model=bench.model.name,
-        rounds=bench.repeats,
-    )
-
-
 def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
     """Rows of the good records, by context, then method."""
     found = [row(record) for record in records if record.error is None]
     return sorted(found, key=lambda one: (one.context, one.batch, one.method))
 
 
-def recorded_decode(folder: Path) -> list[DecodeBench]:
-    """The recorded runs of `bench-decode` on an idle machine; none where the file is missing."""
-    found = [DecodeBench.model_validate(line) for line in _lines(folder / DECODE_FILE)]
-    return [bench for bench in found if not bench.busy_processes]
+def recorded_decode(records: Iterable[ExperimentRecord]) -> list[ExperimentRecord]:
+    """Of recorded runs those of `decode` on an idle machine."""
+    return [record for record in records if record.cell.experiment == "decode" and not record.cell.settings["busy"]]
 
 
-def recorded_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The recorded runs of `bench-metrics` as rows."""
-    found = []
-    for line in _lines(folder / METRICS_FILE):
-        environment = Environment.model_validate(line["environment"])
-        fast, loop = (Spread.model_validate(line[name]) for name in ("vectorised_ms", "loop_ms"))
-        found.append(
-            {
-                "hardware": environment.device,
-                "threads": environment.cpu_threads,
-                "date": environment.created[:10],
-                "commit": environment.commit,
-                "tokens": line["tokens"],
-                "queries": line["queries"],
-                "heads": line["query_heads"],
-                "all at once (ms)": fast.median,
-                "head by head (ms)": loop.median,
-                "times faster": line["ratio"],
-            }
-        )
-    return found
-
-
-def recorded_gpu(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
-    """Recorded GPU benchmarks as tables: what they show, where they were measured, and their rows."""
+def recorded_tables(records: Sequence[ExperimentRecord]) -> list[tuple[str, str, list[dict[str, str]]]]:
+    """Recorded benchmarks of kernels as tables: what they show, where they were measured, and their rows."""
     from turboquant.report.gpu import (
         attention_table,
         context_table,
         encode_table,
+        metrics_table,
         model_table,
         prefill_table,
         scores_table,
     )
 
-    found = [
-        GPU_BENCHES[line["kind"]].model_validate(line)
-        for path in sorted(folder.glob("bench-*.jsonl"))
-        for line in _lines(path)
-        if line.get("kind") in GPU_BENCHES
-    ]
     tables = (
-        ("One layer's decode attention, full in bfloat16 against compressed", attention_table(found)),
-        ("Attention from a chunk of a prompt, full in bfloat16 against compressed", prefill_table(found)),
-        ("Attention scores alone, float32 keys against packed ones", scores_table(found)),
-        ("Packing keys and values", encode_table(found)),
-        ("Decode steps of known shapes with random weights", model_table(found)),
-        ("The longest context in a budget of GPU memory", context_table(found)),
+        ("One layer's decode attention, full in bfloat16 against compressed", attention_table(records)),
+        ("Attention from a chunk of a prompt, full in bfloat16 against compressed", prefill_table(records)),
+        ("Attention scores alone, float32 keys against packed ones", scores_table(records)),
+        ("Packing keys and values", encode_table(records)),
+        ("Decode steps of known shapes with random weights", model_table(records)),
+        ("The longest context in a budget of GPU memory", context_table(records)),
+        (
+            "Comparing one layer's heads: all at once, and in a plain loop over heads and queries",
+            metrics_table(records),
+        ),
     )
     return [
         (
@@ -282,10 +228,6 @@ def recorded_gpu(folder: Path) -> list[tuple[str, str, list[dict[str, str]]]]:
         for title, table in tables
         if table.rows
     ]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
 
 
 def sources(named: Iterable[tuple[str, Environment]]) -> list[dict[str, Any]]:

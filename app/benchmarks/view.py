@@ -14,7 +14,7 @@ from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
-from turboquant.records.experiment import DecodeBench, ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 
 _START = BenchChoices()
 
@@ -58,14 +58,14 @@ def controls() -> None:
 def recorded() -> None:
     """Show the measurements that ship with the app, one row a source, then what was chosen of them."""
     records = state.recorded("generation")
-    decode = measure.recorded_decode(state.RESULTS)
-    metrics = measure.recorded_metrics(state.RESULTS)
+    benches = state.recorded_benches()
+    decode = measure.recorded_decode(benches)
     if not records and not decode:
         page.empty("No recorded benchmark comes with this copy of the app. Choose This tab to make one.")
         return
     named = [("generation, with its parts", record.environment) for record in records]
-    named += [("decoding only", bench.environment) for bench in decode]
-    MEASUREMENT.source(records, RECORDED, _files(records, decode))
+    named += [("decoding only", record.environment) for record in decode]
+    MEASUREMENT.source(records, RECORDED, _files([*records, *decode]))
     st.dataframe(measure.sources(named), hide_index=True, alt="Where and when the recorded results were measured.")
     st.subheader("Generation: speed, packing, memory", anchor=False)
     caution(records)
@@ -75,22 +75,15 @@ def recorded() -> None:
         results(part, f"recorded_{batch}")
     if decode:
         st.subheader("Decoding alone: other methods and a longer prompt", anchor=False)
-        table([measure.decode_row(bench) for bench in decode])
-    gpu = measure.recorded_gpu(state.RESULTS)
-    if gpu:
-        st.subheader("On a GPU", anchor=False)
+        table(measure.rows(decode))
+    tables = measure.recorded_tables(benches)
+    if tables:
+        st.subheader("Kernels alone", anchor=False)
         st.markdown("Speed and memory only: models of a known shape with random weights say nothing about answers.")
-    for title, note, lines in gpu:
+    for title, note, lines in tables:
         st.markdown(f"**{title}**")
         st.dataframe(lines, hide_index=True, alt=f"{title}, recorded.")
         st.caption(escape(note))
-    if metrics:
-        st.subheader("How fast heads are compared", anchor=False)
-        st.markdown(
-            "Not a model: the time to compare one layer's attention heads, full against compressed, all at once and "
-            "in a plain loop over heads and queries. It says why a run with its head scores takes no longer."
-        )
-        st.dataframe(metrics, hide_index=True, alt="Time to compare the heads of one layer, on a GPU and on a CPU.")
 
 
 def measured(plan: Plan) -> None:
@@ -190,15 +183,15 @@ def table(rows: Sequence[Row]) -> None:
     )
 
 
-def _files(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench] = ()) -> list[page.File]:
+def _files(records: Sequence[ExperimentRecord]) -> list[page.File]:
     return [
-        page.File("Figures as CSV", ".csv", "text/csv", lambda: _csv(records, decode)),
+        page.File("Figures as CSV", ".csv", "text/csv", lambda: _csv(records)),
         page.File("Records as JSON", ".json", "application/json", lambda: as_json(records)),
     ]
 
 
-def _csv(records: Sequence[ExperimentRecord], decode: Sequence[DecodeBench]) -> str:
-    lines = measure.table_rows([*measure.rows(records), *map(measure.decode_row, decode)])
+def _csv(records: Sequence[ExperimentRecord]) -> str:
+    lines = measure.table_rows(measure.rows(records))
     return csv_text(list(lines[0]), [[*one.values()] for one in lines])
 
 

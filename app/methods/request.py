@@ -84,7 +84,8 @@ def cells(chosen: MethodsChoices, choices: Choices, config: AppConfig) -> tuple[
         RequestError: Something cannot be measured; the message says what.
     """
     from turboquant.experiments.base import cells_for
-    from turboquant.experiments.perplexity import EXPERIMENT, PerplexitySettings
+    from turboquant.experiments.perplexity import EXPERIMENT
+    from turboquant.records.settings import PerplexitySettings
 
     model, weights = check_loading(choices, config)
     wanted = [*chosen.chosen, *chosen.more.split()]

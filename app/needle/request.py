@@ -52,8 +52,9 @@ def cells(chosen: NeedleChoices, choices: Choices, config: AppConfig) -> tuple[C
         RequestError: Something cannot be asked; the message says what.
     """
     from turboquant.experiments.base import cells_for
-    from turboquant.experiments.needle import EXPERIMENT, NeedleSettings
+    from turboquant.experiments.needle import EXPERIMENT
     from turboquant.experiments.needle_prompt import check_filler
+    from turboquant.records.settings import NeedleSettings
 
     model, weights = check_loading(choices, config)
     methods = dict.fromkeys(method_texts(choices))

@@ -61,6 +61,11 @@ def recorded(name: str) -> list[ExperimentRecord]:
     return [record for record in read_records(RESULTS / f"{name}.jsonl") if record.error is None]
 
 
+def recorded_benches() -> list[ExperimentRecord]:
+    """The benchmarks that ship with the app."""
+    return [record for path in sorted(RESULTS.glob("bench-*.jsonl")) for record in recorded(path.stem)]
+
+
 def session_id() -> str:
     """The identity of this browser tab; it survives a short loss of the connection."""
     return str(st.session_state.setdefault("session_id", uuid.uuid4().hex))

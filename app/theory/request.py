@@ -17,7 +17,6 @@ from app.tab.requests import check_bound
 from turboquant.experiments.theory import (
     QUANTIZERS,
     Distortion,
-    SyntheticSettings,
     Theory,
     beside,
     measure_distortion,
@@ -30,6 +29,7 @@ from turboquant.methods.scalar import TurboQuantMSE
 from turboquant.quant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
 from turboquant.quant.rotation import Rotation, RotationKind, random_rotation
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.settings import SyntheticSettings
 from turboquant.records.spread import Estimate
 
 DIMS = (8, 16, 32, 64, 80, 96, 128, 256, 512)

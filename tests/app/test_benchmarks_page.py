@@ -1,7 +1,6 @@
 """The Benchmarks page: recorded figures with their source, the library's medians, and runs that can be stopped."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def test_a_cold_link_shows_recorded_figures_with_their_source(page: AppTest, cel
     assert "say nothing about the speed of GPU kernels" in text
     sources = page.dataframe[0].value
     assert {"hardware", "date", "commit"} <= set(sources.columns)
-    assert sources["results"].sum() == len(RECORDS) + len(measure.recorded_decode(state.RESULTS))
+    assert sources["results"].sum() == len(RECORDS) + len(measure.recorded_decode(state.recorded_benches()))
     assert any("not measured" in frame.value.to_string() for frame in page.dataframe)
     assert not cells.served
 
@@ -162,7 +161,7 @@ def test_words_say_measured_facts_only() -> None:
     close = replace(row, tokens_per_second=row.full_tokens_per_second, ratio=1.0)
     assert "no clear difference, the rounds overlap" in measure.words(close)
     assert "a single round does not tell" in measure.words(replace(row, rounds=1))
-    decode = measure.decode_row(measure.recorded_decode(state.RESULTS)[0])
+    decode = measure.row(measure.recorded_decode(state.recorded_benches())[0])
     assert "its parts were not measured" in measure.words(decode)
 
 
@@ -189,15 +188,17 @@ def test_failed_cells_have_no_row() -> None:
     failed = SINGLE[0].model_copy(update={"metrics": {}, "error": "too long"})
     assert measure.rows([failed]) == []
     assert len(measure.table_rows(measure.rows(RECORDS))) == len(RECORDS)
-    assert len(measure.recorded_metrics(state.RESULTS)) >= 2
 
 
-def test_recorded_gpu_results_are_on_the_page(tmp_path: Path) -> None:
-    found = measure.recorded_gpu(state.RESULTS)
-    assert [title.split()[0] for title, *_ in found] == ["One", "Attention", "Attention", "Packing", "Decode", "The"]
-    for _, note, lines in found:
+def test_recorded_kernels_are_on_the_page() -> None:
+    *kernels, (title, _, heads) = measure.recorded_tables(state.recorded_benches())
+    words = [title.split()[0] for title, *_ in kernels]
+    assert words == ["One", "Attention", "Attention", "Packing", "Decode", "The"]
+    assert title.startswith("Comparing")
+    assert len(heads) >= 2
+    for _, note, lines in kernels:
         assert "NVIDIA H" in note
         assert {line["GPU"] for line in lines} <= {"H100", "H200"}
         assert "driver" in note
         assert all("`" not in line["method"] for line in lines)
-    assert measure.recorded_gpu(tmp_path) == []
+    assert measure.recorded_tables([]) == []

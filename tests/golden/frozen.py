@@ -47,10 +47,12 @@ def help_texts() -> str:
 
 def keys() -> str:
     """Keys of cells: of every experiment with its own defaults, and a sum over the keys of the recorded ones."""
-    found: dict[str, Any] = {
-        name: [cell.key for cell in cells_for(one, "smollm2-135m", [parse_method("turboquant")], [one.settings()])]
-        for name, one in sorted(EXPERIMENTS.items())
-    }
+    found: dict[str, Any] = {}
+    for name, one in sorted(EXPERIMENTS.items()):
+        made_here = {name: None for name, field in one.settings.model_fields.items() if field.default_factory}
+        cells = cells_for(one, "smollm2-135m", [parse_method("turboquant")], [one.settings()])
+        settings = [{**cell.settings, **made_here} for cell in cells]
+        found[name] = [cell.model_copy(update={"settings": s}).key for cell, s in zip(cells, settings, strict=True)]
     recorded: dict[str, list[str]] = {}
     for record, path in read_results([RESULTS]).records:
         assert isinstance(record, ExperimentRecord)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from turboquant.experiments.base import Measurement, Watch
-from turboquant.experiments.heads import EXPERIMENT, AttentionSettings, build_prompt
+from turboquant.experiments.heads import EXPERIMENT, build_prompt
 from turboquant.methods import parse_method
 from turboquant.models.embedded import is_available
 from turboquant.models.load import LoadedModel, load_model
+from turboquant.records.settings import AttentionSettings
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 

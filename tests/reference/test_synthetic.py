@@ -11,7 +11,6 @@ from scipy import integrate, special
 
 from turboquant.experiments import theory as synthetic
 from turboquant.experiments.theory import (
-    SyntheticSettings,
     beside,
     distortion_checks,
     measure_distortion,
@@ -22,6 +21,7 @@ from turboquant.experiments.theory import (
 )
 from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
+from turboquant.records.settings import SyntheticSettings
 from turboquant.records.spread import Estimate
 
 CPU = torch.device("cpu")

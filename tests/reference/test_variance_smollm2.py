@@ -3,10 +3,11 @@
 import pytest
 
 from turboquant.experiments.base import Watch, cells_for, run_cells
-from turboquant.experiments.seeds import EXPERIMENT, VarianceSettings, differences, spreads, with_seeds
+from turboquant.experiments.seeds import EXPERIMENT, differences, spreads, with_seeds
 from turboquant.methods import parse_method
 from turboquant.models.embedded import is_available
 from turboquant.models.load import load_model
+from turboquant.records.settings import VarianceSettings
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 

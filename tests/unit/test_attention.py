@@ -13,10 +13,11 @@ from tests.helpers import HF_FP8, AttentionCalls, Lossless, tiny_loaded, tokens
 from turboquant.cache.build import NothingCompressedError, QuantizedLayer, build_cache, layer_states
 from turboquant.experiments.base import Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
-from turboquant.experiments.heads import EXPERIMENT, AttentionSettings, compare_attention
+from turboquant.experiments.heads import EXPERIMENT, compare_attention
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel, tiny_model
+from turboquant.records.settings import AttentionSettings
 from turboquant.run.generate import CancelledError, PromptError, QueryRecorder
 from turboquant.run.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
 from turboquant.run.metrics import Span, compare_layer
@@ -319,7 +320,8 @@ import sys, torch
 from tests.helpers import tiny_loaded
 from turboquant.experiments.base import Watch
 from turboquant.methods import parse_method
-from turboquant.experiments.heads import EXPERIMENT, AttentionSettings
+from turboquant.experiments.heads import EXPERIMENT
+from turboquant.records.settings import AttentionSettings
 
 torch.set_num_threads(1)
 loaded = tiny_loaded(num_hidden_layers=2, max_position_embeddings=16384, num_key_value_heads=4)

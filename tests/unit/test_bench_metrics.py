@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from turboquant import cli
-from turboquant.experiments.decode_speed import MetricsBench, bench_metrics, compare_head_by_head
+from turboquant.experiments.base import Watch
+from turboquant.experiments.decode_speed import METRICS_SPEED, compare_head_by_head
+from turboquant.records.files import read_records
+from turboquant.records.settings import MetricsSpeedSettings
 from turboquant.run.metrics import Span, compare_layer
 
 
@@ -28,16 +32,18 @@ def test_the_loop_says_what_the_vectorised_metrics_say() -> None:
 
 
 def test_all_heads_at_once_are_faster() -> None:
-    record = bench_metrics(200, queries=32, repeats=3)
-    assert record.ratio == record.loop_ms.median / record.vectorised_ms.median
-    assert record.ratio > 3  # about 20 on an idle core
+    ((method, found),) = METRICS_SPEED.run(None, [], MetricsSpeedSettings(tokens=200, queries=32, repeats=3), Watch())
+    assert method is None
+    figures: dict[str, Any] = found.metrics
+    assert figures["speed_ratio"] == figures["loop_ms"] / figures["vectorised_ms"]
+    assert figures["speed_ratio"] > 3  # about 20 on an idle core
 
 
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="got 64 queries, 70 tokens"):
-        bench_metrics(70)
+        MetricsSpeedSettings(tokens=70)
     with pytest.raises(ValueError, match="9 heads on 2"):
-        bench_metrics(200, kv_heads=2)
+        MetricsSpeedSettings(tokens=200, kv_heads=2)
 
 
 def test_the_command_records_each_length(tmp_path: Path) -> None:
@@ -45,7 +51,9 @@ def test_the_command_records_each_length(tmp_path: Path) -> None:
     words = ["bench", "metrics", "--tokens", "100", "150", "--queries", "8", "--repeats", "1", "--output", str(output)]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output
-    records = [MetricsBench.model_validate_json(line) for line in output.read_text().splitlines()]
-    assert [record.tokens for record in records] == [100, 150]
-    assert json.loads(result.stdout.splitlines()[-1]) == json.loads(output.read_text().splitlines()[-1])
+    records = read_records(output)
+    assert [record.cell.settings["tokens"] for record in records] == [100, 150]
+    assert all((record.cell.model, record.cell.method) == (None, None) for record in records)
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert [one["metrics"] for one in last["results"]] == [record.metrics for record in records]
     assert CliRunner().invoke(cli.app, [*words, "--kv-heads", "2"]).exit_code == 2

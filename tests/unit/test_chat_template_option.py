@@ -11,10 +11,9 @@ from app.needle.request import NeedleChoices, cells
 from app.tab.requests import Choices
 from tests.helpers import save_tiny
 from turboquant import cli
-from turboquant.experiments.heads import AttentionSettings
-from turboquant.experiments.needle import NeedleSettings
 from turboquant.records.comparison import Comparison
 from turboquant.records.files import read_records
+from turboquant.records.settings import AttentionSettings, NeedleSettings
 
 RUNNER = CliRunner()
 REFUSES = "{{ raise_exception('System role not supported') }}"

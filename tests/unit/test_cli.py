@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,12 +14,14 @@ from typer.testing import CliRunner
 from tests.helpers import at_terminal
 from turboquant import __version__, cli
 from turboquant.cache.build import NothingCompressedError
-from turboquant.experiments.decode_speed import bench_decode
+from turboquant.experiments.base import Watch
+from turboquant.experiments.decode_speed import DECODE
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import MODELS, LoadedModel, tiny_model
 from turboquant.models.registry import ModelSpec
 from turboquant.records.environment import environment
-from turboquant.records.experiment import DecodeBench
+from turboquant.records.files import read_records
+from turboquant.records.settings import DecodeSettings
 from turboquant.report.summary import read_results
 from turboquant.report.tables import busy_table, decode_table
 
@@ -47,8 +50,8 @@ class CountingTokenizer:
 def tiny(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     spec = ModelSpec("tiny", "tiny", None, "random weights", 0.001)
     loaded = LoadedModel(tiny_model("llama"), CountingTokenizer(), spec, "fp32", "cpu")
-    for module in ("commands", "compare"):
-        monkeypatch.setattr(f"turboquant.cli.{module}.load", lambda name, weights: loaded)
+    monkeypatch.setattr("turboquant.cli.compare.load", lambda name, weights: loaded)
+    monkeypatch.setattr("turboquant.models.load.load_model", lambda name, **_: loaded)
     return loaded
 
 
@@ -108,7 +111,7 @@ def test_lists_name_everything() -> None:
         (["bench", "decode", "--method", "turboquant:bits=99"], 2, "bits must be a whole number from 1 to 8, got 99"),
         (["bench", "decode", "--prompt-tokens", "600"], 2, "has a context of 512 tokens"),
         (["bench", "decode", "--output", "/proc/none/b.jsonl"], 2, "/proc/none/b.jsonl cannot be written"),
-        (["bench", "decode", "--prompt-tokens", "9", "--new-tokens", "4", "--repeats", "1"], 1, "packed none of 12"),
+        (["bench", "decode", "--prompt-tokens", "9", "--new-tokens", "4", "--repeats", "1"], 2, "packs none of 12"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_a_code(tiny, tmp_path: Path, arguments, code: int, message: str) -> None:
@@ -149,10 +152,15 @@ def test_bench_records_and_the_readme_table_comes_from_them(tiny, tmp_path: Path
     sizes = ["--prompt-tokens", "150", "--new-tokens", "6", "--repeats", "2", "--output", str(output)]
     result = RUNNER.invoke(cli.app, ["bench", "decode", "--method", "turboquant:bits=3", *sizes])
     assert result.exit_code == 0, result.output
-    record = DecodeBench.model_validate_json(output.read_text())
-    assert json.loads(result.stdout.splitlines()[-1]) == json.loads(output.read_text())
-    assert record.ratio == pytest.approx(record.tokens_per_second.median / record.full_tokens_per_second.median)
-    assert record.report.compressed_tokens > 0
+    (record,) = read_records(output)
+    found: dict[str, Any] = record.metrics
+    assert json.loads(result.stdout.splitlines()[-1])["results"][0]["metrics"] == found
+    assert found["speed_ratio"] == pytest.approx(found["tokens_per_second"] / found["full_tokens_per_second"])
+    assert record.cache is not None
+    assert record.cache.compressed_tokens > 0
+    again = RUNNER.invoke(cli.app, ["bench", "decode", "--method", "turboquant:bits=3", *sizes])
+    assert "1 of 1 records are in" in again.stderr
+    assert len(read_records(output)) == 1
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results: decode -->\nstale\n<!-- end of results -->\nafter\n")
     paths = ["--readme", str(readme), "--results", str(output.parent)]
@@ -171,16 +179,16 @@ def test_decode_speed_beside_busy_processes(tiny, tmp_path: Path, monkeypatch) -
     for more in (["--busy", "1"], []):
         command = ["bench", "decode", "--method", "turboquant:bits=3", *sizes, *more]
         assert RUNNER.invoke(cli.app, command).exit_code == 0
-    busy, quiet = (DecodeBench.model_validate_json(line) for line in output.read_text().splitlines())
-    assert (busy.busy_processes, busy.openmp_spins) == (1, 77)
-    sides = (busy.worst_step_ms, busy.tokens_per_second), (busy.full_worst_step_ms, busy.full_tokens_per_second)
-    assert all(worst is not None and worst >= 1e3 / speed.median for worst, speed in sides)
-    assert quiet.busy_processes == 0
-    found = read_results([output]).benches
-    assert [(one.busy_processes, one.openmp_spins) for one in found] == [(1, 77), (0, 77)]
+    found = [record for record, _ in read_results([output]).records]
+    for side in ("", "full_"):
+        figures: dict[str, Any] = found[0].metrics
+        assert figures[f"{side}worst_step_ms"] >= 1e3 / figures[f"{side}tokens_per_second"]
+    assert [[one.cell.settings[name] for name in ("busy", "openmp_spins")] for one in found] == [[1, 77], [0, 77]]
     assert decode_table(found).rows == ()
     assert [row[3:5] for row in busy_table(found).rows] == [("0", "77"), ("1", "77")]
-    other = found[1].model_copy(update={"prompt_tokens": 151})
+    cell = found[1].cell
+    longer = cell.model_copy(update={"settings": {**cell.settings, "prompt_tokens": 151}})
+    other = found[1].model_copy(update={"cell": longer})
     assert [len(table([*found, other]).rows) for table in (busy_table, decode_table)] == [2, 1]
 
 
@@ -188,12 +196,12 @@ def test_at_a_terminal_decode_speed_is_a_table(tiny, tmp_path: Path) -> None:
     sizes = ["--prompt-tokens", "150", "--new-tokens", "4", "--repeats", "1", "--output", str(tmp_path / "b.jsonl")]
     code, text = at_terminal(["bench", "decode", "--method", "turboquant:bits=3", *sizes])
     assert code == 0
-    assert "{" not in text
-    assert "turboquant:bits=3" in text.splitlines()[1]
+    *table, end = text.splitlines()
+    assert "turboquant:bits=3" in table[1]
+    assert "results" not in json.loads(end)
 
 
 def test_a_bench_that_packs_nothing_has_no_figure(tiny) -> None:
+    few = DecodeSettings(prompt_tokens=10, new_tokens=4, repeats=1)
     with pytest.raises(NothingCompressedError, match=r"packed none of 13 tokens"):
-        bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=4, repeats=1)
-    with pytest.raises(ValueError, match="at least 1 prompt token, 2 new tokens, 1 repeat and 0 busy"):
-        bench_decode(tiny, parse_method("turboquant"), prompt_tokens=10, new_tokens=1)
+        list(DECODE.run(tiny, [parse_method("turboquant")], few, Watch()))

@@ -13,12 +13,13 @@ from tests.helpers import tiny_loaded
 from turboquant.cache.build import QuantizedLayer
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records import heads as attention
 from turboquant.records.comparison import Comparison, Settings
-from turboquant.records.heads import AttentionCollector, AttentionDetail, chosen_steps, rounded
+from turboquant.records.heads import AttentionDetail
 from turboquant.run import compare as comparison
+from turboquant.run import margins as attention
 from turboquant.run.compare import Event, compare, compare_methods
 from turboquant.run.generate import Generation
+from turboquant.run.margins import AttentionCollector, chosen_steps, rounded
 
 PROMPT = "The tide turns slowly and the boats wait. " * 3  # 126 tokens
 TOKENS = 126

@@ -13,16 +13,10 @@ from turboquant.cache.build import NothingCompressedError, build_cache, cache_by
 from turboquant.cache.layer import QuantizedLayer
 from turboquant.experiments.base import Measurement, Watch
 from turboquant.experiments.registry import EXPERIMENTS
-from turboquant.experiments.speed import (
-    EXPERIMENT,
-    GenerationSettings,
-    PeakMemory,
-    Prompts,
-    build_prompts,
-    generate_batch,
-)
+from turboquant.experiments.speed import EXPERIMENT, PeakMemory, Prompts, build_prompts, generate_batch
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
+from turboquant.records.settings import GenerationSettings
 from turboquant.run.generate import CancelledError
 
 SMALL = GenerationSettings(context=260, new_tokens=12, batch=3, repeats=2)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tests.helpers import AttentionCalls, Lossless, tiny_loaded
 from turboquant.cache.build import NothingCompressedError, build_cache
 from turboquant.experiments.base import Watch
-from turboquant.experiments.needle import EXPERIMENT, NeedleSettings, build_prompt, success
+from turboquant.experiments.needle import EXPERIMENT, build_prompt, success
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
 from turboquant.records.files import read_records
+from turboquant.records.settings import NeedleSettings
 from turboquant.run.generate import CancelledError
 
 RECORDED = Path(__file__).resolve().parents[2] / "results" / "needle.jsonl"

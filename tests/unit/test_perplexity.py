@@ -15,7 +15,6 @@ from turboquant.cache.build import NothingCompressedError, build_cache, cache_re
 from turboquant.experiments.base import Watch
 from turboquant.experiments.perplexity import (
     EXPERIMENT,
-    PerplexitySettings,
     _relative_pct,
     feeding_runs,
     packed_bits_per_value,
@@ -24,6 +23,7 @@ from turboquant.experiments.perplexity import (
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
+from turboquant.records.settings import PerplexitySettings
 from turboquant.records.spread import block_interval
 from turboquant.run.generate import CancelledError
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import tiny_tokenizer
-from turboquant.experiments.needle_prompt import _PLACE, STARTS, NeedlePrompt, OwnNeedle, needle_prompt
+from turboquant.experiments.needle_prompt import _PLACE, NeedlePrompt, needle_prompt
+from turboquant.records.settings import STARTS, OwnNeedle
 from turboquant.run.generate import PromptError
 from turboquant.texts import TEXTS
 

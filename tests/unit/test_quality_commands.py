@@ -121,7 +121,7 @@ WRONG = [
     ("needle", ["--contexts", "600"], "tiny has a context of 512 tokens, got 616"),
     ("needle", ["--contexts", "50"], "a prompt with a needle has at least"),
     ("needle", ["--filler", "nope.txt"], "the text must be one of"),
-    ("needle", ["--repetitions", "20000"], "--repetitions should be less than or equal to 10000, got 20000"),
+    ("needle", ["--repetitions", "20000"], "--repetitions should be less than or equal to 10000, got '20000'"),
     ("needle", ["--model", "no-such-model"], "Unknown model 'no-such-model'"),
     ("methods", ["--weights", "3bit"], "Unknown weights '3bit'"),
     ("methods", ["--method", "rtn:bitz=4"], "unknown option of rtn 'bitz': did you mean 'bits'"),

@@ -16,10 +16,10 @@ from tests.sample_experiments import EXPERIMENTS, SIZE, SizeSettings
 from tests.sample_records import METHOD_NAMES, grid, record, write
 from turboquant import cli
 from turboquant.experiments.base import cells_for, run_cells
-from turboquant.experiments.decode_speed import bench_decode
+from turboquant.experiments.decode_speed import DECODE
 from turboquant.methods import METHODS, Method, parse_method
-from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.settings import DecodeSettings
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize
@@ -290,16 +290,24 @@ def test_a_readme_that_cannot_be_filled_is_refused(tmp_path: Path, text: str, me
         fill_readme(text, tmp_path)
 
 
-GPU_TABLES: dict[str, Callable[[GpuBench], bool]] = {
-    "gpu-attention": lambda r: isinstance(r, AttentionBench) and r.query_tokens == 1,
-    "gpu-speed": lambda r: isinstance(r, AttentionBench) and (r.shape[:5], r.batch, r.query_tokens) == ("llama", 8, 1),
-    "gpu-prefill": lambda r: isinstance(r, AttentionBench) and r.query_tokens > 1,
-    "gpu-scores": lambda r: isinstance(r, ScoresBench),
-    "gpu-encode": lambda r: isinstance(r, EncodeBench),
-    "gpu-model": lambda r: isinstance(r, ModelBench),
-    "gpu-context": lambda r: isinstance(r, ContextBench),
+GPU_TABLES: dict[str, Callable[[ExperimentRecord], bool]] = {
+    "gpu-attention": lambda r: bench(r, "kernel-attention") and r.cell.settings["query_tokens"] == 1,
+    "gpu-speed": lambda r: (
+        bench(r, "kernel-attention")
+        and [r.cell.settings[name] for name in ("shape", "batch", "context", "query_tokens")]
+        == ["llama-3.1-8b", 8, 32_768, 1]
+    ),
+    "gpu-prefill": lambda r: bench(r, "kernel-attention") and r.cell.settings["query_tokens"] > 1,
+    "gpu-scores": lambda r: bench(r, "kernel-scores"),
+    "gpu-encode": lambda r: bench(r, "kernel-encode"),
+    "gpu-model": lambda r: bench(r, "model-speed"),
+    "gpu-context": lambda r: bench(r, "longest-context"),
 }
 """Which recorded benchmarks each shows."""
+
+
+def bench(made: ExperimentRecord, name: str) -> bool:
+    return made.cell.experiment == name
 
 
 def on_a_gpu(made: ExperimentRecord) -> ExperimentRecord:
@@ -325,12 +333,13 @@ def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> No
     kinds |= dict.fromkeys(("methods", "sweep", "recipe", "gpu-quality"), "perplexity")
     if name in ("decode", "decode-busy"):
         sizes = {"prompt_tokens": 150, "new_tokens": 3, "repeats": 1, "busy": int(name == "decode-busy")}
-        record_ = bench_decode(tiny_loaded(), parse_method("turboquant"), **sizes)
+        cells = cells_for(DECODE, "tiny", [parse_method("turboquant")], [DecodeSettings(**sizes)])
+        (record_,) = run_cells(cells, {"decode": DECODE}, load=lambda name, weights: tiny_loaded())
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", record_, record_.model_copy(update={"environment": older}))
         day, commit = record_.environment.created[:10], record_.environment.commit
     elif name in GPU_TABLES:
-        newest = next(r for r in read_results([ROOT / "results"]).gpu if GPU_TABLES[name](r))
+        newest = next(r for r, _ in read_results([ROOT / "results"]).records if GPU_TABLES[name](r))
         older = newest.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", newest.model_copy(update={"environment": older}), newest)
         day, commit = newest.environment.created[:10], newest.environment.commit

@@ -44,7 +44,7 @@ def test_outputs_of_evaluate_are_read(tmp_path: Path) -> None:
 def test_half_a_line_is_passed_over_and_other_benchmarks_too(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", record())
     with path.open("a") as file:
-        file.write('{"kind":"bench-metrics","ratio":20}\n{"kind":"experi')
+        file.write('{"kind":"bench-soak","runs":20}\n{"kind":"experi')
     assert len(read_results([path]).records) == 1
 
 
@@ -52,9 +52,9 @@ def test_half_a_line_is_passed_over_and_other_benchmarks_too(tmp_path: Path) -> 
     ("name", "content", "message"),
     [
         ("a.jsonl", "hello\n", "line 1 of .*a.jsonl is not JSON"),
-        ("a.jsonl", '{"kind":"experiment"}\n', r"line 1 of .*neither an experiment record nor a benchmark \(cell"),
-        ("a.jsonl", '{"kind":"bench-decode"}\n', "line 1 of .*neither"),
-        ("a.jsonl", '{"kind":[]}\n', "line 1 of .*neither"),
+        ("a.jsonl", '{"kind":"experiment"}\n', r"line 1 of .*is not an experiment record \(cell"),
+        ("a.jsonl", '{"kind":"bench-decode"}\n', "line 1 of .*is not an experiment record"),
+        ("a.jsonl", '{"kind":[]}\n', "line 1 of .*is not an experiment record"),
         ("a.jsonl", '{"kind":' + "[" * 100_000 + "\n", "line 1 of .*a.jsonl is not JSON"),
         ("a.jsonl", '{"kind":' + "9" * 5000 + "}\n", "line 1 of .*a.jsonl is not JSON"),
         ("a.json", '{"by_context": ', "a.json is broken"),

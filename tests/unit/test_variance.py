@@ -23,7 +23,6 @@ from turboquant.experiments.base import Watch
 from turboquant.experiments.perplexity import EXPERIMENT as PERPLEXITY
 from turboquant.experiments.seeds import (
     EXPERIMENT,
-    VarianceSettings,
     _Choice,
     differences,
     first_divergences,
@@ -36,6 +35,7 @@ from turboquant.experiments.seeds import (
 )
 from turboquant.methods import METHODS, parse_method
 from turboquant.records.files import read_records
+from turboquant.records.settings import VarianceSettings
 from turboquant.records.spread import LEAST_PAIRS, paired_difference, spread
 from turboquant.run.generate import Generation, QueryRecorder
 

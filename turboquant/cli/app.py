@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from turboquant.experiments.base import Experiment, Watch
     from turboquant.methods import Method
     from turboquant.models.load import LoadedModel, ModelError
-    from turboquant.records.base import Record
     from turboquant.records.experiment import Cell, ExperimentRecord
 
     Engine = Callable[
@@ -35,13 +34,7 @@ if TYPE_CHECKING:
 
 app = Commands(cls=Program, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = Commands(no_args_is_help=True)
-app.add_typer(bench, name="bench", help="Time caches on this machine and append the record to results/.")
-
-MOST_RUNS = 10_000
-"""Timed rounds, seeds and the like that a command takes at most."""
-MOST_TOKENS = 2**24
-MOST_ANSWER = 2**16
-"""Tokens that are generated at most, as `turboquant.records.comparison.Settings` has it."""
+app.add_typer(bench, name="bench", help="Time caches and kernels on this machine.")
 
 ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
@@ -124,25 +117,6 @@ def _with_bits(spec: str, bits: Sequence[int]) -> "list[Method]":
     if "bits=" in spec:
         fail(f"bits are given twice, by --method {spec} and by --bits {' '.join(map(str, bits))}", 2)
     return [read_method(f"{spec}{',' if ':' in spec else ':'}bits={one}") for one in bits]
-
-
-def read_settings(kind: "type[Record]", values: dict[str, Any], **options: str) -> Any:
-    """Return settings, or leave with code 2; None stands for a setting's default.
-
-    Args:
-        kind: Their class.
-        values: By field.
-        options: Flags that are not called as their fields are.
-    """
-    from pydantic import ValidationError
-
-    from turboquant.records.base import first_error
-
-    try:
-        return kind(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        field, *_ = map(str, error.errors()[0]["loc"] or ("",))
-        fail(first_error(error, options.get(field, field and f"--{field.replace('_', '-')}")), 2)
 
 
 def load(name: str, weights: str) -> "LoadedModel":
@@ -368,15 +342,23 @@ def _in_this_process(
     watch: "Watch",
     stopping: Callable[[], bool],
 ) -> "Iterator[ExperimentRecord]":
-    """Run cells here; one model's settings that it cannot serve are refused with code 2 before anything is measured."""
+    """Run cells here; what cannot be measured at all is refused with code 2 before anything is."""
     from turboquant.experiments.base import groups, run_cells
+    from turboquant.methods import parse_method
     from turboquant.models.load import ModelError, load_model
 
     def load(name: str, weights: str) -> "LoadedModel":
         return load_model(name, weights=weights, progress=lambda _, text: watch.progress(0.0, text))
 
+    for first, *others in groups(cells):
+        experiment = experiments[first.experiment]
+        methods = [parse_method(cell.method) for cell in (first, *others) if cell.method is not None]
+        try:
+            experiment.check_methods(methods, experiment.settings.model_validate(first.settings))
+        except ValueError as error:
+            fail(error, 2)
     wanted = {(cell.model, cell.weights) for cell in cells}
-    if len(wanted) != 1:
+    if len(wanted) != 1 or cells[0].model is None:
         return run_cells(cells, experiments, load=load, watch=watch, stopping=stopping)
     try:
         loaded = load(str(cells[0].model), cells[0].weights)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
-    MOST_ANSWER,
     JsonOption,
     MethodOption,
     ModelOption,
@@ -25,9 +24,10 @@ from turboquant.cli.app import (
     fail,
     load,
     read_method,
-    read_settings,
     say,
 )
+from turboquant.cli.options import read_settings
+from turboquant.records.settings import MOST_ANSWER
 
 if TYPE_CHECKING:
     from turboquant.records.base import Record

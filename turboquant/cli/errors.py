@@ -93,9 +93,9 @@ def _sentence(error: Any) -> tuple[str, int] | None:
     if isinstance(error, OSError):
         return _fault_of_files(error), 2 if error.errno == errno.ENAMETOOLONG else 1
     if isinstance(error, MemoryError | RuntimeError):
-        from turboquant.records.faults import out_of_memory
+        from turboquant.records.faults import NO_MEMORY, out_of_memory
 
-        return ("the machine has too little free memory for this", 1) if out_of_memory(error) else None
+        return (NO_MEMORY, 1) if out_of_memory(error) else None
     if isinstance(error, ValueError):
         from turboquant.methods import NoSuchLayerError
 

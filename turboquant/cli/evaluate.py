@@ -21,12 +21,13 @@ from turboquant.cli.app import (
     fail_model,
     finish,
     read_methods,
-    read_settings,
     run_recorded,
     say,
 )
+from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
+from turboquant.records.settings import AttentionSettings
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
@@ -48,25 +49,22 @@ COLUMNS = {
 
 
 @app.command()
+@takes(
+    AttentionSettings,
+    several={"context": CONTEXTS},
+    flags={"context": "--contexts"},
+    without=("chat",),
+    help={"context": "Tokens of each context."},
+)
 def evaluate(
+    *,
     model: ModelOption = "smollm2-135m",
     bits: BitsOption = None,
     method: MethodsOption = None,
-    contexts: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens of each context; default 2048 4096 8192.")
-    ] = None,
+    asked: Asked,
     output: Annotated[Path, typer.Option(help="The JSON file; running again goes on with it.")] = Path(
         "results/evaluate.json"
     ),
-    depth: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Where in the context the needle is hidden: 0 start, 1 end.")
-    ] = 0.5,
-    queries: Annotated[int, typer.Option(min=1, help="Last tokens of the context, whose attention is compared.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the needle.")] = 0,
-    filler: Annotated[
-        str, typer.Option(help="Text around the needle: sentences, a shipped text or a UTF-8 file.")
-    ] = "sentences",
-    chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once; memory against speed.")] = 512,
     no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     overwrite: OverwriteOption = False,
@@ -79,28 +77,19 @@ def evaluate(
     """
     started = time.perf_counter()
     methods = read_methods(method, ["turboquant:bits=4"], bits)
-    lengths = sorted(set(contexts or CONTEXTS))
+    asked.values["context"].sort()
+    filler: str = asked.values["filler"]
     check_writable(output)
     if records is not None:
         _check_records(records)
         check_apart(output=output, records=records)
     if filler != "sentences":
         check_texts([filler], output, "filler")
-    _check_machine(model, weights, max(lengths))
+    _check_machine(model, weights, asked.values["context"][-1])
     from turboquant.experiments.base import cells_for
-    from turboquant.experiments.heads import EXPERIMENT, AttentionSettings
+    from turboquant.experiments.heads import EXPERIMENT
 
-    shared = {"depth": depth, "queries": queries, "seed": seed, "filler": filler, "chunk_tokens": chunk_tokens}
-    shared["chat"] = not no_chat_template
-    settings = [
-        read_settings(
-            AttentionSettings,
-            {"context": length, **shared},
-            context="--contexts",
-        )
-        for length in lengths
-    ]
-    cells = cells_for(EXPERIMENT, model, methods, settings, weights)
+    cells = cells_for(EXPERIMENT, model, methods, asked.grid(chat=not no_chat_template), weights)
     store = _store(output, overwrite, cells, records)
 
     found = run_recorded(f"evaluate {model}", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite, store=store)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turboquant.cli.app import (
-    MOST_RUNS,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -18,11 +17,12 @@ from turboquant.cli.app import (
     check_writable,
     finish,
     read_methods,
-    read_settings,
     run_recorded,
 )
+from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import number, print_table
+from turboquant.records.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
@@ -47,18 +47,14 @@ COLUMNS = (
 
 
 @app.command("generate-bench")
+@takes(GenerationSettings, several={"batch": (1, 4)}, without=("context",))
 def generate_bench(
+    *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     bits: BitsOption = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Rows; one or several; default 1 4.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for each row.")] = 128,
-    shortest: Annotated[
-        float, typer.Option(help="Shortest prompt as a share of the longest; below 1 rows are left-padded.")
-    ] = 1.0,
-    repeats: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Timed rounds; all sides in turn in each.")] = 5,
-    text: Annotated[str, typer.Option(help="Where prompts come from: a shipped text or a path.")] = "persuasion",
+    asked: Asked,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method and batch.")] = Path("results/generation.jsonl"),
     overwrite: OverwriteOption = False,
@@ -70,10 +66,8 @@ def generate_bench(
     from turboquant.experiments.base import cells_for
     from turboquant.experiments.speed import EXPERIMENT
 
-    check_texts([text], output)
-    shared: dict[str, object] = {"context": prompt_tokens + new_tokens, "new_tokens": new_tokens}
-    shared |= {"shortest": shortest, "repeats": repeats, "text": text}
-    grid = [read_settings(EXPERIMENT.settings, {"batch": rows, **shared}) for rows in batch or (1, 4)]
+    check_texts([asked.values["text"]], output)
+    grid = asked.grid(context=prompt_tokens + asked.values["new_tokens"])
     cells = cells_for(EXPERIMENT, model, methods, grid, weights)
     records = run_recorded("generate-bench", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
     measured = [record for record in records if not record.error]

@@ -18,15 +18,16 @@ from turboquant.cli.app import (
     read_methods,
     say,
 )
+from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import (
     PERPLEXITY,
-    ChunkOption,
-    TextsOption,
+    TEXTS,
     describe,
     measure_perplexity,
     perplexity_row,
 )
 from turboquant.cli.tables import print_table
+from turboquant.records.settings import PerplexitySettings
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -58,18 +59,16 @@ def list_methods() -> None:
 
 
 @app.command()
+@takes(PerplexitySettings, flags=TEXTS, without=("start", "seed"))
 def methods(
+    *,
     listed: Annotated[
         bool, typer.Option("--list", help="List the methods with their options; measure nothing.")
     ] = False,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     bits: BitsOption = None,
-    text: TextsOption = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
-    prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call; not measured.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
-    chunk_tokens: ChunkOption = None,
+    asked: Asked,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One perplexity record a method.")] = Path("results/methods.jsonl"),
     overwrite: OverwriteOption = False,
@@ -87,8 +86,7 @@ def methods(
     chosen, skipped = (read_methods(method, [], bits), {}) if method or bits else usable(settings_of("grid"))
     for spec, reason in skipped.items():
         say(f"left out: {spec}: {reason}")
-    values = {"texts": text, "context": context, "prefill": prefill, "windows": windows, "chunk_tokens": chunk_tokens}
-    records = measure_perplexity("methods", model, chosen, values, weights, output, overwrite)
+    records = measure_perplexity("methods", model, chosen, asked, weights, output, overwrite)
     measured = sorted(
         (record for record in records if not record.error), key=lambda record: record.metrics["bits_per_value"] or 0.0
     )

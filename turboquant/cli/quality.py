@@ -3,12 +3,11 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from turboquant.cli.app import (
-    MOST_ANSWER,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -21,10 +20,11 @@ from turboquant.cli.app import (
     fail,
     finish,
     read_methods,
-    read_settings,
     run_recorded,
 )
+from turboquant.cli.options import Asked, takes
 from turboquant.cli.tables import interval, number, print_table
+from turboquant.records.settings import SENTENCES, NeedleSettings, PerplexitySettings
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -32,14 +32,8 @@ if TYPE_CHECKING:
 
 DEFAULT = ("turboquant:bits=4", "turboquant:bits=3", "turboquant:bits=2")
 
-TextsOption = Annotated[
-    list[str] | None,
-    typer.Option("--text", help="Shipped texts or paths of UTF-8 files; default persuasion factbook sqlite."),
-]
-ChunkOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Tokens fed at once; faster and coarser. Default: exactly as decoding token by token."),
-]
+TEXTS = {"texts": "--text"}
+"""The option that names texts."""
 
 
 def check_texts(texts: Sequence[str], output: Path, option: str = "text") -> None:
@@ -85,17 +79,13 @@ def perplexity_row(record: "ExperimentRecord") -> list[str]:
 
 
 @app.command()
+@takes(PerplexitySettings, flags=TEXTS)
 def perplexity(
+    *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     bits: BitsOption = None,
-    text: TextsOption = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
-    prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call; not measured.")] = 512,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
-    start: Annotated[int, typer.Option(min=0, help="Token of the text where the first window begins.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="0: windows in a row; else their places are drawn.")] = 0,
-    chunk_tokens: ChunkOption = None,
+    asked: Asked,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method.")] = Path("results/perplexity.jsonl"),
     overwrite: OverwriteOption = False,
@@ -103,9 +93,7 @@ def perplexity(
     """Read texts through compressed caches: perplexity, KL divergence from the full cache, same top token (%)."""
     started = time.perf_counter()
     methods = read_methods(method, DEFAULT, bits)
-    values = {"texts": text, "context": context, "prefill": prefill, "windows": windows, "chunk_tokens": chunk_tokens}
-    values |= {"start": start, "seed": seed}
-    records = measure_perplexity("perplexity", model, methods, values, weights, output, overwrite)
+    records = measure_perplexity("perplexity", model, methods, asked, weights, output, overwrite)
     measured = [record for record in records if not record.error]
     if measured:
         show_perplexity(measured)
@@ -116,17 +104,17 @@ def measure_perplexity(
     title: str,
     model: str,
     methods: "Sequence[Method]",
-    values: dict[str, Any],
+    asked: Asked,
     weights: str,
     output: Path,
     overwrite: bool,
 ) -> "list[ExperimentRecord]":
-    """Return the records of methods under these settings (None for a default), old ones and new."""
+    """Return the records of methods under these settings, old ones and new."""
     check_writable(output)
     from turboquant.experiments.base import cells_for
     from turboquant.experiments.perplexity import EXPERIMENT
 
-    settings = read_settings(EXPERIMENT.settings, values, texts="--text")
+    settings = asked.one()
     check_texts(settings.texts, output)
     cells = cells_for(EXPERIMENT, model, methods, [settings], weights)
     return run_recorded(title, cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
@@ -151,21 +139,18 @@ def show_perplexity(records: "Sequence[ExperimentRecord]") -> None:
 
 
 @app.command()
+@takes(
+    NeedleSettings,
+    several={"context": (1024, 2048), "depth": (0.0, 0.5, 1.0)},
+    flags={"context": "--contexts", "depth": "--depths"},
+    without=("chunk_tokens", "chat", "needle", "question", "answer"),
+)
 def needle(
+    *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     bits: BitsOption = None,
-    contexts: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a prompt; default 1024 2048.")] = None,
-    depths: Annotated[
-        list[float] | None,
-        typer.Option(min=0.0, max=1.0, help="Where the needle stands: 0 start, 1 end; default 0 0.5 1."),
-    ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Needles for each length and depth.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the needles.")] = 0,
-    filler: Annotated[
-        str, typer.Option(help="Text around the needle: sentences (RULER's), a shipped text or a UTF-8 file.")
-    ] = "sentences",
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_ANSWER, help="Tokens of an answer.")] = 16,
+    asked: Asked,
     no_chat_template: NoTemplateOption = False,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, length and depth.")] = Path("results/needle.jsonl"),
@@ -178,18 +163,9 @@ def needle(
     from turboquant.experiments.base import cells_for
     from turboquant.experiments.needle import EXPERIMENT
 
-    if filler != "sentences":
-        check_texts([filler], output, "filler")
-    shared: dict[str, Any] = {"repetitions": repetitions, "seed": seed, "filler": filler}
-    shared |= {"max_new_tokens": max_new_tokens, "chat": not no_chat_template}
-    grid = [
-        read_settings(
-            EXPERIMENT.settings, {"context": context, "depth": depth, **shared}, context="--contexts", depth="--depths"
-        )
-        for context in contexts or (1024, 2048)
-        for depth in depths or (0.0, 0.5, 1.0)
-    ]
-    cells = cells_for(EXPERIMENT, model, methods, grid, weights)
+    if asked.values["filler"] != SENTENCES:
+        check_texts([asked.values["filler"]], output, "filler")
+    cells = cells_for(EXPERIMENT, model, methods, asked.grid(chat=not no_chat_template), weights)
     records = run_recorded("needle", cells, {"needle": EXPERIMENT}, output, overwrite)
     measured = [record for record in records if not record.error]
     if measured:

@@ -19,9 +19,9 @@ from turboquant.cli.app import (
     finished,
     load,
     progress_bar,
-    read_settings,
     say,
 )
+from turboquant.cli.options import read_settings
 from turboquant.cli.quality import check_texts
 from turboquant.cli.tables import interval, number, print_table
 from turboquant.texts import reading
@@ -79,7 +79,7 @@ def recommend(
     values = {"texts": text, "max_kl": max_kl, "min_same_top_pct": min_same_top, "recipes": recipe}
     values |= {"context": context, "windows": windows, "tokens": tokens, "layers": layers}
     flags = {"texts": "--text", "recipes": "--recipe", "min_same_top_pct": "--min-same-top"}
-    settings = read_settings(RecommendSettings, values, **flags)
+    settings = read_settings(RecommendSettings, values, flags)
     check_texts(settings.texts, output)
     known = finished(output, {"perplexity"}, overwrite)
     loaded = load(model, weights)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
-    MOST_RUNS,
     BitsOption,
     MethodsOption,
     OverwriteOption,
@@ -24,6 +23,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
+from turboquant.records.settings import MOST_RUNS
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Engine

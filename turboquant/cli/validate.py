@@ -1,7 +1,7 @@
 """`turboquant validate`: the quantizers on random unit vectors against exact theory and the paper's bounds."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,26 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
-    MOST_RUNS,
     OverwriteOption,
     app,
     check_apart,
     check_writable,
     fail,
     finish,
-    read_settings,
     run_recorded,
     say,
 )
+from turboquant.cli.options import Asked, takes
 from turboquant.cli.tables import print_table
+from turboquant.records.settings import MOST_RUNS, SyntheticSettings
 
 if TYPE_CHECKING:
-    from turboquant.experiments.base import Watch
-    from turboquant.records.experiment import Cell, ExperimentRecord
+    from turboquant.records.experiment import ExperimentRecord
 
 DIMS = (64, 80, 96, 128, 256)
 BITS = tuple(range(1, 9))
-QUICK_DIMS, QUICK_BITS, QUICK_SEEDS = (64, 128), (1, 2, 3, 4), 12
+QUICK, QUICK_SEEDS = {"dim": [64, 128], "bits": [1, 2, 3, 4]}, 12
 COLUMNS = (
     ("MSE", "mse", "{:.5f}"),
     ("theory", "mse_theory", "{:.5f}"),
@@ -60,16 +59,18 @@ LEGEND = (
 
 
 @app.command()
+@takes(
+    SyntheticSettings,
+    several={"dim": DIMS, "bits": BITS},
+    flags={"dim": "--dims"},
+    without=("seeds",),
+)
 def validate(
-    bits: Annotated[list[int] | None, typer.Option(min=1, max=8, help="Bits a coordinate; default 1 to 8.")] = None,
-    dims: Annotated[list[int] | None, typer.Option(min=2, help="Head dims; default 64 80 96 128 256.")] = None,
-    vectors: Annotated[int, typer.Option(min=2, max=1_000_000, help="Vectors a seed.")] = 256,
+    *,
+    asked: Asked,
     seeds: Annotated[
         int | None, typer.Option(min=3, max=MOST_RUNS, help="Seeds; default 32. Fewer than 12 fail checks by chance.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    rotation: Annotated[str, typer.Option(help="qr or hadamard.")] = "qr",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="One record a (dim, bits).")] = Path("results/validate.jsonl"),
     plot: Annotated[Path | None, typer.Option(help="Write the curves to this HTML file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer dims, bits and seeds.")] = False,
@@ -80,16 +81,17 @@ def validate(
     Leaves with code 1 where a check fails.
     """
     started = time.perf_counter()
-    _check_options(rotation, device)
+    check_writable(output)
     if plot is not None:
         check_writable(plot, read_back=False)
         check_apart(output=output, plot=plot)
         _import_plots()
-    seeds = seeds or (QUICK_SEEDS if quick else 32)
-    shared = {"vectors": vectors, "seeds": seeds, "seed": seed, "rotation": rotation, "device": device}
-    cells = _cells(dims or (QUICK_DIMS if quick else DIMS), bits or (QUICK_BITS if quick else BITS), shared)
-    experiments: dict[str, Any] = {"validate": None}
-    records = run_recorded("validate", cells, experiments, output, overwrite, engine=_measure)
+    from turboquant.experiments.base import cells_for
+    from turboquant.experiments.theory import THEORY
+
+    fewer = {name: found for name, found in QUICK.items() if quick and name not in asked.given}
+    cells = cells_for(THEORY, None, [], asked.grid(seeds=seeds or (QUICK_SEEDS if quick else 32), **fewer))
+    records = run_recorded("validate", cells, {THEORY.name: THEORY}, output, overwrite)
     done = [record for record in records if not record.error]
     _show_table(done)
     failed = _show_checks(done)
@@ -103,61 +105,12 @@ def validate(
         raise typer.Exit(1)
 
 
-def _check_options(rotation: str, device: str) -> None:
-    import torch
-
-    from turboquant.quant.rotation import ROTATIONS
-
-    if rotation not in ROTATIONS:
-        fail(f"rotation must be one of {', '.join(ROTATIONS)}, got {rotation!r}", 2)
-    if device not in ("cpu", "cuda"):
-        fail(f"device must be cpu or cuda, got {device!r}", 2)
-    if device == "cuda" and not torch.cuda.is_available():
-        fail("device is cuda, but no CUDA device is to be had", 2)
-
-
 def _import_plots() -> None:
     """Leave with code 2 where plotly is missing; asked before the work starts."""
     try:
         import turboquant.report.plots  # noqa: F401
     except ImportError as error:
         fail(f"--plot needs plotly ({error}): pip install 'turboquant-lab[plots]'", 2)
-
-
-def _cells(dims: Sequence[int], bits: Sequence[int], shared: dict[str, Any]) -> "list[Cell]":
-    from turboquant.experiments.theory import SyntheticSettings
-    from turboquant.records.experiment import Cell
-
-    settings = [
-        read_settings(SyntheticSettings, {"dim": dim, "bits": b, **shared}, dim="--dims")
-        for dim in dict.fromkeys(dims)
-        for b in dict.fromkeys(bits)
-    ]
-    return [Cell(experiment="validate", settings=one.model_dump(mode="json")) for one in settings]
-
-
-def _measure(
-    cells: "Sequence[Cell]", experiments: Mapping[str, Any], watch: "Watch", stopping: Callable[[], bool]
-) -> "Iterator[ExperimentRecord]":
-    from turboquant.experiments.theory import SyntheticSettings, validate
-    from turboquant.records.environment import environment
-    from turboquant.records.experiment import ExperimentRecord
-
-    for i, cell in enumerate(cells):
-        if stopping():
-            return
-        part = watch.part(i / len(cells), (i + 1) / len(cells))
-        settings = SyntheticSettings.model_validate(cell.settings)
-        text = f"{settings.bits} bits in {settings.dim} dimensions"
-        begun = time.perf_counter()
-        found = validate(settings, lambda done, part=part, text=text: part.progress(done, text))  # type: ignore[misc]
-        yield ExperimentRecord(
-            cell=cell,
-            metrics=found.metrics(),
-            timing={"elapsed": time.perf_counter() - begun},
-            detail=found.model_dump(mode="json", exclude={"settings"}),
-            environment=environment(settings.device),
-        )
 
 
 def _show_table(records: "Sequence[ExperimentRecord]") -> None:

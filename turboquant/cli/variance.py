@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from turboquant.cli.app import (
-    MOST_RUNS,
     BitsOption,
     MethodsOption,
     ModelOption,
@@ -21,12 +20,13 @@ from turboquant.cli.app import (
     finish,
     read_method,
     read_methods,
-    read_settings,
     run_recorded,
     say,
 )
-from turboquant.cli.quality import TextsOption, check_texts
+from turboquant.cli.options import Asked, takes
+from turboquant.cli.quality import TEXTS, check_texts
 from turboquant.cli.tables import number, print_table
+from turboquant.records.settings import MOST_RUNS, VarianceSettings
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -49,20 +49,16 @@ SHOWN = (
 
 
 @app.command()
+@takes(VarianceSettings, flags=TEXTS, without=("seed",))
 def variance(
+    *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
     bits: BitsOption = None,
     against: Annotated[str | None, typer.Option(help="Compare each method with this one; default the first.")] = None,
     rotation_seeds: Annotated[int, typer.Option(min=1, max=MOST_RUNS, help="Rotations of each method.")] = 8,
     sampling_seeds: Annotated[int, typer.Option(min=0, max=MOST_RUNS, help="Sampled answers to each prompt.")] = 8,
-    text: TextsOption = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens whose perplexity is measured.")] = 512,
-    prefill: Annotated[int, typer.Option(min=1, help="The first of them, read in one call.")] = 256,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts from each text.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 160,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.01, max=5.0, help="Of sampled answers.")] = 0.8,
+    asked: Asked,
     weights: WeightsOption = "auto",
     output: Annotated[Path, typer.Option(help="One record a method, rotation and sampling seed.")] = Path(
         "results/variance.jsonl"
@@ -76,14 +72,7 @@ def variance(
     started = time.perf_counter()
     methods, reference = _methods(method, bits, against)
     check_writable(output)
-    values: dict[str, Any] = {
-        "texts": tuple(text) if text else None,
-        "context": context,
-        "prefill": prefill,
-        "prompts": prompts,
-    }
-    values |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "temperature": temperature}
-    cells, experiment = _cells(model, methods, values, range(rotation_seeds), range(sampling_seeds), weights, output)
+    cells, experiment = _cells(model, methods, asked, range(rotation_seeds), range(sampling_seeds), weights, output)
     try:
         records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
     except typer.Exit as stopped:
@@ -112,7 +101,7 @@ def _methods(
 def _cells(
     model: str,
     methods: "Sequence[Method]",
-    values: dict[str, Any],
+    asked: Asked,
     rotations: Sequence[int],
     samplings: Sequence[int],
     weights: str,
@@ -121,7 +110,7 @@ def _cells(
     from turboquant.experiments.base import cells_for
     from turboquant.experiments.seeds import EXPERIMENT, with_seeds
 
-    settings = read_settings(EXPERIMENT.settings, values, texts="--text")
+    settings = asked.one()
     check_texts(settings.texts, output)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):

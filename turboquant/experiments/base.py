@@ -2,6 +2,7 @@
 
 A cell is one method under one experiment with one model and one set of settings. Cells that differ only in the method
 run together, since they share a forward pass. Whatever runs cells (a command, a page, a sweep) calls `run_cells`.
+Experiments on random vectors have no model, and those on the code itself no method either.
 """
 
 import math
@@ -20,8 +21,9 @@ from turboquant.models.inputs import inputs
 from turboquant.models.load import LoadedModel, ModelError, load_model
 from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport
-from turboquant.records.environment import environment
+from turboquant.records.environment import code, environment
 from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.faults import NO_MEMORY, out_of_memory
 from turboquant.run.compare import model_info
 from turboquant.run.generate import CancelledError, PromptError
 from turboquant.texts import ReadText, reading
@@ -66,7 +68,11 @@ class Measurement:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-def _any_model(loaded: LoadedModel, settings: Record) -> None:
+def _any_model(loaded: LoadedModel, settings: Any) -> None:
+    """Refuse nothing."""
+
+
+def _any_methods(methods: Sequence[Method], settings: Any) -> None:
     """Refuse nothing."""
 
 
@@ -76,31 +82,45 @@ class Experiment(Generic[S]):
 
     Attributes:
         name: As in records and on the command line.
-        settings: The record class of its settings.
-        run: Measures methods with a model, yielding each as soon as it is known, in any order.
+        settings: The record class of its settings (`turboquant.records.settings`).
+        run: Measures methods with a model, yielding each as soon as it is known, in any order. Without a model it gets
+            None, without methods none, and yields one measurement, of None.
         check: Raises ValueError where a model cannot serve the settings; quick, and asked before `run`.
+        check_methods: Raises ValueError where methods cannot be measured under the settings; asked before a model is
+            loaded.
+        model: Whether it measures a model.
+        methods: Whether it measures methods.
+        timed: Whether it measures the code's own speed: then a record is about the commit that made it, and is measured
+            again after a change of the program.
     """
 
     name: str
     settings: type[S]
-    run: Callable[[LoadedModel, Sequence[Method], S, Watch], Iterator[tuple[Method, Measurement]]]
+    run: Callable[[Any, Sequence[Method], S, Watch], Iterator[tuple[Any, Measurement]]]
     check: Callable[[LoadedModel, S], None] = _any_model
+    check_methods: Callable[[Sequence[Method], S], None] = _any_methods
+    model: bool = True
+    methods: bool = True
+    timed: bool = False
 
 
 def cells_for(
-    experiment: Experiment[S], model: str, methods: Iterable[Method], settings: Iterable[S], weights: str = "auto"
+    experiment: Experiment[S],
+    model: str | None,
+    methods: Iterable[Method],
+    settings: Iterable[S],
+    weights: str = "auto",
 ) -> list[Cell]:
-    """Return the cells of one model: every method under every settings, those that share work side by side."""
+    """Return the cells of one model: every method under every settings, those that share work side by side.
+
+    An experiment without a model or methods leaves them out of its cells.
+    """
+    named = [str(method) for method in methods] if experiment.methods else [None]
+    place: dict[str, Any] = {"model": model, "weights": weights} if experiment.model else {}
     return [
-        Cell(
-            experiment=experiment.name,
-            model=model,
-            weights=weights,
-            method=str(method),
-            settings=one.model_dump(mode="json"),
-        )
+        Cell(experiment=experiment.name, **place, method=method, settings=one.model_dump(mode="json"))
         for one in settings
-        for method in methods
+        for method in named
     ]
 
 
@@ -134,6 +154,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _sentence(error: BaseException) -> str:
+    if out_of_memory(error):
+        return NO_MEMORY
     text = str(error).strip().splitlines()
     return text[0] if text and isinstance(error, SAYS_IT_ALL) else f"{type(error).__name__}: {error}".strip()
 
@@ -142,6 +164,14 @@ def failed(cell: Cell, error: BaseException | str, device: torch.device | str = 
     """Return the record of a cell that could not be measured."""
     text = error if isinstance(error, str) else _sentence(error)
     return ExperimentRecord(cell=cell, environment=environment(device), error=text)
+
+
+def _device(loaded: LoadedModel | None, settings: Any) -> torch.device:
+    """Return where it is measured: where the model is, or what the settings say (a record's or a cell's)."""
+    if loaded is not None:
+        return loaded.model.device
+    named = settings.get("device", "cpu") if isinstance(settings, dict) else getattr(settings, "device", "cpu")
+    return torch.device(str(named).partition(":")[0])
 
 
 def _allocated(device: torch.device) -> int | None:
@@ -165,33 +195,34 @@ def _within_reading(
 
 
 def _measure(
-    experiment: Experiment[Any], cells: Sequence[Cell], loaded: LoadedModel, watch: Watch
+    experiment: Experiment[Any], cells: Sequence[Cell], loaded: LoadedModel | None, watch: Watch
 ) -> Iterator[ExperimentRecord]:
     by_method = {cell.method: cell for cell in cells}
     settings = experiment.settings.model_validate(cells[0].settings)
-    methods = [parse_method(cell.method or "") for cell in cells]
-    device, started = loaded.model.device, time.perf_counter()
+    methods = [parse_method(cell.method) for cell in cells if cell.method is not None]
+    device, started = _device(loaded, settings), time.perf_counter()
     held = _allocated(device)
+    experiment.check_methods(methods, settings)
     with reading() as texts:
         running = experiment.run(loaded, methods, settings, watch)
     for method, found in _within_reading(running, texts):
         elapsed, started = time.perf_counter() - started, time.perf_counter()
         peak = {} if held is None else {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(device) - held)}
         yield ExperimentRecord(
-            cell=by_method.pop(str(method)),
-            model=model_info(loaded),
+            cell=by_method.pop(None if method is None else str(method)),
+            model=None if loaded is None else model_info(loaded),
             metrics={name: _finite(value) for name, value in {**peak, **found.metrics}.items()},
             cache=found.cache,
             timing={"elapsed": elapsed, **found.timing},
             detail=found.detail,
-            inputs=inputs(loaded.fingerprint, texts),
+            inputs=inputs(None if loaded is None else loaded.fingerprint, texts, code() if experiment.timed else None),
             environment=environment(device),
         )
         _allocated(device)
     if watch.stopping():
         return
     for cell in by_method.values():
-        yield failed(cell, f"the experiment {experiment.name} gave no result for it", loaded.model.device)
+        yield failed(cell, f"the experiment {experiment.name} gave no result for it", device)
 
 
 def run_group(
@@ -201,9 +232,10 @@ def run_group(
 
     An error does not say which method it belongs to, so the methods that had not finished are then run one by one.
     """
-    assert cells[0].model is not None
+    model, loaded = cells[0].model, None
     try:
-        loaded = models.get(cells[0].model, cells[0].weights)
+        if model is not None:
+            loaded = models.get(model, cells[0].weights)
     except Exception as error:
         yield from [failed(cell, error) for cell in cells]
         return
@@ -218,7 +250,7 @@ def run_group(
     except Exception as error:  # its text alone is kept: the traceback would keep the tensors of the failed run
         text = _sentence(error)
     if len(cells) == 1:
-        yield failed(cells[0], text, loaded.model.device)
+        yield failed(cells[0], text, _device(loaded, cells[0].settings))
         return
     for cell in waiting.values():
         yield from run_group(experiment, [cell], models, watch)

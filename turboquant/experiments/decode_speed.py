@@ -1,25 +1,24 @@
 """Timings, as records: sides alternated in one process, medians with their spread, machine and commit noted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
+from turboquant.experiments.base import Experiment, Measurement, Watch
+from turboquant.experiments.kernel_speed import this_device
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport, Settings
-from turboquant.records.environment import Environment, environment
-from turboquant.records.experiment import DecodeBench, Spread
+from turboquant.records.environment import device_name
+from turboquant.records.settings import DecodeSettings, MetricsSpeedSettings
 from turboquant.records.spread import timing_spread
-from turboquant.run.compare import model_info
 from turboquant.run.generate import Generation, QueryRecorder, check_length
 from turboquant.run.metrics import TOP, Pair, Span, compare_layer
-from turboquant.run.threads import busy_processes, spins
+from turboquant.run.threads import busy_processes
 
 
 def bench_prompt(loaded: LoadedModel, count: int) -> Tensor:
@@ -61,42 +60,52 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
     )
 
 
-def bench_decode(
-    loaded: LoadedModel,
-    method: Method,
-    *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 128,
-    repeats: int = 5,
-    busy: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
-) -> DecodeBench:
-    """Time greedy decoding of `new_tokens` after `prompt_tokens` with the full cache and with `method`, in turn.
+def check_decode(loaded: LoadedModel, settings: DecodeSettings) -> None:
+    """Raise ValueError where prompt and answer do not fit the model's context, or the device is another."""
+    if settings.device != device_name(loaded.model.device):
+        raise ValueError(f"the timings asked for are of {settings.device}, and the model is on {loaded.device}")
+    check_length(loaded, settings.prompt_tokens, settings.new_tokens)
+
+
+def check_packs(methods: Sequence[Method], settings: DecodeSettings) -> None:
+    """Raise ValueError where a method packs nothing of prompt and answer, so that its speed would say nothing."""
+    tokens = settings.prompt_tokens + settings.new_tokens - 1
+    for method in methods:
+        if method.name != "full" and not method.foreign and not method.packed_length(tokens):
+            raise ValueError(f"{method} packs none of {tokens} tokens: give a longer prompt or a smaller window")
+
+
+def run_decode(
+    loaded: LoadedModel, methods: Sequence[Method], settings: DecodeSettings, watch: Watch
+) -> Iterator[tuple[Method, Measurement]]:
+    """Time greedy decoding with the full cache and with each method, in turn.
 
     One run of each side warms up (compiled kernels, page cache) and is not counted. Meanwhile `busy` other processes
     compute without a pause.
 
     Raises:
         PromptError: If prompt and answer do not fit the model's context.
-        NothingCompressedError: If the run packed no token, so that its speed would say nothing.
-        ValueError: If there are fewer than 2 new tokens, no repeats or less than no busy processes.
+        NothingCompressedError: If a run packed no token, so that its speed would say nothing.
     """
-    if new_tokens < 2 or repeats < 1 or prompt_tokens < 1 or busy < 0:
-        raise ValueError(
-            "a benchmark needs at least 1 prompt token, 2 new tokens, 1 repeat and 0 busy processes, "
-            f"got {prompt_tokens}, {new_tokens}, {repeats} and {busy}"
-        )
-    check_length(loaded, prompt_tokens, new_tokens)
-    ids = bench_prompt(loaded, prompt_tokens)
-    settings = Settings(max_new_tokens=new_tokens)
+    check_decode(loaded, settings)
+    ids = bench_prompt(loaded, settings.prompt_tokens)
+    for i, method in enumerate(methods):
+        part = watch.part(i / len(methods), (i + 1) / len(methods))
+        yield method, _decode(loaded, ids, method, settings, part)
+
+
+def _decode(loaded: LoadedModel, ids: Tensor, method: Method, settings: DecodeSettings, watch: Watch) -> Measurement:
+    sampling = Settings(max_new_tokens=settings.new_tokens)
     sides = (METHODS["full"](), method)
     runs: tuple[list[_Run], list[_Run]] = ([], [])
-    with busy_processes(busy):
-        for repeat in range(repeats + 1):
+    rounds = settings.repeats + 1
+    with busy_processes(settings.busy):
+        for repeat in range(rounds):
             for kept, side in zip(runs, sides, strict=True):
-                run = _run(loaded, ids, side, settings)
-                which = "warm-up" if repeat == 0 else f"run {repeat} of {repeats}"
-                progress(f"{which}: {side} {run.tokens_per_second:.2f} tokens/s")
+                watch.check()
+                run = _run(loaded, ids, side, sampling)
+                which = "warm-up" if repeat == 0 else f"run {repeat} of {settings.repeats}"
+                watch.progress((repeat + 0.5) / rounds, f"{which}: {side} {run.tokens_per_second:.2f} tokens/s")
                 if repeat:
                     kept.append(run)
     report = runs[1][-1].report
@@ -104,46 +113,16 @@ def bench_decode(
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )
-    full, own = (timing_spread([run.tokens_per_second for run in side]) for side in runs)
-    full_prefill, prefill = (timing_spread([run.prefill_ms for run in side]) for side in runs)
-    full_worst, worst = (max(run.worst_step_ms for run in side) for side in runs)
-    return DecodeBench(
-        environment=environment(loaded.model.device),
-        model=model_info(loaded),
-        method=str(method),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        full_tokens_per_second=full,
-        tokens_per_second=own,
-        ratio=own.median / full.median,
-        full_prefill_ms=full_prefill,
-        prefill_ms=prefill,
-        full_worst_step_ms=full_worst,
-        worst_step_ms=worst,
-        busy_processes=busy,
-        openmp_spins=spins(),
-        report=report,
-    )
-
-
-class MetricsBench(Record):
-    """Time to compare the attention of one layer's heads: all at once, and in the obvious loop over heads and queries.
-
-    `ratio` compares medians, loop over vectorised.
-    """
-
-    kind: Literal["bench-metrics"] = "bench-metrics"
-    environment: Environment
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    tokens: int
-    queries: int
-    repeats: int
-    vectorised_ms: Spread
-    loop_ms: Spread
-    ratio: float
+    metrics: dict[str, float | None] = {}
+    for name, timed in zip(("full_", ""), runs, strict=True):
+        metrics |= timing_spread([run.tokens_per_second for run in timed]).metrics("tokens_per_second", name)
+        metrics |= timing_spread([run.prefill_ms for run in timed]).metrics("time_to_first_token_ms", name)
+        metrics[f"{name}worst_step_ms"] = max(run.worst_step_ms for run in timed)
+        metrics[f"{name}cache_bytes"] = float(timed[-1].report.bytes)
+    own, full = metrics["tokens_per_second"], metrics["full_tokens_per_second"]
+    assert own is not None
+    assert full is not None
+    return Measurement(metrics={**metrics, "speed_ratio": own / full}, cache=report)
 
 
 def compare_head_by_head(query: Tensor, full: Pair, served: Pair, scaling: float, packed: Span) -> dict[str, Tensor]:
@@ -177,60 +156,44 @@ def compare_head_by_head(query: Tensor, full: Pair, served: Pair, scaling: float
     return {name: torch.tensor(values).view(heads, queries) for name, values in rows.items()}
 
 
-def bench_metrics(
-    tokens: int, *, queries: int = 64, heads: int = 9, kv_heads: int = 3, head_dim: int = 64, repeats: int = 5
-) -> MetricsBench:
+def run_metrics(
+    _: None, methods: Sequence[Method], settings: MetricsSpeedSettings, watch: Watch
+) -> Iterator[tuple[None, Measurement]]:
     """Time one layer's head metrics, all heads at once against the obvious loop, in turn.
 
     What is compared is random: the time does not depend on it. It runs where a model would run. One run of each side
     warms up and must give the same figures.
 
-    Args:
-        tokens: Keys, more than queries and at least 16 more.
-        queries: Queries a head.
-        heads: Query heads, a multiple of `kv_heads`.
-        kv_heads: KV heads.
-        head_dim: Dimension of a head.
-        repeats: Runs that count.
-
     Raises:
-        ValueError: If the sizes do not go together.
+        ValueError: If the settings are of another device.
     """
-    if tokens < queries + 16 or queries < 1 or repeats < 1 or heads % kv_heads:
-        raise ValueError(
-            "a benchmark of metrics needs 1 query, 16 tokens more than queries, 1 repeat and whole groups of heads, "
-            f"got {queries} queries, {tokens} tokens, {repeats} repeats and {heads} heads on {kv_heads}"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device(settings)
+    heads, kv_heads, tokens, queries = settings.heads, settings.kv_heads, settings.tokens, settings.queries
     generator = torch.Generator().manual_seed(0)
     query, *states = (
-        torch.randn(count, length, head_dim, generator=generator).to(device)
+        torch.randn(count, length, settings.head_dim, generator=generator).to(device)
         for count, length in ((heads, queries), *[(kv_heads, tokens)] * 4)
     )
     full = states[0], states[1]
     served = states[0] + 0.2 * states[2], states[1] + 0.2 * states[3]
-    packed, scaling = Span(4, tokens - queries), head_dim**-0.5
+    packed, scaling = Span(4, tokens - queries), settings.head_dim**-0.5
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats + 1):
+    for repeat in range(settings.repeats + 1):
+        watch.check()
         started = time.perf_counter()
         fast = compare_layer(query, full, served, scaling, packed, Span(4, 8))
         between = time.perf_counter()
         slow = compare_head_by_head(query, full, served, scaling, packed)
         times[1].append(1e3 * (time.perf_counter() - between))
         times[0].append(1e3 * (between - started))
+        watch.progress((repeat + 1) / (settings.repeats + 1), f"{tokens:,} tokens")
     same = fast["served"] | {f"packed_{name}": value for name, value in fast["packed"].items()}
     for name, value in slow.items():
         torch.testing.assert_close(same[name], value, atol=1e-4, rtol=1e-4)
     own, loop = (timing_spread(values[1:]) for values in times)
-    return MetricsBench(
-        environment=environment(device),
-        query_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        tokens=tokens,
-        queries=queries,
-        repeats=repeats,
-        vectorised_ms=own,
-        loop_ms=loop,
-        ratio=loop.median / own.median,
-    )
+    metrics = {**own.metrics("vectorised_ms"), **loop.metrics("loop_ms"), "speed_ratio": loop.median / own.median}
+    yield None, Measurement(metrics=metrics)
+
+
+DECODE = Experiment("decode", DecodeSettings, run_decode, check_decode, check_packs, timed=True)
+METRICS_SPEED = Experiment("metrics-speed", MetricsSpeedSettings, run_metrics, model=False, methods=False, timed=True)

@@ -15,52 +15,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from turboquant.cache.build import NothingCompressedError, cache_report, layer_states
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
-from turboquant.experiments.needle_prompt import SENTENCES, NeedlePrompt, needle_prompt
+from turboquant.experiments.needle_prompt import NeedlePrompt, needle_prompt
 from turboquant.methods import Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport, HeadScores
+from turboquant.records.settings import AttentionSettings
 from turboquant.run.generate import PromptError
 from turboquant.run.heads import head_scores, mean_of, row_of
 from turboquant.run.memory import check_context, trim
 from turboquant.run.metrics import Span, compare_layer, token_agreement
 
 Pair = tuple[Tensor, Tensor]
-
-
-class AttentionSettings(Record):
-    """What the attention experiment reads and asks.
-
-    Attributes:
-        context: Tokens in all.
-        depth: Where the needle stands in the filler, 0 (start) to 1 (end).
-        queries: Tokens at the end that ask; they are exact, everything before them is what the cache holds.
-        seed: Chooses the needle.
-        filler: "sentences", a shipped text or a path (see `turboquant.experiments.needle_prompt`).
-        chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
-        chat: Put the prompt through the model's chat template, where it has one; no part of a cell's settings if so.
-    """
-
-    context: int = Field(2048, ge=2)
-    depth: float = Field(0.5, ge=0.0, le=1.0)
-    queries: int = Field(64, ge=1)
-    seed: int = Field(0, ge=0)
-    filler: str = SENTENCES
-    chunk_tokens: int = Field(512, ge=1)
-    chat: bool = True
-
-    @model_serializer(mode="wrap")
-    def _without_defaults_of_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        settings: dict[str, Any] = handler(self)
-        return {name: value for name, value in settings.items() if name != "chat" or not value}
 
 
 def _served(captured: Captured, cache: Cache, layer_idx: int) -> Pair:

@@ -7,7 +7,7 @@ launch from Python is timed and nothing is found in the L2 cache; elsewhere call
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,13 +19,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from turboquant.cache.buffer import TokenBuffer
+from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.kernels.attention import PackedSegment, attend
 from turboquant.kernels.backend import attention_backend
 from turboquant.kernels.encode import encode
 from turboquant.kernels.scores import scores
 from turboquant.methods import Method
-from turboquant.records.bench import AttentionBench, EncodeBench, ScoresBench
-from turboquant.records.environment import environment
+from turboquant.records.environment import device_name
+from turboquant.records.settings import (
+    KernelAttentionSettings,
+    KernelEncodeSettings,
+    KernelScoresSettings,
+    Shape,
+    TimedSettings,
+)
 from turboquant.records.spread import timing_spread
 
 COLD_BYTES = 2**28
@@ -36,7 +43,7 @@ COPY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Shape:
+class Heads:
     """Attention heads of a model."""
 
     query_heads: int
@@ -44,11 +51,11 @@ class Shape:
     head_dim: int
 
 
-SHAPES = {
-    "llama-3.1-8b": Shape(32, 8, 128),  # Mistral-7B's too
-    "qwen2.5-3b": Shape(16, 2, 128),
-    "phi-2": Shape(32, 32, 80),
-    "smollm2-135m": Shape(9, 3, 64),
+SHAPES: dict[Shape, Heads] = {
+    "llama-3.1-8b": Heads(32, 8, 128),  # Mistral-7B's too
+    "qwen2.5-3b": Heads(16, 2, 128),
+    "phi-2": Heads(32, 32, 80),
+    "smollm2-135m": Heads(9, 3, 64),
 }
 
 
@@ -114,36 +121,34 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / float(np.median(times[1:]))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def this_device(settings: TimedSettings) -> torch.device:
+    """Return the device that settings are about.
+
+    Raises:
+        ValueError: If it is another one than this machine has.
+    """
+    if settings.device != device_name():
+        raise ValueError(f"the timings asked for are of {settings.device}, and this is {device_name()}")
+    return torch.device(settings.device.partition(":")[0])
 
 
-def _shape(name: str, *sizes: int) -> Shape:
-    """Look up a shape, and refuse sizes below 1."""
-    if name not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}")
-    if min(sizes) < 1:
-        raise ValueError(f"sizes must be at least 1, got {', '.join(map(str, sizes))}")
-    return SHAPES[name]
-
-
-def _states(shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _states(shape: Heads, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(batch, shape.kv_heads, tokens, shape.head_dim, dtype=dtype, device=device)
 
 
 def packed_segment(
-    method: Method, shape: Shape, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
+    method: Method, heads: Heads, batch: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> PackedSegment:
     """Return random keys and values, packed as a layer's cache would hold them.
 
     Raises:
         ValueError: If the method stores plain tensors or is one of Hugging Face's caches.
     """
-    quantizers = None if method.foreign else method.quantizers(shape.head_dim, shape.head_dim, 0, device)
+    quantizers = None if method.foreign else method.quantizers(heads.head_dim, heads.head_dim, 0, device)
     if quantizers is None:
         raise ValueError(f"{method} has no packed tokens to attend to")
     keys, values = TokenBuffer(), TokenBuffer()
-    states = [_states(shape, batch, tokens, dtype, device) for _ in range(2)]
+    states = [_states(heads, batch, tokens, dtype, device) for _ in range(2)]
     encode((quantizers[0], states[0], keys), (quantizers[1], states[1], values), None)
     return PackedSegment(keys.view(), values.view(), *quantizers)
 
@@ -197,29 +202,51 @@ def _sets(size: int, device: torch.device) -> int:
     return min(MAX_SETS, max(1, -(-COLD_BYTES // size))) if device.type == "cuda" else 1
 
 
+Found = Iterator[tuple[Method, Measurement]]
+
+
+def _start(settings: Any) -> tuple[Heads, torch.device, torch.dtype]:
+    """Return heads, device and the dtype of a model there: bfloat16 on a GPU, float32 elsewhere."""
+    device = this_device(settings)
+    return SHAPES[settings.shape], device, torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _detail(heads: Heads, device: torch.device, dtype: torch.dtype, sets: int) -> dict[str, Any]:
+    return {
+        "backend": attention_backend(device),
+        **asdict(heads),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sets": sets,
+    }
+
+
+def check_attention(methods: Sequence[Method], settings: KernelAttentionSettings) -> None:
+    """Raise ValueError where a method packs nothing of the context, or holds nothing packed."""
+    tokens = settings.context - settings.query_tokens
+    for method in methods:
+        if not method.packed_length(tokens):
+            raise ValueError(f"{method} packs nothing of {tokens} tokens: give a longer context")
+    check_packed(methods, settings)
+
+
+def check_packed(methods: Sequence[Method], settings: TimedSettings) -> None:
+    """Raise ValueError where a method holds no packed tokens of its own."""
+    for method in methods:
+        if method.foreign or method.quantizers(64, 64, 0, torch.device("cpu")) is None:
+            raise ValueError(f"{method} has no packed tokens to attend to")
+
+
 @torch.no_grad()
-def bench_attention(
-    shape: str,
-    methods: Sequence[Method],
-    *,
-    batch: int = 1,
-    context: int = 32_768,
-    query_tokens: int = 1,
-    repeats: int = 20,
-) -> Iterator[AttentionBench]:
+def run_attention(_: None, methods: Sequence[Method], settings: KernelAttentionSettings, watch: Watch) -> Found:
     """Time one layer's attention from the last `query_tokens` of `context` tokens a row, full and compressed, in turn.
 
-    The compressed cache holds sinks, window and the query tokens exactly, as the method asks, and the rest packed. On a
-    GPU the dtype is bfloat16, elsewhere float32.
+    The compressed cache holds sinks, window and the query tokens exactly, as the method asks, and the rest packed.
 
     Raises:
-        ValueError: If a size or the shape's name is out of range, or the context leaves nothing to pack.
+        ValueError: If the settings are of another device.
     """
-    heads, device = _shape(shape, batch, context, query_tokens, repeats), _device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for method in methods:
-        if not method.packed_length(context - query_tokens):
-            raise ValueError(f"{method} packs nothing of {context - query_tokens} tokens: give a longer context")
+    heads, device, dtype = _start(settings)
+    batch, context, query_tokens, repeats = settings.batch, settings.context, settings.query_tokens, settings.repeats
     copy = copy_bandwidth(device)
     query = torch.randn(batch, heads.query_heads, query_tokens, heads.head_dim, dtype=dtype, device=device)
     full_bytes = 2 * 2 * batch * heads.kv_heads * context * heads.head_dim
@@ -252,48 +279,38 @@ def bench_attention(
         times = _timed({"full": full, "own": own}, repeats)
         median = float(np.median(times["own"]))
         floor = 1e6 * size / copy
-        yield AttentionBench(
-            environment=environment(device),
-            backend=attention_backend(device),
-            shape=shape,
-            query_heads=heads.query_heads,
-            kv_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            method=str(method),
-            dtype=str(dtype).removeprefix("torch."),
-            batch=batch,
-            context=context,
-            query_tokens=query_tokens,
-            exact_tokens=exact,
-            sets=len(calls),
-            repeats=repeats,
-            bytes=size,
-            full_bytes=full_bytes,
-            copy_gb_per_second=copy / 1e9,
-            us=timing_spread(times["own"]),
-            full=fastest,
-            full_us=timing_spread(times["full"]),
-            full_all_us=medians,
-            ratio=float(np.median(times["full"])) / median,
-            floor_us=floor,
-            floor_fraction=floor / median,
+        yield (
+            method,
+            Measurement(
+                metrics={
+                    **timing_spread(times["own"]).metrics("us"),
+                    **timing_spread(times["full"]).metrics("us", "full_"),
+                    "speed_ratio": float(np.median(times["full"])) / median,
+                    "cache_bytes": float(size),
+                    "full_cache_bytes": float(full_bytes),
+                    "exact_tokens": float(exact),
+                    "copy_gb_per_second": copy / 1e9,
+                    "floor_us": floor,
+                    "floor_fraction": floor / median,
+                },
+                detail={**_detail(heads, device, dtype, len(calls)), "full": fastest, "full_all_us": medians},
+            ),
         )
         del own, calls
 
 
 @torch.no_grad()
-def bench_scores(
-    shape: str, methods: Sequence[Method], *, batch: int = 1, context: int = 32_768, repeats: int = 20
-) -> Iterator[ScoresBench]:
+def run_scores(_: None, methods: Sequence[Method], settings: KernelScoresSettings, watch: Watch) -> Found:
     """Time the scores of one query token a row over `context` tokens, from float32 keys and from packed ones, in turn.
 
-    The comparison of the announcement of arXiv:2504.19874 ("up to 8 times at 4 bits on an H100").
+    The comparison of the announcement of arXiv:2504.19874 ("up to 8 times at 4 bits on an H100"). Packed keys are whole
+    groups of tokens; scores are written in float32 by the full side and in the model's dtype by the other.
 
     Raises:
-        ValueError: If a size or the shape's name is out of range.
+        ValueError: If the settings are of another device.
     """
-    heads, device = _shape(shape, batch, context, repeats), _device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads, device, dtype = _start(settings)
+    batch, context, repeats = settings.batch, settings.context, settings.repeats
     copy = copy_bandwidth(device)
     query = torch.randn(batch, heads.query_heads, 1, heads.head_dim, dtype=dtype, device=device)
     rows = query.float().reshape(batch, heads.kv_heads, -1, heads.head_dim)
@@ -316,41 +333,32 @@ def bench_scores(
             for one in segments
         ]
         times = _timed({"full": baselines[fastest], "own": _Side(calls, device)}, repeats)
-        yield ScoresBench(
-            environment=environment(device),
-            backend=attention_backend(device),
-            shape=shape,
-            query_heads=heads.query_heads,
-            kv_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            method=str(method),
-            dtype=str(dtype).removeprefix("torch."),
-            batch=batch,
-            context=tokens,
-            sets=len(segments),
-            repeats=repeats,
-            bytes=segments[0].keys.nbytes,
-            full_bytes=full_bytes,
-            copy_gb_per_second=copy / 1e9,
-            us=timing_spread(times["own"]),
-            full=fastest,
-            full_us=timing_spread(times["full"]),
-            full_all_us=medians,
-            ratio=float(np.median(times["full"])) / float(np.median(times["own"])),
+        yield (
+            method,
+            Measurement(
+                metrics={
+                    **timing_spread(times["own"]).metrics("us"),
+                    **timing_spread(times["full"]).metrics("us", "full_"),
+                    "speed_ratio": float(np.median(times["full"])) / float(np.median(times["own"])),
+                    "cache_bytes": float(segments[0].keys.nbytes),
+                    "full_cache_bytes": float(full_bytes),
+                    "packed_tokens": float(tokens),
+                    "copy_gb_per_second": copy / 1e9,
+                },
+                detail={**_detail(heads, device, dtype, len(segments)), "full": fastest, "full_all_us": medians},
+            ),
         )
 
 
 @torch.no_grad()
-def bench_encode(
-    shape: str, methods: Sequence[Method], *, batch: int = 1, tokens: int = 12_800, repeats: int = 20
-) -> Iterator[EncodeBench]:
-    """Time quantizing the keys and values of `tokens` tokens a row, all heads of one layer.
+def run_encode(_: None, methods: Sequence[Method], settings: KernelEncodeSettings, watch: Watch) -> Found:
+    """Time quantizing the keys and values of `tokens` tokens a row (whole groups of them), all heads of one layer.
 
     Raises:
-        ValueError: If a size or the shape's name is out of range.
+        ValueError: If the settings are of another device.
     """
-    heads, device = _shape(shape, batch, tokens, repeats), _device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    heads, device, dtype = _start(settings)
+    batch, tokens, repeats = settings.batch, settings.tokens, settings.repeats
     copy = copy_bandwidth(device)
     for method in methods:
         count = -(-tokens // method.block_length) * method.block_length
@@ -375,22 +383,28 @@ def bench_encode(
             calls.append(call)
         spent = _timed({"own": _Side(calls, device)}, repeats)["own"]
         speed = size / (1e-6 * float(np.median(spent)))
-        yield EncodeBench(
-            environment=environment(device),
-            backend=attention_backend(device),
-            shape=shape,
-            kv_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            method=str(method),
-            dtype=str(dtype).removeprefix("torch."),
-            batch=batch,
-            tokens=count,
-            vectors=2 * batch * heads.kv_heads * count,
-            sets=len(calls),
-            repeats=repeats,
-            bytes=size,
-            copy_gb_per_second=copy / 1e9,
-            us=timing_spread(spent),
-            gb_per_second=speed / 1e9,
-            copy_fraction=speed / copy,
+        yield (
+            method,
+            Measurement(
+                metrics={
+                    **timing_spread(spent).metrics("us"),
+                    "vectors": float(2 * batch * heads.kv_heads * count),
+                    "moved_bytes": float(size),
+                    "gb_per_second": speed / 1e9,
+                    "copy_gb_per_second": copy / 1e9,
+                    "copy_fraction": speed / copy,
+                },
+                detail=_detail(heads, device, dtype, len(calls)),
+            ),
         )
+
+
+KERNEL_ATTENTION = Experiment(
+    "kernel-attention", KernelAttentionSettings, run_attention, check_methods=check_attention, model=False, timed=True
+)
+KERNEL_SCORES = Experiment(
+    "kernel-scores", KernelScoresSettings, run_scores, check_methods=check_packed, model=False, timed=True
+)
+KERNEL_ENCODE = Experiment(
+    "kernel-encode", KernelEncodeSettings, run_encode, check_methods=check_packed, model=False, timed=True
+)

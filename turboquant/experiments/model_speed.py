@@ -20,14 +20,20 @@ from transformers.masking_utils import AttentionMaskInterface
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_bytes, fill_cache
 from turboquant.cache.graph import GraphDecoder
+from turboquant.experiments.base import Experiment, Measurement, Watch
+from turboquant.experiments.kernel_speed import this_device
 from turboquant.methods import Method
-from turboquant.records.bench import ContextBench, ModelBench
-from turboquant.records.environment import environment
+from turboquant.records.settings import (
+    LongestContextSettings,
+    ModelShape,
+    ModelSpeedSettings,
+    TimedSettings,
+)
 from turboquant.records.spread import timing_spread
 
 CHUNK = 2048
 """Tokens filled in at once."""
-MODELS: dict[str, dict[str, int]] = {
+MODELS: dict[ModelShape, dict[str, int]] = {
     "mistral-7b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -47,18 +53,13 @@ MODELS: dict[str, dict[str, int]] = {
 }
 
 
-def random_model(name: str, weights: str = "bf16") -> Any:
+def random_model(name: ModelShape, weights: str = "bf16") -> Any:
     """Return a model of a known shape with random weights on the GPU, attention set to "turboquant".
 
     Args:
         name: One of `MODELS`.
         weights: "bf16", or "4bit" for bitsandbytes' NF4.
-
-    Raises:
-        ValueError: If the name or the precision is unknown.
     """
-    if name not in MODELS or weights not in ("bf16", "4bit"):
-        raise ValueError(f"models are {', '.join(MODELS)} in bf16 or 4bit, got {name!r} in {weights!r}")
     config = LlamaConfig(**MODELS[name], max_position_embeddings=2**20, tie_word_embeddings=False)  # type: ignore[arg-type]
     hf_attention.register()
     with torch.device("meta"):
@@ -161,95 +162,103 @@ class _FullGraph:
         self.ids.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
 
 
-@torch.no_grad()
-def bench_model(
-    name: str, weights: str, methods: Sequence[Method], *, batch: int = 1, context: int = 32_768, steps: int = 64
-) -> Iterator[ModelBench]:
-    """Time decode steps after `context` tokens: each method called step by step, and compressed ones replayed too."""
-    model = random_model(name, weights)
-    for method in methods:
-        for run in ("calls",) if method.name == "full" else ("calls", "graph"):
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            cache = build_cache(model.config, method)
-            fill(model.config, cache, batch, context)
-            ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-            if run == "graph":
-                decoder: GraphDecoder | None = GraphDecoder(model, cache, context + steps + 80)
-                assert decoder is not None
-                times = _timed(decoder.step, steps)
-            else:
-                times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), steps)
-            yield _record(name, weights, str(method), run, (batch, context), times, cache)
-            del cache
-            decoder = None
-    yield _full_graph(model, name, weights, batch, context, steps)
+def check_gpu(methods: Sequence[Method], settings: TimedSettings) -> None:
+    """Raise ValueError where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise ValueError("this benchmark needs a CUDA device; `bench decode` and `bench attention` run without one")
 
 
-def _full_graph(model: Any, name: str, weights: str, batch: int, context: int, steps: int) -> ModelBench:
+def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    cache = Cache(layers=[_HeldLayer() for _ in range(model.config.num_hidden_layers)])
+
+
+@torch.no_grad()
+def run_model(
+    _: None, methods: Sequence[Method], settings: ModelSpeedSettings, watch: Watch
+) -> Iterator[tuple[Method, Measurement]]:
+    """Time decode steps after `context` tokens, called step by step or replayed as a CUDA graph.
+
+    Raises:
+        ValueError: If the settings are of another device.
+    """
+    this_device(settings)
+    model = random_model(settings.shape, settings.weights)
+    for i, method in enumerate(methods):
+        watch.check()
+        watch.progress(i / len(methods), f"{method}: {settings.run}")
+        _free()
+        torch.cuda.reset_peak_memory_stats()
+        yield method, _steps(model, method, settings)
+
+
+def _steps(model: Any, method: Method, settings: ModelSpeedSettings) -> Measurement:
+    batch, context, steps = settings.batch, settings.context, settings.repeats
+    graph = settings.run == "graph"
+    exact = graph and method.name == "full"
+    cache: Any
+    if exact:
+        cache = Cache(layers=[_HeldLayer() for _ in range(model.config.num_hidden_layers)])
+    else:
+        cache = build_cache(model.config, method)
     fill(model.config, cache, batch, context)
-    graph = _FullGraph(model, cache, batch, context)
-    times = _timed(graph.graph.replay, steps)
-    model.set_attn_implementation("turboquant")
-    return _record(name, weights, "full", "graph", (batch, context), times, cache)
-
-
-def _record(
-    name: str, weights: str, method: str, run: str, sizes: tuple[int, int], times: list[float], cache: Cache
-) -> ModelBench:
+    if exact:
+        times = _timed(_FullGraph(model, cache, batch, context).graph.replay, steps)
+        model.set_attn_implementation("turboquant")
+    elif graph:
+        times = _timed(GraphDecoder(model, cache, context + steps + 80).step, steps)
+    else:
+        ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        times = _timed(lambda: model(ids, past_key_values=cache, logits_to_keep=1), steps)
     step_ms = timing_spread(times)
-    return ModelBench(
-        environment=environment("cuda"),
-        model=f"{name} shape, random weights",
-        weights=weights,
-        method=method,
-        run=run,
-        batch=sizes[0],
-        context=sizes[1],
-        steps=len(times),
-        step_ms=step_ms,
-        tokens_per_second=1e3 * sizes[0] / step_ms.median,
-        cache_bytes=cache_bytes(cache),
-        peak_bytes=torch.cuda.max_memory_allocated(),
+    return Measurement(
+        metrics={
+            **step_ms.metrics("step_ms"),
+            "tokens_per_second": 1e3 * batch / step_ms.median,
+            "cache_bytes": float(cache_bytes(cache)),
+            "peak_memory_bytes": float(torch.cuda.max_memory_allocated()),
+        }
     )
 
 
 @torch.no_grad()
-def bench_memory(name: str, weights: str, methods: Sequence[Method], *, budget_bytes: int) -> Iterator[ContextBench]:
-    """Fill a cache until the GPU memory of the budget is used up, then decode; one record a method."""
+def run_longest(
+    _: None, methods: Sequence[Method], settings: LongestContextSettings, watch: Watch
+) -> Iterator[tuple[Method, Measurement]]:
+    """Fill a cache until the GPU memory of the budget is used up, then decode.
+
+    Raises:
+        ValueError: If the settings are of another device.
+    """
+    this_device(settings)
     total = torch.cuda.get_device_properties(0).total_memory
-    for method in methods:
-        gc.collect()
-        torch.cuda.empty_cache()
-        model = random_model(name, weights)
-        gc.collect()
-        torch.cuda.empty_cache()
+    for i, method in enumerate(methods):
+        watch.check()
+        watch.progress(i / len(methods), str(method))
+        _free()
+        model = random_model(settings.shape, settings.weights)
+        _free()
         weight_bytes = torch.cuda.memory_allocated()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * settings.budget_gb / total))
         try:
-            context, step_ms, held = _longest(model, method)
+            context, step_ms, held = _longest(model, method, settings.repeats)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        yield ContextBench(
-            environment=environment("cuda"),
-            model=f"{name} shape, random weights",
-            weights=weights,
-            method=str(method),
-            budget_bytes=budget_bytes,
-            weight_bytes=weight_bytes,
-            context=context,
-            cache_bytes=held,
-            step_ms=step_ms,
+        yield (
+            method,
+            Measurement(
+                metrics={
+                    "longest_context": float(context),
+                    "weight_bytes": float(weight_bytes),
+                    "cache_bytes": float(held),
+                    "step_ms": step_ms,
+                }
+            ),
         )
         del model
 
 
-def _longest(model: Any, method: Method) -> tuple[int, float, int]:
+def _longest(model: Any, method: Method, steps: int) -> tuple[int, float, int]:
     """Grow by ever longer strides until memory runs out, then by shorter ones; the last length that decoded counts."""
     text: Any = model.config
     best = (0, 0.0, 0)
@@ -261,7 +270,7 @@ def _longest(model: Any, method: Method) -> tuple[int, float, int]:
         try:
             fill(text, cache, 1, tokens)
             ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-            times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), 4)
+            times = _timed(lambda cache=cache, ids=ids: model(ids, past_key_values=cache, logits_to_keep=1), steps)
             best = (tokens, statistics.median(times), cache_bytes(cache))
             stride *= 2
             tokens += stride
@@ -270,3 +279,9 @@ def _longest(model: Any, method: Method) -> tuple[int, float, int]:
             tokens = best[0] + stride
         del cache
     return best
+
+
+MODEL_SPEED = Experiment("model-speed", ModelSpeedSettings, run_model, check_methods=check_gpu, model=False, timed=True)
+LONGEST_CONTEXT = Experiment(
+    "longest-context", LongestContextSettings, run_longest, check_methods=check_gpu, model=False, timed=True
+)

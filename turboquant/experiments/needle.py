@@ -12,81 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from scipy.stats import binomtest
 from transformers.cache_utils import Cache
 
 from turboquant.cache.build import NothingCompressedError, cache_report
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
-from turboquant.experiments.needle_prompt import SENTENCES, STARTS, NeedlePrompt, OwnNeedle, needle_prompt
+from turboquant.experiments.needle_prompt import NeedlePrompt, needle_prompt
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport, Settings
+from turboquant.records.settings import NeedleSettings
 from turboquant.run.generate import Generation, QueryRecorder
 from turboquant.run.memory import check_context
-
-MAX_NEEDLE = 400
-MAX_QUESTION = 300
-MAX_ANSWER = 100
-
-
-class NeedleSettings(Record):
-    """One length and depth, asked about `repetitions` times.
-
-    Attributes:
-        context: Tokens of the prompt, the question included.
-        depth: Where the needle stands in the filler, 0 (start) to 1 (end).
-        repetitions: Prompts, each with its own needle.
-        seed: Chooses the needles; no two seeds share one.
-        filler: "sentences", a shipped text or a path (see `turboquant.experiments.needle_prompt`).
-        max_new_tokens: Tokens of an answer, at most.
-        chunk_tokens: Tokens read at once with the full cache; changes memory and speed, not what is measured.
-        chat: Put the prompt through the model's chat template, where it has one; no part of a cell's settings if so.
-        needle: An own sentence to hide; with it `question` and `answer` are given too. Unset, the three are no part of
-            a cell's settings.
-        question: What is asked about it.
-        answer: Words of the needle that a right reply contains.
-    """
-
-    context: int = Field(1024, ge=2)
-    depth: float = Field(0.5, ge=0.0, le=1.0)
-    repetitions: int = Field(5, ge=1, le=10_000)
-    seed: int = Field(0, ge=0)
-    filler: str = SENTENCES
-    max_new_tokens: int = Field(16, ge=1, le=2**16)
-    chunk_tokens: int = Field(512, ge=1)
-    chat: bool = True
-    needle: str | None = Field(None, max_length=MAX_NEEDLE)
-    question: str | None = Field(None, max_length=MAX_QUESTION)
-    answer: str | None = Field(None, max_length=MAX_ANSWER)
-
-    @property
-    def own(self) -> OwnNeedle | None:
-        """The needle that was given, if one was."""
-        if self.needle is None or self.question is None or self.answer is None:
-            return None
-        return OwnNeedle(self.needle, self.question, self.answer)
-
-    @model_validator(mode="after")
-    def _own_needle_is_whole(self) -> "NeedleSettings":
-        given = [text is not None for text in (self.needle, self.question, self.answer)]
-        if any(given) and not all(given):
-            raise ValueError("needle, question and answer are given together or not at all")
-        if self.own and self.filler == SENTENCES and self.repetitions > STARTS:
-            raise ValueError(
-                f"an own needle has {STARTS} different prompts in the filler {SENTENCES}, "
-                f"got {self.repetitions} repetitions"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults_of_later_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        settings: dict[str, Any] = handler(self)
-        later = {"needle": None, "question": None, "answer": None, "chat": True}
-        return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 @dataclass

@@ -16,17 +16,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from turboquant.records.settings import REPEATED, SENTENCES, OwnNeedle, contains
 from turboquant.run.generate import PromptError, chat_text, template_error
 from turboquant.texts import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SENTENCES = "sentences"
-"""The filler that RULER repeats."""
-_REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-STARTS = _REPEATED.count(".")
-"""Sentences at which that filler can begin: so many different prompts has an own needle in it."""
 _INTRODUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards."
@@ -41,34 +37,6 @@ _OWN_INTRODUCTION = (
 )
 _OWN_ANSWER = "Answer:"
 _PLACE = "<|filler goes here|>"
-
-
-@dataclass(frozen=True)
-class OwnNeedle:
-    """A needle that somebody wrote: it stands in the filler, the question at the end.
-
-    Attributes:
-        needle: The sentence that is hidden.
-        question: What is asked about it.
-        answer: Words of the needle that a right reply contains.
-    """
-
-    needle: str
-    question: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        """Check that the answer can be found in the needle alone.
-
-        Raises:
-            ValueError: If a text is empty, the answer is not in the needle, or the question gives it away.
-        """
-        if not (self.needle.strip() and self.question.strip() and self.answer.strip()):
-            raise ValueError("an own needle has a needle, a question and an answer, none of them empty")
-        if not _contains(self.needle, self.answer):
-            raise ValueError(f"the answer must occur in the needle, got {self.answer!r}")
-        if _contains(self.question, self.answer):
-            raise ValueError(f"the question must not contain the answer {self.answer!r}")
 
 
 @dataclass(frozen=True)
@@ -99,14 +67,9 @@ class NeedlePrompt:
         The answer to an own needle is its text, whatever the case.
         """
         if self.own:
-            return _contains(text, self.answer)
+            return contains(text, self.answer)
         digits = r"[,\s]?".join(self.answer)
         return re.search(rf"(?<!\d){digits}(?!\d)", text) is not None
-
-
-def _contains(text: str, words: str) -> bool:
-    """Return whether words stand in a text, whatever the case and the spaces between them."""
-    return " ".join(words.casefold().split()) in " ".join(text.casefold().split())
 
 
 def filler_text(filler: str) -> str:
@@ -118,12 +81,12 @@ def filler_text(filler: str) -> str:
     Raises:
         ValueError: If there is no such text, or it cannot be used (see `turboquant.texts.read_text`).
     """
-    return _REPEATED if filler == SENTENCES else read_text(filler)
+    return REPEATED if filler == SENTENCES else read_text(filler)
 
 
 def check_filler(own: OwnNeedle, filler: str) -> None:
     """Raise PromptError where a filler holds an own needle's answer as well; ValueError where there is none such."""
-    if _contains(filler_text(filler), own.answer):
+    if contains(filler_text(filler), own.answer):
         raise PromptError(f"the answer {own.answer!r} stands in the filler {filler} as well")
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
@@ -28,8 +27,8 @@ from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport
+from turboquant.records.settings import CHUNK, PerplexitySettings
 from turboquant.records.spread import block_interval
 from turboquant.run.generate import PromptError, QueryRecorder
 from turboquant.run.heads import packing_runs
@@ -37,39 +36,9 @@ from turboquant.run.memory import check_context
 from turboquant.run.metrics import token_agreement
 from turboquant.texts import read_text, read_texts, reading
 
-CHUNK = 64
-"""Tokens of one forward call at most: their logits are all that is held at once."""
 BLOCK = 32
 """Neighbouring positions that the bootstrap draws together."""
 BUCKETS = 4
-
-
-class PerplexitySettings(Record):
-    """What is read.
-
-    Attributes:
-        texts: Names of shipped texts or paths of UTF-8 files.
-        context: Tokens of a window; the cache holds so many at its end.
-        prefill: The first of them, read in one call.
-        windows: Windows of each text.
-        start: Token of the text at which the first window begins.
-        seed: 0 takes windows one after the other; any other number draws their places from all that do not overlap.
-        chunk_tokens: Length of the chunks, at most `CHUNK`; None for the same result as token by token.
-    """
-
-    texts: tuple[str, ...] = Field(("persuasion", "factbook", "sqlite"), min_length=1)
-    context: int = Field(1024, ge=2)
-    prefill: int = Field(512, ge=1)
-    windows: int = Field(1, ge=1)
-    start: int = Field(0, ge=0)
-    seed: int = Field(0, ge=0)
-    chunk_tokens: int | None = Field(None, ge=1, le=CHUNK)
-
-    @model_validator(mode="after")
-    def _prefill_is_shorter(self) -> "PerplexitySettings":
-        if self.prefill >= self.context:
-            raise ValueError(f"prefill must be shorter than the context of {self.context} tokens, got {self.prefill}")
-        return self
 
 
 @dataclass(frozen=True)

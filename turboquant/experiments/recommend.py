@@ -15,7 +15,7 @@ from math import ceil, inf, log2
 from typing import Any
 
 from turboquant.experiments.base import Models, Watch, cells_for, run_group
-from turboquant.experiments.perplexity import EXPERIMENT, FullRun, PerplexitySettings, read_full
+from turboquant.experiments.perplexity import EXPERIMENT, FullRun, read_full
 from turboquant.experiments.perplexity import run as run_perplexity
 from turboquant.experiments.recommendation import MOST_TOKENS, Memory, Part, Recommendation, RecommendSettings, Tried
 from turboquant.methods import Method, parse_method
@@ -24,6 +24,7 @@ from turboquant.models.inputs import Reusable, reusable
 from turboquant.models.load import LoadedModel
 from turboquant.records.environment import environment
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.settings import PerplexitySettings
 from turboquant.run.compare import model_info
 from turboquant.run.generate import CancelledError, PromptError
 from turboquant.sizing import KVBytes, SizingError, kv_bytes, read_config

@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
 from turboquant.experiments import perplexity
 from turboquant.experiments.base import Experiment, Measurement, Watch
-from turboquant.experiments.perplexity import BLOCK, PerplexitySettings, text_windows
+from turboquant.experiments.perplexity import BLOCK, text_windows
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport, Settings
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.settings import PerplexitySettings, VarianceSettings
 from turboquant.records.spread import Difference, Spread95, paired_difference, spread
 from turboquant.run.generate import QueryRecorder, logits_processors
 from turboquant.run.heads import packing_runs
@@ -39,48 +38,6 @@ COMPARED = ("kl_mean", "delta_ppl_pct", "same_top_pct", "agreed_tokens")
 
 SHARES = {"same_top_pct": (0.0, 100.0), "identical_pct": (0.0, 100.0)}
 """Metrics that cannot leave these bounds, so neither can their intervals."""
-
-
-class VarianceSettings(Record):
-    """What is read and answered.
-
-    Attributes:
-        texts: Names of shipped texts or paths of UTF-8 files.
-        context: Tokens of a window whose perplexity is measured.
-        prefill: The first of them, read in one call.
-        seed: Sampling seed; None for perplexity and greedy answers.
-        prompts: Prompts for each text: stretches behind the window.
-        prompt_tokens: Tokens of a prompt.
-        new_tokens: Tokens of an answer; answers do not end before.
-        temperature: Of sampled answers.
-    """
-
-    texts: tuple[str, ...] = Field(("persuasion", "factbook"), min_length=1)
-    context: int = Field(512, ge=2)
-    prefill: int = Field(256, ge=1)
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    prompts: int = Field(2, ge=1)
-    prompt_tokens: int = Field(160, ge=1)
-    new_tokens: int = Field(48, ge=1)
-    temperature: float = Field(0.8, gt=0.0, le=5.0)
-
-    @model_validator(mode="after")
-    def _perplexity_agrees(self) -> "VarianceSettings":
-        if self.prefill >= self.context:
-            raise ValueError(f"prefill must be shorter than the context of {self.context} tokens, got {self.prefill}")
-        return self
-
-    @property
-    def perplexity(self) -> PerplexitySettings:
-        """The settings of the perplexity experiment."""
-        return PerplexitySettings(texts=self.texts, context=self.context, prefill=self.prefill)
-
-    @property
-    def sampling(self) -> Settings:
-        """How answers are chosen."""
-        if self.seed is None:
-            return Settings(max_new_tokens=self.new_tokens)
-        return Settings(max_new_tokens=self.new_tokens, temperature=self.temperature, seed=self.seed)
 
 
 def prompts(loaded: LoadedModel, settings: VarianceSettings) -> Int[Tensor, "prompts tokens"]:

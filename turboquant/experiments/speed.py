@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -31,40 +30,14 @@ from turboquant.hf_attention import time_attention
 from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
-from turboquant.records.base import Record
 from turboquant.records.comparison import CacheReport
+from turboquant.records.settings import GenerationSettings
 from turboquant.run.generate import PromptError
 from turboquant.run.memory import cache_shape, check_context, tokens_that_fit, trim
 from turboquant.texts import read_text
 
 SAMPLED_MS = 5.0
 FIGURES = ("tokens_per_second", "time_to_first_token_ms")
-
-
-class GenerationSettings(Record):
-    """What is generated.
-
-    Attributes:
-        context: Tokens of a row in the end: its prompt and `new_tokens`.
-        new_tokens: Tokens generated for each row.
-        batch: Rows.
-        shortest: Length of the shortest row's prompt as a share of the longest; below 1 rows are left-padded.
-        repeats: Timed rounds.
-        text: Where prompts come from.
-    """
-
-    context: int = Field(640, ge=3)
-    new_tokens: int = Field(128, ge=2)
-    batch: int = Field(1, ge=1, le=64)
-    shortest: float = Field(1.0, gt=0.0, le=1.0)
-    repeats: int = Field(5, ge=1)
-    text: str = "persuasion"
-
-    @model_validator(mode="after")
-    def _has_a_prompt(self) -> "GenerationSettings":
-        if self.new_tokens >= self.context:
-            raise ValueError(f"new_tokens must be fewer than the context's {self.context}, got {self.new_tokens}")
-        return self
 
 
 @dataclass(frozen=True)

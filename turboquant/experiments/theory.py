@@ -7,21 +7,23 @@ value lies within `TOLERANCE` standard errors. Inner products are taken in float
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
+from turboquant.experiments.base import Experiment, Measurement, Watch
+from turboquant.methods import Method
 from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quant.codebook import check_bits, check_dim, expected_mse
 from turboquant.quant.quantizer import Quantizer
-from turboquant.quant.rotation import RotationKind, qjl_projection, qjl_scale, random_rotation
+from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
 from turboquant.records.base import Record
 from turboquant.records.experiment import Spread
+from turboquant.records.settings import SyntheticSettings
 from turboquant.records.spread import Estimate, estimate, timing_spread
 
 TOLERANCE = 4.0
@@ -37,18 +39,6 @@ NEEDLES, NEIGHBOURS = 8, 32
 """Needles a seed, and the keys around each of them, itself included."""
 QUANTIZERS = ("mse", "matched", "unbiased", "prod_gaussian", "prod_orthogonal")
 Progress = Callable[[float], None]
-
-
-class SyntheticSettings(Record):
-    """What is measured: `vectors` for each of `seeds` seeds, beginning with `seed`."""
-
-    dim: int = Field(128, ge=2, le=4096)
-    bits: int = Field(4, ge=1, le=8)
-    vectors: int = Field(256, ge=2)
-    seeds: int = Field(32, ge=3)
-    seed: int = Field(0, ge=0, lt=2**31)
-    rotation: RotationKind = "qr"
-    device: str = "cpu"
 
 
 class Theory(Record):
@@ -374,3 +364,25 @@ def validate(settings: SyntheticSettings, progress: Progress = lambda _: None) -
         decode=decode,
         checks=[*distortion_checks(exact, distortion), *recall_checks(settings.bits, recall)],
     )
+
+
+def check_device(_: Sequence[Method], settings: SyntheticSettings) -> None:
+    """Raise ValueError where the device is a GPU and there is none."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but no CUDA device is to be had")
+
+
+def run(
+    _: None, methods: Sequence[Method], settings: SyntheticSettings, watch: Watch
+) -> Iterator[tuple[None, Measurement]]:
+    """Measure and check one (dim, bits) as an experiment."""
+
+    def progress(done: float) -> None:
+        watch.check()
+        watch.progress(done, f"{settings.bits} bits in {settings.dim} dimensions")
+
+    found = validate(settings, progress)
+    yield None, Measurement(metrics=found.metrics(), detail=found.model_dump(mode="json", exclude={"settings"}))
+
+
+THEORY = Experiment("validate", SyntheticSettings, run, check_methods=check_device, model=False, methods=False)

@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 
 from turboquant.models.fingerprint import commit, fingerprint, folder_digest, same_content, unchanged
+from turboquant.records.environment import code
 from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.texts import TEXTS, ReadText, read_text, reading
 
-MODEL, TEXT = "model", "text "
+MODEL, TEXT, CODE = "model", "text ", "the program"
 DIGITS = 8
 """Of a fingerprint, where it is shown to people."""
 _WORDS = "words "  # of older records: the sum of a text, not of the file's bytes
@@ -32,9 +33,9 @@ Model = Callable[[str], str | None]
 Change = tuple[str, str]
 
 
-def inputs(model: str | None, texts: Mapping[str, ReadText]) -> dict[str, str]:
-    """Return what a record keeps of a loaded model's fingerprint and of the texts that were read."""
-    known = {} if model is None else {MODEL: model}
+def inputs(model: str | None, texts: Mapping[str, ReadText], program: str | None = None) -> dict[str, str]:
+    """Return what a record keeps of a loaded model's fingerprint, of the texts that were read, and of the program."""
+    known = {name: value for name, value in ((MODEL, model), (CODE, program)) if value is not None}
     return known | {TEXT + name: text.sha256 for name, text in texts.items()}
 
 
@@ -108,7 +109,7 @@ def own_files(record: ExperimentRecord) -> tuple[str | None, dict[str, str]]:
     """Return the first digits of the fingerprints of a local model folder and of each text that is a file."""
     noted = _noted(record)
     folder = folder_digest(noted.get(MODEL) or "")
-    texts = {name.partition(" ")[2]: value for name, value in noted.items() if name != MODEL and value is not None}
+    texts = {name.partition(" ")[2]: v for name, v in noted.items() if name not in (MODEL, CODE) and v is not None}
     files = {name: value[:DIGITS] for name, value in texts.items() if name not in TEXTS}
     return None if folder is None else folder[:DIGITS], files
 
@@ -117,6 +118,8 @@ def _change(record: ExperimentRecord, model: Model) -> Change | None:
     for name, before in _noted(record).items():
         if name == MODEL:
             named, text = record.cell.model or "", _of_model(before, model(record.cell.model or ""))
+        elif name == CODE:
+            named, text = name, None if before == code() else CHANGED
         else:
             kind, _, named = name.partition(" ")
             text = _of_text(before, named, old=kind + " " == _WORDS)

@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from turboquant.records.base import Record
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Environment(Record):
@@ -56,14 +58,34 @@ def _processor() -> str:
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
-def environment(device: torch.device | str = "cpu") -> Environment:
+def device_name(device: "torch.device | str | None" = None) -> str:
+    """Return a device as records name it, such as "cuda: NVIDIA H200"; None for the GPU where there is one."""
+    import torch
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return f"{device.type}: {torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()}"
+
+
+def openmp_spins() -> int | None:
+    """Return how long GCC's OpenMP was told to spin; None where nobody has told it."""
+    told = os.environ.get("GOMP_SPINCOUNT", "")
+    return int(told) if told.isdecimal() else None
+
+
+def code() -> str:
+    """Return what tells this program from an older one: its commit, or the version of an installed package."""
+    return _commit() or _version("turboquant-lab")
+
+
+def environment(device: "torch.device | str" = "cpu") -> Environment:
     """Describe this machine and these library versions for a record."""
+    import torch
+
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return Environment(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
-        device=f"{device.type}: {name}",
+        device=device_name(device),
         cpu_threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=_version("torch"),

@@ -1,6 +1,7 @@
-"""Records of experiments and benchmarks: a cell, and what was measured of it."""
+"""Records of experiments: a cell, and what was measured of it."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,42 +18,17 @@ class Spread(Record):
     p20: float
     p80: float
 
+    def metrics(self, name: str, side: str = "") -> dict[str, float | None]:
+        """Return it as metrics of a record: `us`, `p20_us`, `p80_us`; or `full_us`, `full_p20_us`, `full_p80_us`."""
+        parts = {"": self.median, "p20_": self.p20, "p80_": self.p80}
+        return {f"{side}{part}{name}": value for part, value in parts.items()}
 
-class DecodeBench(Record):
-    """Decode speed of two caches in one process, sides alternated. `ratio` compares medians, method over full.
-
-    `busy_processes` spun meanwhile, on a machine otherwise idle. `openmp_spins` is how long PyTorch's threads spun
-    before they slept (`run.threads`); None where their OpenMP was left as it is. The worst steps are the longest of all
-    runs.
-    """
-
-    kind: Literal["bench-decode"] = "bench-decode"
-    environment: Environment
-    model: ModelInfo
-    method: str
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    full_tokens_per_second: Spread
-    tokens_per_second: Spread
-    ratio: float
-    full_prefill_ms: Spread
-    prefill_ms: Spread
-    full_worst_step_ms: float | None = None
-    worst_step_ms: float | None = None
-    busy_processes: int = 0
-    openmp_spins: int | None = None
-    report: CacheReport
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """Equal for records of the same case on the same device, made under the same conditions."""
-        return (*self.case, self.busy_processes, self.openmp_spins)
-
-    @property
-    def case(self) -> tuple[object, ...]:
-        """Equal for records that differ only in what other processes did and how long threads spun."""
-        return (self.model.name, self.method, self.prompt_tokens, self.new_tokens, self.environment.device)
+    @classmethod
+    def of(cls, metrics: Mapping[str, float | None], name: str, side: str = "") -> "Spread":
+        """Read it from the metrics of a record; NaN stands for what the record does not have."""
+        found = [metrics.get(f"{side}{part}{name}") for part in ("", "p20_", "p80_")]
+        median, p20, p80 = (float("nan") if value is None else value for value in found)
+        return cls(median=median, p20=p20, p80=p80)
 
 
 class Cell(Record):

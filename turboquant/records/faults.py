@@ -2,18 +2,19 @@
 
 import errno
 
-import torch
-
 UNMEASURED = (
     "The measurement of this run needed more memory than there is, so its figures are missing; both answers and what "
     "the caches held are kept."
 )
 """A comparison's note where its answers fitted into memory and their measurement did not."""
+NO_MEMORY = "the machine has too little free memory for this"
 _MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "can't start new thread")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Did the machine or the accelerator run out of memory? Several libraries say so on the CPU only in words."""
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from turboquant.records.base import Record, first_error
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.old import modern
 
 BLANK = b" \t\r\0"  # what may stand around a record in its line
 
@@ -70,6 +71,21 @@ def read_lines(path: Path) -> tuple[list[tuple[int, bytes]], bytes]:
     return [(number, line) for number, line in enumerate(lines, start=1) if line], torn
 
 
+def parse_record(line: bytes) -> ExperimentRecord | None:
+    """Read one line; lines of older benchmarks become records of experiments, those about something else None.
+
+    Raises:
+        ValueError: If it is no JSON or no such record (pydantic's ValidationError).
+    """
+    if b'"kind":"bench-' not in line.replace(b" ", b""):
+        return ExperimentRecord.model_validate_json(line)
+    try:
+        found = modern(json.loads(line))
+    except (LookupError, TypeError, AttributeError, RecursionError):  # a broken line: pydantic says what it lacks
+        return ExperimentRecord.model_validate_json(line)
+    return None if found is None else ExperimentRecord.model_validate(found)
+
+
 def read_records(path: Path) -> list[ExperimentRecord]:
     """Read a file of experiment records, oldest first; an empty or missing file has none.
 
@@ -85,12 +101,12 @@ def read_records(path: Path) -> list[ExperimentRecord]:
     broken: list[str] = []
     for number, line in lines:
         try:
-            records.append(ExperimentRecord.model_validate_json(line))
+            records += filter(None, [parse_record(line)])
         except ValidationError as error:
             broken.append(f"line {number} of {path} is not an experiment record ({first_error(error)})")
     if torn:  # complete records are kept even without their line end
         with contextlib.suppress(ValidationError):
-            records.append(ExperimentRecord.model_validate_json(torn))
+            records += filter(None, [parse_record(torn)])
     if broken:
         more = f"; {len(broken) - 1} more are broken" if len(broken) > 1 else ""
         raise RecordFileError(broken[0] + more, records)

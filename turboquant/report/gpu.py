@@ -1,17 +1,15 @@
-"""Tables of the GPU benchmarks."""
+"""Tables of the benchmarks of kernels and of model shapes, from records of those experiments."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
-from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.records.environment import Environment
-from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord, Spread
 from turboquant.records.metrics import NONE
 from turboquant.report.tables import Table, code, number
 
-B = TypeVar("B", bound=GpuBench)
 LARGE = "llama-3.1-8b", 8, 32_768, 1
+Records = Iterable[ExperimentRecord]
 
 
 def _where(environments: Iterable[Environment]) -> str:
@@ -31,30 +29,63 @@ def _where(environments: Iterable[Environment]) -> str:
     return f"Measured on {'; '.join(sorted(found))}." if found else ""
 
 
-def _device(record: GpuBench) -> str:
+def _device(record: ExperimentRecord) -> str:
     """The GPU's name without its maker and memory; other devices as they are named."""
     name = record.environment.device
     return name.removeprefix("cuda: NVIDIA ").split(" ")[0] if name.startswith("cuda: NVIDIA ") else name
 
 
-def _of(records: Iterable[GpuBench], kind: type[B]) -> list[B]:
-    return [record for record in records if isinstance(record, kind)]
+def _of(records: Records, experiment: str, size: str = "context") -> list[ExperimentRecord]:
+    """Return the good records of an experiment by device, shape, rows and length."""
+
+    def key(record: ExperimentRecord) -> tuple[object, ...]:
+        s = record.cell.settings
+        return _device(record), s["shape"], s["batch"] * s[size], s["batch"], str(record.cell.method)[::-1]
+
+    return sorted((r for r in records if r.cell.experiment == experiment and not r.error), key=key)
 
 
-def _against_full(records: Iterable[AttentionBench], floor: bool) -> Table:
-    chosen = sorted(records, key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch, r.method[::-1]))
+def _figure(record: ExperimentRecord, name: str, digits: int = 1) -> str:
+    value = record.metrics.get(name)
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(record: ExperimentRecord, name: str) -> str:
+    value = record.metrics.get(name)
+    return NONE if value is None else f"{100 * value:.0f} %"
+
+
+def _gigabytes(record: ExperimentRecord, name: str) -> str:
+    value = record.metrics.get(name)
+    return NONE if value is None else f"{value / 1e9:.2f}"
+
+
+def _spread(record: ExperimentRecord, name: str) -> str:
+    found = Spread.of(record.metrics, name)
+    return f"{found.p20:,.1f} to {found.p80:,.1f}"
+
+
+def _sides(record: ExperimentRecord, full: str = "") -> tuple[str, ...]:
+    """Full, compressed, its spread, and how many times as fast."""
+    return (
+        f"{_figure(record, 'full_us')}{full}",
+        _figure(record, "us"),
+        _spread(record, "us"),
+        _figure(record, "speed_ratio", 2),
+    )
+
+
+def _against_full(records: Iterable[ExperimentRecord], floor: bool) -> Table:
+    chosen = list(records)
     rows = tuple(
         (
             _device(r),
-            r.shape,
-            f"{r.batch} x {r.context:,}",
-            *(() if floor else (f"{r.query_tokens:,}",)),
-            code(r.method),
-            f"{r.full_us.median:,.1f} ({r.full})",
-            f"{r.us.median:,.1f}",
-            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
-            f"{r.ratio:.2f}",
-            *((f"{100 * r.floor_fraction:.0f} %",) if floor else ()),
+            r.cell.settings["shape"],
+            f"{r.cell.settings['batch']} x {r.cell.settings['context']:,}",
+            *(() if floor else (f"{r.cell.settings['query_tokens']:,}",)),
+            code(r.cell.method),
+            *_sides(r, f" ({r.detail['full']})"),
+            *((_percent(r, "floor_fraction"),) if floor else ()),
         )
         for r in chosen
     )
@@ -63,38 +94,38 @@ def _against_full(records: Iterable[AttentionBench], floor: bool) -> Table:
     return Table("", (*place, *names), rows, _where(r.environment for r in chosen))
 
 
-def attention_table(records: Iterable[GpuBench]) -> Table:
+def _steps(records: Records, one: bool) -> list[ExperimentRecord]:
+    """Return attention from one query token a row, or from several."""
+    return [r for r in _of(records, "kernel-attention") if (r.cell.settings["query_tokens"] == 1) == one]
+
+
+def attention_table(records: Records) -> Table:
     """Return the time of one layer's decode attention, full against compressed."""
-    return _against_full((r for r in _of(records, AttentionBench) if r.query_tokens == 1), floor=True)
+    return _against_full(_steps(records, one=True), floor=True)
 
 
-def speed_table(records: Iterable[GpuBench]) -> Table:
+def speed_table(records: Records) -> Table:
     """Return the rows of `attention_table` that the README shows: one large case on every GPU."""
-    chosen = (r for r in _of(records, AttentionBench) if (r.shape, r.batch, r.context, r.query_tokens) == LARGE)
+    names = ("shape", "batch", "context", "query_tokens")
+    chosen = (r for r in _steps(records, one=True) if tuple(r.cell.settings[name] for name in names) == LARGE)
     return _against_full(chosen, floor=True)
 
 
-def prefill_table(records: Iterable[GpuBench]) -> Table:
+def prefill_table(records: Records) -> Table:
     """Return the time of one layer's attention from a chunk of query tokens, full against compressed."""
-    return _against_full((r for r in _of(records, AttentionBench) if r.query_tokens > 1), floor=False)
+    return _against_full(_steps(records, one=False), floor=False)
 
 
-def scores_table(records: Iterable[GpuBench]) -> Table:
+def scores_table(records: Records) -> Table:
     """Return the time of attention scores alone, float32 keys against packed ones."""
-    chosen = sorted(
-        _of(records, ScoresBench),
-        key=lambda r: (_device(r), r.shape, r.batch * r.context, r.batch, r.method[::-1]),
-    )
+    chosen = _of(records, "kernel-scores")
     rows = tuple(
         (
             _device(r),
-            r.shape,
-            f"{r.batch} x {r.context:,}",
-            code(r.method),
-            f"{r.full_us.median:,.1f}",
-            f"{r.us.median:,.1f}",
-            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
-            f"{r.ratio:.2f}",
+            r.cell.settings["shape"],
+            f"{r.cell.settings['batch']} x {r.cell.settings['context']:,}",
+            code(r.cell.method),
+            *_sides(r),
         )
         for r in chosen
     )
@@ -102,19 +133,19 @@ def scores_table(records: Iterable[GpuBench]) -> Table:
     return Table("", (*names, "times as fast"), rows, _where(r.environment for r in chosen))
 
 
-def encode_table(records: Iterable[GpuBench]) -> Table:
+def encode_table(records: Records) -> Table:
     """Return the time of packing keys and values."""
-    chosen = sorted(_of(records, EncodeBench), key=lambda r: (_device(r), r.shape, r.vectors, r.method[::-1]))
+    chosen = _of(records, "kernel-encode", "tokens")
     rows = tuple(
         (
             _device(r),
-            r.shape,
-            f"{r.vectors:,}",
-            code(r.method),
-            f"{r.us.median:,.1f}",
-            f"{r.us.p20:,.1f} to {r.us.p80:,.1f}",
-            f"{r.gb_per_second:,.0f}",
-            f"{100 * r.copy_fraction:.0f} %",
+            r.cell.settings["shape"],
+            _figure(r, "vectors", 0),
+            code(r.cell.method),
+            _figure(r, "us"),
+            _spread(r, "us"),
+            _figure(r, "gb_per_second", 0),
+            _percent(r, "copy_fraction"),
         )
         for r in chosen
     )
@@ -122,57 +153,81 @@ def encode_table(records: Iterable[GpuBench]) -> Table:
     return Table("", names, rows, _where(r.environment for r in chosen))
 
 
-def model_table(records: Iterable[GpuBench]) -> Table:
+def _model(record: ExperimentRecord) -> str:
+    return f"{record.cell.settings['shape']} shape, random weights, {record.cell.settings['weights']}"
+
+
+def model_table(records: Records) -> Table:
     """Return decode steps of whole models."""
     chosen = sorted(
-        _of(records, ModelBench),
-        key=lambda r: (_device(r), r.model, r.weights, r.context, r.batch, r.run, r.method),
+        (r for r in records if r.cell.experiment == "model-speed" and not r.error),
+        key=lambda r: (
+            _device(r),
+            *(r.cell.settings[name] for name in ("shape", "weights", "context", "batch", "run")),
+            r.cell.method,
+        ),
     )
     rows = tuple(
         (
             _device(r),
-            f"{r.model}, {r.weights}",
-            f"{r.batch} x {r.context:,}",
-            {"calls": "step by step", "graph": "CUDA graph"}[r.run],
-            code(r.method),
-            f"{r.step_ms.median:.2f}",
-            f"{r.tokens_per_second:,.1f}",
-            f"{r.cache_bytes / 1e9:.2f}",
-            f"{r.peak_bytes / 1e9:.2f}",
+            _model(r),
+            f"{r.cell.settings['batch']} x {r.cell.settings['context']:,}",
+            {"calls": "step by step", "graph": "CUDA graph"}[r.cell.settings["run"]],
+            code(r.cell.method),
+            _figure(r, "step_ms", 2),
+            _figure(r, "tokens_per_second"),
+            _gigabytes(r, "cache_bytes"),
+            _gigabytes(r, "peak_memory_bytes"),
         )
         for r in chosen
     )
-    names = (
-        "GPU",
-        "model, weights",
-        "batch x context",
-        "run",
-        "method",
-        "ms a step",
-        "tokens/s",
-        "cache, GB",
-        "peak, GB",
-    )
-    return Table("", names, rows, _where(r.environment for r in chosen))
+    names = ("GPU", "model, weights", "batch x context", "run", "method", "ms a step", "tokens/s", "cache, GB")
+    return Table("", (*names, "peak, GB"), rows, _where(r.environment for r in chosen))
 
 
-def context_table(records: Iterable[GpuBench]) -> Table:
+def context_table(records: Records) -> Table:
     """Return the longest contexts that were reached in a budget of memory."""
-    chosen = sorted(_of(records, ContextBench), key=lambda r: (_device(r), r.model, r.context))
+    chosen = sorted(
+        (r for r in records if r.cell.experiment == "longest-context" and not r.error),
+        key=lambda r: (_device(r), r.cell.settings["shape"], r.metrics["longest_context"]),
+    )
     rows = tuple(
         (
             _device(r),
-            f"{r.model}, {r.weights}",
-            code(r.method),
-            f"{r.budget_bytes / 1e9:.0f}",
-            f"{r.weight_bytes / 1e9:.2f}",
-            f"{r.context:,}",
-            f"{r.cache_bytes / 1e9:.2f}",
+            _model(r),
+            code(r.cell.method),
+            f"{r.cell.settings['budget_gb']:.0f}",
+            _gigabytes(r, "weight_bytes"),
+            _figure(r, "longest_context", 0),
+            _gigabytes(r, "cache_bytes"),
         )
         for r in chosen
     )
     names = ("GPU", "model, weights", "method", "budget, GB", "weights, GB", "longest context", "cache, GB")
     return Table("", names, rows, _where(r.environment for r in chosen))
+
+
+def metrics_table(records: Records) -> Table:
+    """Return the time to compare one layer's heads, all at once against head by head."""
+    chosen = sorted(
+        (r for r in records if r.cell.experiment == "metrics-speed" and not r.error),
+        key=lambda r: (_device(r), r.cell.settings["tokens"]),
+    )
+    rows = tuple(
+        (
+            _device(r),
+            str(r.environment.cpu_threads),
+            f"{r.cell.settings['tokens']:,}",
+            f"{r.cell.settings['queries']:,}",
+            f"{r.cell.settings['heads']} on {r.cell.settings['kv_heads']}",
+            _figure(r, "vectorised_ms"),
+            _figure(r, "loop_ms"),
+            _figure(r, "speed_ratio"),
+        )
+        for r in chosen
+    )
+    names = ("hardware", "threads", "tokens", "queries a head", "heads", "all at once, ms", "head by head, ms")
+    return Table("", (*names, "times as fast"), rows, _where(r.environment for r in chosen))
 
 
 def long_context_table(records: Iterable[ExperimentRecord]) -> Table:

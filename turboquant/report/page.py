@@ -1,13 +1,22 @@
 """Reports on any set of records: the same sections as Markdown and as one HTML file that works offline."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.report.gpu import (
+    attention_table,
+    context_table,
+    encode_table,
+    model_table,
+    prefill_table,
+    scores_table,
+)
 from turboquant.report.summary import ReportError, Results, Summary, summarize
 from turboquant.report.tables import (
     Table,
@@ -32,6 +41,22 @@ TITLES = {
     "validate": "The codes on random unit vectors",
     "variance": "Spread over seeds",
 }
+
+BENCHES: "dict[str, Callable[[Sequence[ExperimentRecord]], Table]]" = {
+    "Decode speed": decode_table,
+    "Decode speed on a busy machine": busy_table,
+    "One layer's decode attention": attention_table,
+    "Attention from a chunk of a prompt": prefill_table,
+    "Attention scores alone": scores_table,
+    "Packing keys and values": encode_table,
+    "Decode steps of known shapes with random weights": model_table,
+    "The longest context in a budget of GPU memory": context_table,
+}
+OWN_TABLES = (
+    *("decode", "kernel-attention", "kernel-scores", "kernel-encode", "model-speed", "longest-context"),
+    "metrics-speed",
+)
+"""Experiments whose records are not averaged: each is a row of one of those tables."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +94,11 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
         ReportError: If there are no records at all.
         ImportError: If plots are wanted and plotly is missing.
     """
-    if not results.records and not results.benches:
+    if not results.records:
         raise ReportError("there are no records to report on")
     sections = []
-    for experiment, _, group in by_group(summarize(r for r, _ in results.records if r.cell.experiment != "variance")):
+    summed = (record for record, _ in results.records if record.cell.experiment not in (*OWN_TABLES, "variance"))
+    for experiment, _, group in by_group(summarize(summed)):
         tables = [comparison_table(group)]
         if experiment == "perplexity" and len(group) > 2:
             tables.append(front_table(group, "By bits really held, with the Pareto front of mean KL"))
@@ -80,8 +106,9 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
     if spreads := results.of("variance"):
         sections.append(Section(TITLES["variance"], (variance_table(spreads),)))
-    for title, table in (("Decode speed", decode_table), ("Decode speed on a busy machine", busy_table)):
-        if (made := table(results.benches)).rows:
+    every = [record for record, _ in results.records]
+    for title, table in BENCHES.items():
+        if (made := table(every)).rows:
             sections.append(Section(title, (made,)))
     if failed := [record for record, _ in results.records if record.error]:
         sections.append(Section("Failures", (failures_table(failed),)))

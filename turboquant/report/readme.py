@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from turboquant.records.bench import GpuBench
-from turboquant.records.experiment import DecodeBench
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.report.gpu import (
     attention_table,
     context_table,
@@ -32,9 +31,9 @@ START, END = "<!-- results: {name} -->", "<!-- end of results -->"
 _PLACE = re.compile(r"<!-- results: (?P<name>[^>]*?) -->(?P<table>.*?)(?P<end><!-- end of results -->|\Z)", re.DOTALL)
 
 
-def _decode(table: Callable[[Sequence[DecodeBench]], Table]) -> Callable[[Results], str]:
+def _bench(table: Callable[[Sequence[ExperimentRecord]], Table]) -> Callable[[Results], str]:
     def filled(results: Results) -> str:
-        made = table(results.benches)
+        made = table([record for record, _ in results.records])
         return made.markdown() if made.rows else ""
 
     return filled
@@ -55,14 +54,6 @@ def _methods(results: Results) -> str:
     return "\n\n".join(front_table(group).markdown() for _, _, group in groups)
 
 
-def _gpu(table: Callable[[Sequence[GpuBench]], Table]) -> Callable[[Results], str]:
-    def filled(results: Results) -> str:
-        made = table(results.gpu)
-        return made.markdown() if made.rows else ""
-
-    return filled
-
-
 def _needle(results: Results) -> str:
     groups = by_group(summarize(r for r in results.of("needle") if not on_gpu(r)))
     return "\n\n".join(needle_table(group).markdown() for _, _, group in groups)
@@ -79,8 +70,8 @@ def _variance(results: Results) -> str:
 
 
 README_TABLES: dict[str, Callable[[Results], str]] = {
-    "decode": _decode(decode_table),
-    "decode-busy": _decode(busy_table),
+    "decode": _bench(decode_table),
+    "decode-busy": _bench(busy_table),
     "methods": _methods,
     "evaluate": _comparison("attention"),
     "perplexity": _comparison("perplexity", "perplexity"),
@@ -90,13 +81,13 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "variance": _variance,
     "validate": _comparison("validate"),
     "sweep": _comparison("perplexity", "sweep"),
-    "gpu-attention": _gpu(attention_table),
-    "gpu-speed": _gpu(speed_table),
-    "gpu-prefill": _gpu(prefill_table),
-    "gpu-scores": _gpu(scores_table),
-    "gpu-encode": _gpu(encode_table),
-    "gpu-model": _gpu(model_table),
-    "gpu-context": _gpu(context_table),
+    "gpu-attention": _bench(attention_table),
+    "gpu-speed": _bench(speed_table),
+    "gpu-prefill": _bench(prefill_table),
+    "gpu-scores": _bench(scores_table),
+    "gpu-encode": _bench(encode_table),
+    "gpu-model": _bench(model_table),
+    "gpu-context": _bench(context_table),
     "gpu-quality": _comparison("perplexity", "gpu-", gpu=True),
     "gpu-long": _long_context,
 }

@@ -14,10 +14,9 @@ from pydantic import ValidationError
 from turboquant.methods import parse_method
 from turboquant.models.inputs import own_files
 from turboquant.records.base import first_error
-from turboquant.records.bench import GPU_BENCHES, GpuBench
 from turboquant.records.environment import Environment
-from turboquant.records.experiment import DecodeBench, ExperimentRecord
-from turboquant.records.files import read_lines
+from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.files import parse_record, read_lines
 
 CONTEXT_SETTINGS = ("context", "tokens")
 AVERAGED = frozenset((*CONTEXT_SETTINGS, "seed", "seeds", "depth", "rotation_seed", "sampling_seed", "repetition"))
@@ -32,11 +31,9 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class Results:
-    """What was read: experiment records with the file each came from, and benchmarks; the newest of each."""
+    """What was read: records with the file each came from, the newest of each cell."""
 
     records: tuple[tuple[ExperimentRecord, Path], ...] = ()
-    benches: tuple[DecodeBench, ...] = ()
-    gpu: tuple[GpuBench, ...] = ()
 
     def of(self, experiment: str, file: str = "") -> list[ExperimentRecord]:
         """Return the records of an experiment that did not fail, from files whose names begin so."""
@@ -48,7 +45,7 @@ class Results:
 
 
 def read_results(places: Iterable[Path]) -> Results:
-    """Read files of records, and folders with such files: `.jsonl` records and decode benchmarks, `evaluate`'s `.json`.
+    """Read files of records, and folders with such files: `.jsonl` records and `evaluate`'s `.json`.
 
     Of several records of one cell the newest is kept, one from a CPU and one from a GPU; one that failed only where
     none succeeded.
@@ -57,22 +54,13 @@ def read_results(places: Iterable[Path]) -> Results:
         ReportError: If a place is missing or a line is neither; names file and line.
     """
     records: dict[tuple[str, bool], tuple[ExperimentRecord, Path]] = {}
-    benches: dict[tuple[object, ...], DecodeBench] = {}
-    gpu: dict[tuple[object, ...], GpuBench] = {}
     for path in _files(places):
         for found in _read_document(path) if path.suffix == ".json" else _read_lines(path):
-            if isinstance(found, ExperimentRecord):
-                cell = found.cell.key, on_gpu(found)
-                before = records.get(cell)
-                if before is None or _rank(before[0]) <= _rank(found):
-                    records[cell] = (found, path)
-            elif not isinstance(found, DecodeBench):
-                if found.key not in gpu or gpu[found.key].environment.created <= found.environment.created:
-                    gpu[found.key] = found
-            else:
-                if found.key not in benches or benches[found.key].environment.created <= found.environment.created:
-                    benches[found.key] = found
-    return Results(tuple(records.values()), tuple(benches.values()), tuple(gpu.values()))
+            cell = found.cell.key, on_gpu(found)
+            before = records.get(cell)
+            if before is None or _rank(before[0]) <= _rank(found):
+                records[cell] = (found, path)
+    return Results(tuple(records.values()))
 
 
 def on_gpu(record: ExperimentRecord) -> bool:
@@ -98,28 +86,22 @@ def _files(places: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _read_lines(path: Path) -> list[ExperimentRecord | DecodeBench | GpuBench]:
+def _read_lines(path: Path) -> list[ExperimentRecord]:
     lines, torn = read_lines(path)
-    read = (_read_line(line, f"line {number} of {path}") for number, line in lines)
-    found = [record for record in read if record]
+    found = [_read_line(line, f"line {number} of {path}") for number, line in lines]
     if torn:  # an interrupted write leaves half a line, an editor a whole one
         with contextlib.suppress(ReportError):
-            found += filter(None, [_read_line(torn, "")])
-    return found
+            found.append(_read_line(torn, ""))
+    return [record for record in found if record]
 
 
-def _read_line(line: bytes, where: str) -> ExperimentRecord | DecodeBench | GpuBench | None:
-    """Read a line; benchmarks of other kinds, which no report shows, are None."""
+def _read_line(line: bytes, where: str) -> ExperimentRecord | None:
+    """Read a line; those about no experiment, which no report shows, are None."""
     try:
-        content = json.loads(line)
-        kind = str(content.get("kind")) if isinstance(content, dict) else ""
-        if kind in GPU_BENCHES:
-            return GPU_BENCHES[kind].model_validate_json(line)
-        if kind.startswith("bench-") and kind != "bench-decode":
-            return None
-        return (DecodeBench if kind == "bench-decode" else ExperimentRecord).model_validate_json(line)
+        json.loads(line)
+        return parse_record(line)
     except ValidationError as error:
-        raise ReportError(f"{where} is neither an experiment record nor a benchmark ({first_error(error)})") from None
+        raise ReportError(f"{where} is not an experiment record ({first_error(error)})") from None
     except (ValueError, RecursionError):
         raise ReportError(f"{where} is not JSON") from None
 

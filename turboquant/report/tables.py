@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from turboquant.records.experiment import DecodeBench, ExperimentRecord
+from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.metrics import NONE, metric
 from turboquant.records.pareto import pareto_front
 from turboquant.records.spread import spread
@@ -158,59 +158,82 @@ def needle_table(summaries: Sequence[Summary]) -> Table:
     return Table("", ("model", "method", "bits a value held", *names), rows, note)
 
 
-def decode_table(records: Sequence[DecodeBench]) -> Table:
+def _condition(record: ExperimentRecord) -> tuple[object, ...]:
+    """Equal for records of `decode` that differ only in what other processes did and how long threads spun."""
+    s = record.cell.settings
+    return record.cell.model, record.cell.method, s["prompt_tokens"], s["new_tokens"], s["device"]
+
+
+def _decoded(records: Sequence[ExperimentRecord], busy: bool) -> list[ExperimentRecord]:
+    """Return the records of `decode` of cases that were measured beside other processes too, or of the others."""
+    good = [r for r in records if r.cell.experiment == "decode" and not r.error]
+    cases = {_condition(r) for r in good if r.cell.settings["busy"]}
+    return [r for r in good if (_condition(r) in cases) == busy]
+
+
+def _quiet_order(record: ExperimentRecord) -> tuple[object, ...]:
+    model, method, prompt_tokens, _, _ = _condition(record)
+    return model, prompt_tokens, method
+
+
+def _decode_cells(record: ExperimentRecord) -> tuple[str, ...]:
+    s = record.cell.settings
+    weights = record.model.weights if record.model else record.cell.weights
+    return f"{record.cell.model}, {weights}", code(record.cell.method), f"{s['prompt_tokens']} + {s['new_tokens']}"
+
+
+def _plain(record: ExperimentRecord, name: str, digits: int) -> str:
+    value = record.metrics.get(name)
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def decode_table(records: Sequence[ExperimentRecord]) -> Table:
     """Return decode speed on a machine otherwise idle, with hardware and commit in every row.
 
     Cases that were measured beside other processes too stand in `busy_table`.
     """
-    rows: list[tuple[str, ...]] = []
-    busy = {r.case for r in records if r.busy_processes}
-    quiet = [r for r in records if r.case not in busy]
-    for r in sorted(quiet, key=lambda r: (r.model.name, r.prompt_tokens, r.method)):
-        rows.append(
-            (
-                f"{r.model.name}, {r.model.weights}",
-                code(r.method),
-                f"{r.prompt_tokens} + {r.new_tokens}",
-                f"{r.full_tokens_per_second.median:.1f}",
-                f"{r.tokens_per_second.median:.1f}",
-                f"{r.ratio:.2f}",
-                f"{r.report.bits_per_value:.2f}",
-                _where(r),
-            )
+    rows = [
+        (
+            *_decode_cells(r),
+            _plain(r, "full_tokens_per_second", 1),
+            _plain(r, "tokens_per_second", 1),
+            _plain(r, "speed_ratio", 2),
+            "" if r.cache is None else f"{r.cache.bits_per_value:.2f}",
+            _where(r),
         )
+        for r in sorted(_decoded(records, busy=False), key=_quiet_order)
+    ]
     names = ("model, weights", "method", "prompt + new tokens", "full, tokens/s", "compressed, tokens/s", "ratio")
     return Table("", (*names, "bits a value held", "measured on"), tuple(rows))
 
 
-def busy_table(records: Sequence[DecodeBench]) -> Table:
+def busy_table(records: Sequence[ExperimentRecord]) -> Table:
     """Return decode speed while other processes compute, by how long OpenMP's threads spin before they sleep.
 
     What was measured of the same cases without such processes stands beside it.
     """
-    cases = {r.case for r in records if r.busy_processes}
-    busy = [r for r in records if r.case in cases]
     rows = [
         (
-            f"{r.model.name}, {r.model.weights}",
-            code(r.method),
-            f"{r.prompt_tokens} + {r.new_tokens}",
-            str(r.busy_processes),
-            "not set" if r.openmp_spins is None else f"{r.openmp_spins:,}",
-            f"{r.full_tokens_per_second.median:.2f}",
-            f"{r.tokens_per_second.median:.2f}",
-            "" if r.full_worst_step_ms is None else f"{r.full_worst_step_ms:,.0f}",
-            "" if r.worst_step_ms is None else f"{r.worst_step_ms:,.0f}",
+            *_decode_cells(r),
+            str(r.cell.settings["busy"]),
+            "not set" if (spins := r.cell.settings["openmp_spins"]) is None else f"{spins:,}",
+            _plain(r, "full_tokens_per_second", 2),
+            _plain(r, "tokens_per_second", 2),
+            _plain(r, "full_worst_step_ms", 0),
+            _plain(r, "worst_step_ms", 0),
             _where(r),
         )
-        for r in sorted(busy, key=lambda r: (r.model.name, r.method, r.busy_processes, -(r.openmp_spins or 0)))
+        for r in sorted(
+            _decoded(records, busy=True),
+            key=lambda r: (*_condition(r)[:2], r.cell.settings["busy"], -(r.cell.settings["openmp_spins"] or 0)),
+        )
     ]
     speeds = ("full, tokens/s", "compressed, tokens/s", "full, longest step, ms", "compressed, longest step, ms")
     names = ("model, weights", "method", "prompt + new tokens", "busy processes", "rounds of spinning")
     return Table("", (*names, *speeds, "measured on"), tuple(rows))
 
 
-def _where(record: DecodeBench) -> str:
+def _where(record: ExperimentRecord) -> str:
     found = record.environment
     return f"{found.device}, {found.cpu_threads} threads, {found.created[:10]}, {found.commit or 'no commit'}"
 

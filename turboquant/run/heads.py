@@ -19,8 +19,8 @@ from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.quant.quantizer import Quantizer
 from turboquant.records.comparison import HeadMetrics, HeadScores, TokenMetrics
-from turboquant.records.heads import AttentionCollector
 from turboquant.run.generate import CancelledError, QueryRecorder
+from turboquant.run.margins import AttentionCollector
 from turboquant.run.metrics import head_agreement, token_agreement
 
 METRICS = ("cosine_scores", "cosine_weights", "top1", "top5")

@@ -26,12 +26,6 @@ def sleep_while_waiting() -> None:
     os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
-def spins() -> int | None:
-    """Return how long GCC's OpenMP was told to spin; None where nobody has told it."""
-    told = os.environ.get("GOMP_SPINCOUNT", "")
-    return int(told) if told.isdecimal() else None
-
-
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
     """Let this many other processes compute without a pause within the block, as a busy machine does."""
