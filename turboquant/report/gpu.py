@@ -7,8 +7,8 @@ from typing import TypeVar
 from turboquant.records.bench import AttentionBench, ContextBench, EncodeBench, GpuBench, ModelBench, ScoresBench
 from turboquant.records.environment import Environment
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.metrics import NONE
-from turboquant.report.tables import Table, code, number
+from turboquant.records.metrics import NONE, metric
+from turboquant.report.tables import Table, code
 
 B = TypeVar("B", bound=GpuBench)
 LARGE = "llama-3.1-8b", 8, 32_768, 1
@@ -136,7 +136,7 @@ def model_table(records: Iterable[GpuBench]) -> Table:
             {"calls": "step by step", "graph": "CUDA graph"}[r.run],
             code(r.method),
             f"{r.step_ms.median:.2f}",
-            f"{r.tokens_per_second:,.1f}",
+            metric("tokens_per_second").text(r.tokens_per_second),
             f"{r.cache_bytes / 1e9:.2f}",
             f"{r.peak_bytes / 1e9:.2f}",
         )
@@ -149,7 +149,7 @@ def model_table(records: Iterable[GpuBench]) -> Table:
         "run",
         "method",
         "ms a step",
-        "tokens/s",
+        metric("tokens_per_second").label,
         "cache, GB",
         "peak, GB",
     )
@@ -177,6 +177,7 @@ def context_table(records: Iterable[GpuBench]) -> Table:
 
 def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
     """Return `evaluate`'s time and memory by context; a model in a folder goes by the folder's name."""
+    figures = ("bits_per_value", "cosine_similarity", "same_top_pct")
     chosen = sorted(
         records, key=lambda r: (r.cell.model or "", r.cell.settings["context"], (r.cell.method or "")[::-1])
     )
@@ -185,15 +186,13 @@ def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
             Path(r.cell.model or "").name,
             code(r.cell.method),
             f"{r.cell.settings['context']:,}",
-            number("", r.cache.bits_per_value if r.cache else None),
-            number("cosine_similarity", r.metrics.get("cosine_similarity")),
-            number("same_top_pct", r.metrics.get("same_top_pct")),
+            *(metric(name).text(r.metrics.get(name)) for name in figures),
             f"{r.timing['elapsed']:.1f}",
             *_peak(r.metrics.get("peak_memory_bytes"), r.cell.settings["context"]),
         )
         for r in chosen
     )
-    names = ("model", "method", "context", "bits a value held", "cosine", "same top token, %", "seconds", "peak, GB")
+    names = ("model", "method", "context", *(metric(name).label for name in figures), "seconds", "peak, GB")
     return Table("", (*names, "peak, KB a token"), rows, _where(r.environment for r in chosen))
 
 

@@ -8,6 +8,7 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from turboquant.records.metrics import NONE, metric
 from turboquant.report.summary import ReportError, Results, Summary, summarize
 from turboquant.report.tables import (
     Table,
@@ -17,7 +18,6 @@ from turboquant.report.tables import (
     decode_table,
     failures_table,
     front_table,
-    number,
     variance_table,
 )
 
@@ -75,7 +75,11 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
     for experiment, _, group in by_group(summarize(r for r, _ in results.records if r.cell.experiment != "variance")):
         tables = [comparison_table(group)]
         if experiment == "perplexity" and len(group) > 2:
-            tables.append(front_table(group, "By bits really held, with the Pareto front of mean KL"))
+            tables.append(
+                front_table(
+                    group, f"By {metric('bits_per_value').title}, with the Pareto front of {metric('kl_mean').title}"
+                )
+            )
         drawn = _draw(group) if plots and group[0].model is not None else ()
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
     if spreads := results.of("variance"):
@@ -133,7 +137,7 @@ def to_html(sections: Sequence[Section]) -> str:
 def _cell(value: str | float | int | None) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return number("", None) if value is None else str(value)
+    return NONE if value is None else str(value)
 
 
 def _json(plot: "Plot") -> str:

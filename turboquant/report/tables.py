@@ -7,7 +7,7 @@ from typing import Any
 
 from turboquant.records.experiment import DecodeBench, ExperimentRecord
 from turboquant.records.metrics import NONE, metric
-from turboquant.records.pareto import pareto_front
+from turboquant.records.pareto import front_of
 from turboquant.records.spread import spread
 from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on, summarize
 
@@ -29,6 +29,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The figures that a table shows, by experiment; of other experiments every figure is shown."""
 
+DECODE = ("full_tokens_per_second", "tokens_per_second", "speed_ratio", "bits_per_value")
+BUSY = ("full_tokens_per_second", "tokens_per_second", "full_worst_step_ms", "worst_step_ms")
+"""What the tables of decode speed show, on an idle machine and on a busy one."""
 GREEDY = ("kl_mean", "same_top_pct", "delta_ppl_pct", "agreed_tokens")
 SAMPLED = "agreed_tokens"
 """What the table of `variance` shows of greedy and of sampled answers."""
@@ -58,16 +61,6 @@ class Table:
         return f"{text}\n\n{self.note}" if self.note else text
 
 
-def label(name: str) -> str:
-    """Return a metric's name for people."""
-    return metric(name).label
-
-
-def number(name: str, value: float | None) -> str:
-    """Return a figure as shown; one that could not be had is a dash."""
-    return metric(name).text(value)
-
-
 def code(text: str | None) -> str:
     """Return a name as code."""
     return f"`{text}`" if text else NONE
@@ -94,7 +87,7 @@ def comparison_table(summaries: Sequence[Summary], title: str = "", metrics: Seq
         *((name, _from_row(name)) for name in ROW_SETTINGS if any(name in dict(one.row) for one in summaries)),
         ("method", lambda one: code(one.method)),
         ("contexts", contexts_of),
-        *((label(name), _from_metrics(name)) for name in names),
+        *((metric(name).label, _from_metrics(name)) for name in names),
         ("records", lambda one: str(one.records)),
     ]
     cells = [(name, [get(one) for one in summaries]) for name, get in fields]
@@ -116,7 +109,7 @@ def _from_row(name: str) -> Callable[[Summary], str]:
 
 
 def _from_metrics(name: str) -> Callable[[Summary], str]:
-    return lambda one: number(name, one.metrics.get(name))
+    return lambda one: metric(name).text(one.metrics.get(name))
 
 
 def front_table(summaries: Sequence[Summary], title: str = "") -> Table:
@@ -126,8 +119,9 @@ def front_table(summaries: Sequence[Summary], title: str = "") -> Table:
     marks: dict[int, str] = {}
     for _, group in groupby(usable, key=lambda one: (one.model, one.weights)):
         part = sorted(group, key=lambda one: one.metrics["bits_per_value"])
-        front = pareto_front([(one.metrics["bits_per_value"], one.metrics["kl_mean"]) for one in part])
-        marks.update({id(one): "yes" if on else "" for one, on in zip(part, front, strict=True)})
+        marks.update(
+            {id(one): "yes" if on else "" for one, on in zip(part, front_of([o.metrics for o in part]), strict=True)}
+        )
         rows += part
     if not rows:
         return Table(title, (), ())
@@ -142,20 +136,21 @@ def needle_table(summaries: Sequence[Summary]) -> Table:
 
     def cell(one: Summary, context: int) -> str:
         found = one.by_context.get(context, {})
-        return f"{number('_pct', found.get('success_pct'))} ({number('_pct', found.get('success_full_pct'))})"
+        own, full = (metric(name).text(found.get(name)) for name in ("success_pct", "success_full_pct"))
+        return f"{own} ({full})"
 
     rows = tuple(
         (
             one.model or NONE,
             code(one.method),
-            number("", one.metrics.get("bits_per_value")),
+            metric("bits_per_value").text(one.metrics.get("bits_per_value")),
             *(cell(one, context) for context in contexts),
         )
         for one in summaries
     )
-    names = tuple(f"found at {context:,}, % (full)" for context in contexts)
+    names = tuple(f"{metric('success_pct').title} at {context:,}, % (full)" for context in contexts)
     note = measured_on(environment for one in summaries for environment in one.environments)
-    return Table("", ("model", "method", "bits a value held", *names), rows, note)
+    return Table("", ("model", "method", metric("bits_per_value").label, *names), rows, note)
 
 
 def decode_table(records: Sequence[DecodeBench]) -> Table:
@@ -172,15 +167,16 @@ def decode_table(records: Sequence[DecodeBench]) -> Table:
                 f"{r.model.name}, {r.model.weights}",
                 code(r.method),
                 f"{r.prompt_tokens} + {r.new_tokens}",
-                f"{r.full_tokens_per_second.median:.1f}",
-                f"{r.tokens_per_second.median:.1f}",
-                f"{r.ratio:.2f}",
-                f"{r.report.bits_per_value:.2f}",
+                *(metric(name).text(value) for name, value in zip(DECODE, _decode(r), strict=True)),
                 _where(r),
             )
         )
-    names = ("model, weights", "method", "prompt + new tokens", "full, tokens/s", "compressed, tokens/s", "ratio")
-    return Table("", (*names, "bits a value held", "measured on"), tuple(rows))
+    names = ("model, weights", "method", "prompt + new tokens")
+    return Table("", (*names, *(metric(name).label for name in DECODE), "measured on"), tuple(rows))
+
+
+def _decode(r: DecodeBench) -> tuple[float, ...]:
+    return r.full_tokens_per_second.median, r.tokens_per_second.median, r.ratio, r.report.bits_per_value
 
 
 def busy_table(records: Sequence[DecodeBench]) -> Table:
@@ -197,17 +193,17 @@ def busy_table(records: Sequence[DecodeBench]) -> Table:
             f"{r.prompt_tokens} + {r.new_tokens}",
             str(r.busy_processes),
             "not set" if r.openmp_spins is None else f"{r.openmp_spins:,}",
-            f"{r.full_tokens_per_second.median:.2f}",
-            f"{r.tokens_per_second.median:.2f}",
-            "" if r.full_worst_step_ms is None else f"{r.full_worst_step_ms:,.0f}",
-            "" if r.worst_step_ms is None else f"{r.worst_step_ms:,.0f}",
+            *(metric(name).text(value) for name, value in zip(BUSY, _busy(r), strict=True)),
             _where(r),
         )
         for r in sorted(busy, key=lambda r: (r.model.name, r.method, r.busy_processes, -(r.openmp_spins or 0)))
     ]
-    speeds = ("full, tokens/s", "compressed, tokens/s", "full, longest step, ms", "compressed, longest step, ms")
     names = ("model, weights", "method", "prompt + new tokens", "busy processes", "rounds of spinning")
-    return Table("", (*names, *speeds, "measured on"), tuple(rows))
+    return Table("", (*names, *(metric(name).label for name in BUSY), "measured on"), tuple(rows))
+
+
+def _busy(r: DecodeBench) -> tuple[float | None, ...]:
+    return r.full_tokens_per_second.median, r.tokens_per_second.median, r.full_worst_step_ms, r.worst_step_ms
 
 
 def _where(record: DecodeBench) -> str:
@@ -244,7 +240,8 @@ def variance_table(records: Sequence[ExperimentRecord]) -> Table:
         sampled = [r for r in own if r.cell.settings.get("seed") is not None]
         figures = (*(_mean_and_sd(greedy, name) for name in GREEDY), _mean_and_sd(sampled, SAMPLED))
         rows.append((summary.model or NONE, code(summary.method), *figures, f"{len(greedy)} + {len(sampled)}"))
-    names = (*(f"{label(name)} ± sd" for name in GREEDY), "agreed tokens, sampled ± sd", "greedy + sampled runs")
+    heads = [f"{metric(name).label} ± sd" for name in (*GREEDY, f"sampled_{SAMPLED}")]
+    names = (*heads, "greedy + sampled runs")
     note = measured_on(record.environment for record in kept)
     return Table("", ("model", "method", *names), tuple(rows), note)
 
@@ -254,4 +251,5 @@ def _mean_and_sd(records: Sequence[ExperimentRecord], name: str) -> str:
     if not values:
         return NONE
     found = spread(values)
-    return number(name, found.mean) + ("" if found.sd is None else f" ± {number(name, found.sd)}")
+    sd = "" if found.sd is None else f" ± {metric(name).text(found.sd).removeprefix('+')}"
+    return metric(name).text(found.mean) + sd
