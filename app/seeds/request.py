@@ -262,8 +262,8 @@ def seed_words(found: Findings) -> list[str]:
         if all(one is not None and one.sd is not None for one in pair):
             sds = [metric("agreed_tokens").said(one.sd) for one in pair if one is not None]
             words.append(
-                f"{method}, sampled answers: the {metric('agreed_tokens').title} has a standard deviation of {sds[0]} from one "
-                f"rotation seed to the next, and of {sds[1]} from one sampling seed to the next."
+                f"{method}, sampled answers: the {metric('agreed_tokens').title} has a standard deviation of {sds[0]} "
+                f"from one rotation seed to the next, and of {sds[1]} from one sampling seed to the next."
             )
     return words
 

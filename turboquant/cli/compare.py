@@ -332,7 +332,7 @@ def _print_contexts(turn: "Turn") -> None:
 def _print_quality(comparison: "Comparison") -> None:
     heads, tokens = comparison.heads, comparison.tokens
     names = ("heads_at_risk_pct", "top1_match_pct", "top5_match_pct", "cosine_scores") if heads else ()
-    figures = {name: getattr(heads and heads.served, name) for name in names}
+    figures = {f"served_{name}": getattr(heads and heads.served, name) for name in names}
     figures |= {"mean_kl": tokens.mean_kl, "same_top_pct": tokens.same_top_pct} if tokens else {}
     if known := {name: value for name, value in figures.items() if value is not None}:
         typer.echo("; ".join(f"{metric(name).title} {metric(name).said(value)}" for name, value in known.items()))

@@ -73,6 +73,11 @@ class Metric:
         return self.title[:1].upper() + self.title[1:]
 
     @property
+    def spelled(self) -> str:
+        """In files: the title with its unit in words."""
+        return self.title + {"%": ", percent", "nats": " in nats"}.get(self.unit, "")
+
+    @property
     def axis(self) -> str:
         """At the axis of a chart: the label, and which way is better."""
         return self.label + (f" ({self.better} is better)" if self.better else "")
@@ -177,9 +182,10 @@ METRICS: dict[str, Metric] = {
         definition=("A formula: 16 divided by the bits of a code, without norms, exact tokens, spare room or tables."),
     ),
     "cache_bytes": Metric(
-        "bytes held",
+        "KV cache held",
         BYTES,
         better="lower",
+        short="bytes held",
         definition=(
             "Bytes the cache really holds at the end, summed over every storage reachable from it: codes, scales, "
             "exact tokens, spare room and shared tables."
@@ -358,6 +364,7 @@ METRICS: dict[str, Metric] = {
     ),
     "attention_prompt_ms": Metric("attention, prompt", "ms", ".1f", "lower", f"{_ATTENTION}: the prompt. {_BY_SIDE}"),
     "attention_step_ms": Metric("attention, a step", "ms", ".1f", "lower", f"{_ATTENTION}: a step. {_BY_SIDE}"),
+    "step_ms": Metric("a step", "ms", ".1f", "lower", "One new token of every row."),
     "worst_step_ms": Metric("longest step", "ms", ",.0f", "lower", "The longest single step of all rounds."),
     # codes on random unit vectors
     "mse": Metric("MSE", digits=SMALL, better="lower", definition="Mean squared error of a unit vector."),
@@ -394,6 +401,7 @@ METRICS["kl"] = METRICS["kl_mean"]
 
 _VARIANTS = {
     "full": ("full", "With nothing compressed."),
+    "original": ("original", "With the full cache."),
     "packed": ("packed only", "Over packed tokens alone."),
     "served": ("as served", "Over all tokens, as the model sees them."),
     "sampled": ("sampled", "Of sampled answers."),
