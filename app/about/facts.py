@@ -14,6 +14,7 @@ from app.tab.verdict import human_bytes
 from app.ui import definitions
 from turboquant.kernels.backend import attention_backend
 from turboquant.records.environment import Environment, environment
+from turboquant.records.metrics import metric
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
 NOT_SHOWN = (
@@ -193,18 +194,8 @@ LIBRARIES = (
 )
 _LONGEST_LICENCE = 120
 _NAMES = {
-    "KV_BYTES": "KV cache held",
-    "RATIO": "Compression ratio",
-    "BITS_PER_VALUE": "Bits a value",
-    "AT_RISK": "Heads at risk",
-    "TOP1": "Top-1 match",
-    "TOP5": "Top-5 match",
-    "KL": "KL",
-    "SAME_TOP": "Same top token",
-    "FIRST_TOKEN": "Time to first token",
     "PACKED": "Packed and served",
     "STRIP": "Token strip",
-    "HEAD_METRIC": "Misses and cosines of a head",
     "HEAD_SCORES": "Scores of a head",
     "MARGIN": "Margin and error",
     "KV_ESTIMATE": "Estimated KV cache",
@@ -219,41 +210,36 @@ _NAMES = {
     "TURN_KL": "Drift",
     "TURN_SAME": "How long both say the same",
     "SEED_STRIP": "A figure, seed by seed",
-    "SEED_METRICS": "Figures over seeds",
     "SEED_GAPS": "Is the difference real",
     "DIVERGENCE_HISTOGRAM": "Where answers first differ",
     "BENCH_SPEED": "Tokens a second",
-    "BENCH_FIRST": "First token, timed",
-    "BENCH_PARTS": "Encode and attention",
-    "BENCH_MEMORY": "Held and peak",
-    "BYTE_FLOOR": "Times the byte floor",
     "NEEDLE_FOUND": "Found",
     "NEEDLE_CHANGE": "Less full cache",
     "NEEDLE_TOTAL": "All places together",
     "PARETO": "Quality against memory",
-    "METHOD_KL": "KL on a text",
-    "METHOD_SAME_TOP": "Same top token on a text",
-    "METHOD_PPL": "Perplexity change",
-    "METHOD_HELD": "Bits held",
-    "METHOD_PACKED": "Packed bits",
-    "METHOD_SMALLER": "Times smaller",
     "RECOMMENDED": "Recommended setting",
     "HELD_OUT": "Held-out half",
     "METHOD_FRONT": "Front",
 }
-_EVERYWHERE = "Compare and others"
 
 
 def defined() -> pd.DataFrame:
-    """One row a figure: its name, what it means, and the page whose block of `app.ui.definitions` it stands in."""
-    rows, where = [], _EVERYWHERE
+    """One row a metric and explanation: its name, what it means, and the page whose block it stands in."""
+    found: dict[str, list[tuple[str, str]]] = {
+        page: [(metric(name).heading, metric(name).help) for name in names]
+        for page, names in definitions.FIGURES.items()
+    }
+    where = next(iter(found))
     for line in inspect.getsource(definitions).splitlines():
         if heading := re.match(r"# --- (.+)", line):
             where = heading[1].strip()
-        elif (name := re.match(r"([A-Z][A-Z0-9_]*) = ", line)) and isinstance(getattr(definitions, name[1], None), str):
+        elif (name := re.match(r"([A-Z][A-Z0-9_]*) = ", line)) and isinstance(
+            text := getattr(definitions, name[1]), str
+        ):
             label = _NAMES.get(name[1], name[1].replace("_", " ").capitalize())
-            rows.append({"figure": label, "meaning": getattr(definitions, name[1], None), "shown on": where})
-    return pd.DataFrame(rows)
+            found.setdefault(where, []).append((label, text))
+    rows = [(label, text, page) for page, named in found.items() for label, text in named]
+    return pd.DataFrame(rows, columns=["figure", "meaning", "shown on"])
 
 
 def surroundings() -> dict[str, str]:

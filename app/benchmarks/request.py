@@ -16,6 +16,7 @@ from turboquant.methods import parse_method
 from turboquant.records.comparison import CacheReport
 from turboquant.records.environment import Environment
 from turboquant.records.experiment import Cell, ExperimentRecord, Spread
+from turboquant.records.metrics import metric
 
 CONTEXTS = (256, 384, 640, 1024, 2048, 4096)
 MOST_NEW_TOKENS = 256
@@ -263,29 +264,61 @@ def table_rows(found: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
+def figures(row: Row) -> dict[str, float | None]:
+    """The figures of a row by their names in records."""
+    return {
+        "tokens_per_second": row.tokens_per_second.median,
+        "full_tokens_per_second": row.full_tokens_per_second.median,
+        "speed_ratio": row.ratio,
+        "time_to_first_token_ms": row.first_ms.median,
+        "full_time_to_first_token_ms": row.full_first_ms.median,
+        "encode_step_ms": row.encode_step_ms,
+        "encode_share_pct": encode_share(row),
+        "encode_prompt_ms": row.encode_prompt_ms,
+        "attention_step_ms": row.attention_step_ms,
+        "full_attention_step_ms": row.full_attention_step_ms,
+        "attention_prompt_ms": row.attention_prompt_ms,
+        "full_attention_prompt_ms": row.full_attention_prompt_ms,
+        "bytes": row.bytes,
+        "full_bytes": row.full_bytes,
+        "byte_floor": row.floor,
+        "peak_memory_bytes": row.peak_bytes,
+        "full_peak_memory_bytes": row.full_peak_bytes,
+    }
+
+
 def words(one: Row) -> str:
     """How fast a method was next to the full cache, and what was measured of why."""
     own, full = one.tokens_per_second, one.full_tokens_per_second
+    speed, ratio = metric("tokens_per_second"), metric("speed_ratio").text(one.ratio)
+    best = speed.best((own.median, full.median))
     if one.rounds < 2:
         verdict = "a single round does not tell what is chance"
-    elif own.p80 < full.p20 or own.p20 > full.p80:
-        verdict = f"{'slower' if one.ratio < 1 else 'faster'} in {one.rounds} rounds"
+    elif best is not None and (own.p80 < full.p20 or own.p20 > full.p80):
+        verdict = f"{('faster', 'slower')[best]} in {one.rounds} rounds"
     else:
         verdict = "no clear difference, the rounds overlap"
     rows = f", {one.batch} rows" if one.batch > 1 else ""
-    speeds = f"{own.median:.1f} against {full.median:.1f} tokens/s"
-    text = f"{one.method} at {one.context:,} tokens{rows}: {one.ratio:.2f} x the full cache on {one.where} ({speeds})"
+    speeds = f"{speed.text(own.median)} against {speed.said(full.median)}"
+    text = f"{one.method} at {one.context:,} tokens{rows}: {ratio} x the full cache on {one.where} ({speeds})"
     text += f": {verdict}."
     parts = []
     if one.encode_step_ms is not None:
-        parts.append(f"packing took {one.encode_step_ms:.2f} ms")
+        parts.append(f"packing took {metric('encode_step_ms').said(one.encode_step_ms)}")
     if one.attention_step_ms is not None and one.full_attention_step_ms is not None:
-        parts.append(
-            f"attention over codes {one.attention_step_ms:.1f} ms instead of {one.full_attention_step_ms:.1f} ms"
-        )
-    step = f" A step takes {one.step_ms:.1f} ms instead of {one.full_step_ms:.1f} ms"
+        pair = map(metric("attention_step_ms").said, (one.attention_step_ms, one.full_attention_step_ms))
+        parts.append(f"attention over codes {' instead of '.join(pair)}")
+    step = f" A step takes {' instead of '.join(map(metric('step_ms').said, (one.step_ms, one.full_step_ms)))}"
     apiece = f". In one run with instruments, {' and '.join(parts)} of a step." if parts else ""
     text += step + (apiece or "; its parts were not measured.")
     held = f" It holds {human_bytes(one.bytes)}"
     held += f" instead of {human_bytes(one.full_bytes)}" if one.full_bytes is not None else ""
-    return text + held + (f", {one.floor:.2f} x the byte floor." if one.floor is not None else "; no floor is known.")
+    return (
+        text
+        + held
+        + (
+            f", {metric('byte_floor').text(one.floor)} x the byte floor."
+            if one.floor is not None
+            else "; no floor is known."
+        )
+    )

@@ -10,13 +10,22 @@ from app.benchmarks.request import BATCHES, CONTEXTS, REPEATS, BenchChoices, Row
 from app.tab import state
 from app.tab.measure import Plan, as_json, present
 from app.tab.runs import csv_text
-from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.metrics import metric
 
 _START = BenchChoices()
+DRAWN = (
+    "tokens_per_second",
+    "time_to_first_token_ms",
+    "encode_share_pct",
+    "encode_prompt_ms",
+    "attention_step_ms",
+    "attention_prompt_ms",
+)
+"""What is drawn against the context."""
 
 MEASUREMENT = Measurement(
     name="benchmarks",
@@ -112,7 +121,9 @@ def results(records: Sequence[ExperimentRecord], key: str) -> None:
     rows = measure.rows(records)
     for row in rows:
         st.markdown(f"- {escape(measure.words(row))}")
-    figures.show("Speed", charts.speed(rows), f"bench_speed_{key}", help=definitions.BENCH_SPEED)
+    figures.show(
+        metric("tokens_per_second").heading, charts.speed(rows), f"bench_speed_{key}", help=definitions.BENCH_SPEED
+    )
     if len({row.context for row in rows}) > 1:
         _against_context(rows, key)
     table(rows)
@@ -126,59 +137,25 @@ def caution(records: Sequence[ExperimentRecord]) -> None:
 
 def _against_context(rows: Sequence[Row], key: str) -> None:
     left, right = st.columns(2, gap="medium")
-    drawn = (
-        (
-            left,
-            "Tokens/s against context",
-            definitions.BENCH_SPEED,
-            lambda r: r.tokens_per_second.median,
-            lambda r: r.full_tokens_per_second.median,
-            "tokens/s",
-        ),
-        (
-            right,
-            "Time to first token",
-            definitions.BENCH_FIRST,
-            lambda r: r.first_ms.median,
-            lambda r: r.full_first_ms.median,
-            "ms",
-        ),
-        (left, "Encode, share of a step", definitions.BENCH_PARTS, measure.encode_share, None, "%"),
-        (right, "Encode of the prompt", definitions.BENCH_PARTS, lambda r: r.encode_prompt_ms, None, "ms"),
-        (
-            left,
-            "Attention, a step",
-            definitions.BENCH_PARTS,
-            lambda r: r.attention_step_ms,
-            lambda r: r.full_attention_step_ms,
-            "ms",
-        ),
-        (
-            right,
-            "Attention of the prompt",
-            definitions.BENCH_PARTS,
-            lambda r: r.attention_prompt_ms,
-            lambda r: r.full_attention_prompt_ms,
-            "ms",
-        ),
-    )
-    for number, (column, title, help, own, full, unit) in enumerate(drawn):
-        with column:
-            chart = charts.against_context(rows, own, full, title, unit)
+    for number, name in enumerate(DRAWN):
+        shown = metric(name)
+        with (left, right)[number % 2]:
+            chart = charts.against_context(rows, name)
             if chart is None:
-                st.caption(f"{title}: not measured.")
+                st.caption(f"{shown.heading}: not measured.")
             else:
-                figures.show(title, chart, f"bench_{number}_{key}", help=help)
+                figures.show(f"{shown.heading} against context", chart, f"bench_{number}_{key}", help=shown.help)
 
 
 def table(rows: Sequence[Row]) -> None:
     """Every row with its hardware, date and commit; what was not measured says so."""
     shown = [_cells(row) for row in rows]
-    st.markdown("**All figures**", help=f"{definitions.BENCH_MEMORY} {definitions.BYTE_FLOOR}")
+    memory = [metric(name) for name in ("bytes", "peak_memory_bytes", "byte_floor")]
+    st.markdown("**All figures**", help=" ".join(f"{one.heading}: {one.help}" for one in memory))
     st.dataframe(
         shown,
         hide_index=True,
-        column_config={"x byte floor": st.column_config.TextColumn(help=definitions.BYTE_FLOOR)},
+        column_config={memory[-1].column: st.column_config.TextColumn(help=memory[-1].help)},
         alt="Speed, memory and time of every method and context, with hardware, date and commit.",
     )
 
@@ -196,29 +173,11 @@ def _csv(records: Sequence[ExperimentRecord]) -> str:
 
 
 def _cells(row: Row) -> dict[str, str | int]:
-    def number(value: float | None, digits: int, unit: str = "") -> str:
-        return "not measured" if value is None else f"{value:,.{digits}f}{unit}"
-
-    def size(value: int | None) -> str:
-        return "not measured" if value is None else human_bytes(value)
-
     return {
         "method": row.method,
         "context": row.context,
         "rows": row.batch,
-        "tokens/s": number(row.tokens_per_second.median, 1),
-        "full, tokens/s": number(row.full_tokens_per_second.median, 1),
-        "ratio": number(row.ratio, 2),
-        "first token": number(row.first_ms.median, 0, " ms"),
-        "full, first token": number(row.full_first_ms.median, 0, " ms"),
-        "encode, a step": number(row.encode_step_ms, 2, " ms"),
-        "attention, a step": number(row.attention_step_ms, 1, " ms"),
-        "full, attention": number(row.full_attention_step_ms, 1, " ms"),
-        "held": size(row.bytes),
-        "full, held": size(row.full_bytes),
-        "x byte floor": number(row.floor, 2),
-        "peak": size(row.peak_bytes),
-        "full, peak": size(row.full_peak_bytes),
+        **{metric(name).column: metric(name).said(value) for name, value in measure.figures(row).items()},
         "measured on": row.where,
         "date": row.environment.created[:10],
         "commit": row.environment.commit or "no commit",

@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 
 from app.ui.style import COMPRESSED, ORIGINAL, RISK, Chart, layout, line
 from turboquant.records.comparison import Comparison
+from turboquant.records.metrics import metric
 
 
 def tokens_table(c: Comparison) -> pd.DataFrame:
@@ -15,8 +16,8 @@ def tokens_table(c: Comparison) -> pd.DataFrame:
         {
             "token": list(range(count)),
             "text": c.original.token_texts[:count],
-            "KL in nats": t.kl,
-            "same top token": t.same_top,
+            metric("kl").spelled: t.kl,
+            metric("same_top_pct").title: t.same_top,
             "probability, full": t.probability_full,
             "probability, compressed": t.probability_compressed,
         }
@@ -43,8 +44,9 @@ def kl_per_token(c: Comparison) -> Chart:
             hovertemplate="another top token",
         )
     )
-    layout(figure, xaxis_title="token of the original answer", yaxis_title="nats")
-    alt = f"Mean KL is {t.mean_kl:.4f} nats; the most likely token changes at {len(changed)} of {len(x)} tokens."
+    layout(figure, xaxis_title="token of the original answer", yaxis_title=metric("kl").axis)
+    kl = metric("mean_kl")
+    alt = f"{kl.heading} is {kl.said(t.mean_kl)}; the most likely token changes at {len(changed)} of {len(x)} tokens."
     return Chart(figure, alt, tokens_table(c))
 
 

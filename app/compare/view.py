@@ -1,6 +1,6 @@
 """A finished comparison on the page: verdict, answers, figures, charts; of one compressed setting or of two."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import streamlit as st
@@ -12,11 +12,12 @@ from app.heads import charts as heads
 from app.tab import state
 from app.tab.examples import LONG_EXAMPLE
 from app.tab.runs import Run
-from app.tab.verdict import cache_size, cosine, human_bytes, number, percent, verdict
+from app.tab.verdict import cache_size, human_bytes, measured, verdict
 from app.ui import definitions, diff, figures, page, panes, share
 from app.ui.panes import LETTERS, code, escape
 from app.ui.style import COMPRESSED, SECOND, Chart
 from turboquant.records.faults import UNMEASURED
+from turboquant.records.metrics import metric
 
 VIEWS = ("side by side", "diff", "focus")
 
@@ -114,77 +115,60 @@ def _nothing_packed(run: Run, letter: str) -> None:
 
 def _metrics(run: Run, letter: str) -> None:
     c = run.comparison
-    report = c.compressed.report
+    report, found = c.compressed.report, measured(c)
     larger = report.bytes > report.full_precision_bytes
-    cards: list[tuple[str, str, str | None, str]] = [
-        (
-            "KV cache held",
-            human_bytes(report.bytes),
-            f"{human_bytes(report.full_precision_bytes)} at 16 bit",
-            definitions.KV_BYTES,
-        ),
-        (
-            "Larger than 16 bit" if larger else "Smaller than 16 bit",
-            human_bytes(report.bytes - report.full_precision_bytes)
-            if larger
-            else number(report.compression_ratio, 2, "x"),
-            f"{number(report.payload_ratio, 2, 'x')} payload",
-            definitions.RATIO,
-        ),
-        ("Bits per value", number(report.bits_per_value, 2), "16 uncompressed", definitions.BITS_PER_VALUE),
-        (
-            "Speed",
-            number(c.compressed.tokens_per_second, 1, " tok/s"),
-            number(c.original.tokens_per_second, 1, " tok/s original"),
-            definitions.SPEED,
-        ),
+    cards = [
+        _card("bytes", found, f"{human_bytes(report.full_precision_bytes)} at 16 bit"),
+        _card("compression_ratio", found, f"{metric('payload_ratio').said(report.payload_ratio)} payload"),
+        _card("bits_per_value", found, "16 uncompressed"),
+        _card("tokens_per_second", found, other="original"),
+        _card("time_to_first_token_ms", found, other="original"),
     ]
-    first = c.compressed.time_to_first_token_ms
-    other = c.original.time_to_first_token_ms
-    cards.append(
-        ("First token after", number(first, 0, " ms"), number(other, 0, " ms original"), definitions.FIRST_TOKEN)
-    )
     _row(cards, f"memory{letter}")
     if larger:
         st.caption(escape(f"The compressed cache is {cache_size(report)}."))
     _quality(run, letter)
 
 
+Card = tuple[str, str, str, str]
+"""Heading, value, what stands below it, and what it means."""
+
+
+def _card(name: str, found: Mapping[str, float | None], below: str = "", *, of: str = "", other: str = "") -> Card:
+    """A figure, with the same one of another part of the run below it."""
+    shown, value = metric(name), found[f"{of}{name}"]
+    if other:
+        below = f"{shown.said(found[f'{other}_{name}'])} {other}"
+    return shown.heading, shown.said(value), below, shown.help
+
+
 def _quality(run: Run, letter: str) -> None:
-    c = run.comparison
+    c, found = run.comparison, measured(run.comparison)
     if c.heads is None and c.tokens is None:
         if UNMEASURED not in c.notes:  # which stands above
             st.caption("Quality was not measured: the run was stopped before its measurement.")
         return
-    cards: list[tuple[str, str, str | None, str]] = []
+    cards: list[Card] = []
     if c.heads:
-        packed, served = c.heads.packed, c.heads.served
-        for label, field, shown, text in (
-            ("Heads at risk", "heads_at_risk_pct", percent, definitions.AT_RISK),
-            ("Top-1 match", "top1_match_pct", percent, definitions.TOP1),
-            ("Top-5 match", "top5_match_pct", percent, definitions.TOP5),
-            ("Cosine of scores", "cosine_scores", cosine, definitions.COSINE),
-        ):
-            cards.append((label, shown(getattr(packed, field)), f"{shown(getattr(served, field))} served", text))
+        names = ("heads_at_risk_pct", "top1_match_pct", "top5_match_pct", "cosine_scores")
+        cards += [_card(name, found, of="packed_", other="served") for name in names]
     if c.tokens:
-        cards.append(
-            (
-                "Mean KL",
-                number(c.tokens.mean_kl, 4, " nats"),
-                f"{percent(c.tokens.same_top_pct)} same top",
-                f"{definitions.KL} {definitions.SAME_TOP}",
-            )
-        )
+        heading, value, _, help = _card("mean_kl", found)
+        same = metric("same_top_pct")
+        cards.append((heading, value, f"{same.said(c.tokens.same_top_pct)} {same.column}", f"{help} {same.help}"))
     _row(cards, f"quality{letter}")
     if c.heads:
+        packed, served = (
+            metric("cosine_weights").said(found[f"{part}_cosine_weights"]) for part in ("packed", "served")
+        )
         st.caption(
-            f"Large figures of attention: packed positions only; small ones: as served. Cosine of softmax weights: "
-            f"{number(c.heads.packed.cosine_weights, 4)} packed, {number(c.heads.served.cosine_weights, 4)} served.",
+            f"Large figures of attention: packed positions only; small ones: as served. "
+            f"{metric('cosine_weights').heading}: {packed} packed, {served} served.",
             help=definitions.PACKED,
         )
 
 
-def _row(cards: list[tuple[str, str, str | None, str]], key: str) -> None:
+def _row(cards: Sequence[Card], key: str) -> None:
     with st.container(horizontal=True, key=f"row_{key}"):
         for label, value, below, text in cards:
             st.metric(label, value, below, delta_color="off", delta_arrow="off", help=text, border=True, width=168)
@@ -252,18 +236,19 @@ def _made(run: Run) -> list[Shown]:
     shown: list[Shown] = []
     if c.tokens and c.tokens.kl:
         shown += [
-            ("KL per token", tokens.kl_per_token(c), "kl", definitions.KL),
+            ("KL per token", tokens.kl_per_token(c), "kl", metric("mean_kl").help),
             ("Probability of the chosen token", tokens.probabilities(c), "probability", None),
         ]
+    at_risk, held = metric("heads_at_risk_pct"), metric("bytes").help
     if c.heads and c.heads.layer_indices:
         shown += [
-            ("Heads at risk, step by step", heads.risk_per_step(c), "risk_steps", definitions.AT_RISK),
+            (f"{at_risk.heading}, step by step", heads.risk_per_step(c), "risk_steps", at_risk.help),
             ("Risk map: layer by query head", heads.risk_map(c), "risk_map", definitions.RISK_MAP),
         ]
     return [
         *shown,
-        ("KV bytes over time", memory.bytes_per_step(c), "bytes_steps", definitions.KV_BYTES),
-        ("What the bytes are", memory.bytes_by_part(c), "bytes_parts", definitions.KV_BYTES),
+        ("KV bytes over time", memory.bytes_per_step(c), "bytes_steps", held),
+        ("What the bytes are", memory.bytes_by_part(c), "bytes_parts", held),
     ]
 
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.tab.verdict import cosine, percent
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, RISK_SCALE, Chart, layout, line
 from turboquant.records.comparison import Comparison, HeadMetrics, HeadScores
+from turboquant.records.metrics import Metric, metric
 
 Part = Literal["packed", "served"]
 _MARKED = 5
@@ -33,9 +33,8 @@ def heads_table(heads: HeadMetrics, part: Part = "packed") -> pd.DataFrame:
         for row, layer in enumerate(heads.layer_indices)
         for head, top1 in enumerate(scores.per_head_top1[row])
     ]
-    columns = ["layer", "head", "steps at risk", "top-5 miss", "cosine of scores", "cosine of weights"]
-    table = pd.DataFrame(rows, columns=columns)
-    order = ["steps at risk", "cosine of scores", "layer", "head"]
+    table = pd.DataFrame(rows, columns=["layer", "head", *_COLUMNS])
+    order = [_AT_RISK, _COSINE, "layer", "head"]
     return table.sort_values(order, ascending=[False, True, True, True], ignore_index=True)
 
 
@@ -44,33 +43,39 @@ def _at_risk(top1: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A figure of one head, and which way is worse.
+class Shown:
+    """A figure of one head on the map.
 
     Attributes:
-        title: Its name for people.
-        column: Its column in `heads_table`.
-        miss: Higher is worse (shares of steps); otherwise it is a cosine, and lower is worse.
+        figure: Its entry in the catalogue of metrics: a share of steps, or a cosine.
         sentence: What the worst head does, with {value}.
     """
 
-    title: str
-    column: str
-    miss: bool
+    figure: Metric
     sentence: str
+
+    @property
+    def column(self) -> str:
+        """Its column in `heads_table`."""
+        return self.figure.column
+
+    @property
+    def miss(self) -> bool:
+        """Is the head with the highest value the worst?"""
+        return self.figure.better == "lower"
 
 
 METRICS = {
-    "top1": Metric("Top-1 miss", "steps at risk", True, "changes its most attended token in {value} of the steps"),
-    "top5": Metric(
-        "Top-5 miss",
-        "top-5 miss",
-        True,
+    "top1": Shown(metric("top1_miss_pct"), "changes its most attended token in {value} of the steps"),
+    "top5": Shown(
+        metric("top5_miss_pct"),
         "has its most attended token outside the five most attended ones under compressed keys in {value} of the steps",
     ),
-    "cosine_scores": Metric("Cosine of scores", "cosine of scores", False, "has scores with a cosine of {value}"),
-    "cosine_weights": Metric("Cosine of weights", "cosine of weights", False, "has weights with a cosine of {value}"),
+    "cosine_scores": Shown(metric("cosine_scores"), "has scores with a cosine of {value}"),
+    "cosine_weights": Shown(metric("cosine_weights"), "has weights with a cosine of {value}"),
 }
+_COLUMNS = [one.column for one in METRICS.values()]
+_AT_RISK, _COSINE = METRICS["top1"].column, METRICS["cosine_scores"].column
 
 
 def ranked(heads: HeadMetrics, part: Part, metric: str) -> pd.DataFrame:
@@ -143,14 +148,13 @@ def _marks(heads: pd.DataFrame, symbol: str, name: str, marker: dict[str, Any]) 
     )
 
 
-def _map_sentence(worst: pd.DataFrame, known: pd.DataFrame, shown: Metric) -> str:
+def _map_sentence(worst: pd.DataFrame, known: pd.DataFrame, shown: Shown) -> str:
     if known.empty:
         return "No step has packed positions, so there is nothing to show."
     if worst.empty:
         return "No head changes its most attended token in any measured step."
     first = worst.iloc[0]
-    value = percent(first[shown.column]) if shown.miss else cosine(first[shown.column])
-    does = shown.sentence.format(value=value)
+    does = shown.sentence.format(value=shown.figure.said(first[shown.column]))
     which = f"layer {first['layer']:.0f}, head {first['head']:.0f}"
     if not shown.miss:
         return f"The worst head (the worst are marked by diamonds) is {which}: it {does}."
@@ -174,15 +178,16 @@ def risk_per_step(c: Comparison) -> Chart:
             "packed tokens": pd.array(heads.packed_tokens[: len(x)], dtype="Int64") if heads.packed_tokens else None,
             "at risk, packed": packed,
             "at risk, served": served,
-            "cosine of scores, packed": heads.packed.per_step_cosine_scores,
-            "cosine of weights, packed": heads.packed.per_step_cosine_weights,
+            f"{_COSINE}, packed": heads.packed.per_step_cosine_scores,
+            f"{METRICS['cosine_weights'].column}, packed": heads.packed.per_step_cosine_weights,
         }
     )
     figure = go.Figure()
     figure.add_trace(line("packed positions only", x, packed, RISK, symbol="diamond"))
     figure.add_trace(line("as served (with the exact window)", x, served, COMPRESSED, dash="dash"))
     figure.update_traces(hovertemplate="%{y:.1f} %")
-    layout(figure, xaxis_title="generated token (0 is the end of the prompt)", yaxis_title="heads at risk")
+    risk = metric("heads_at_risk_pct")
+    layout(figure, xaxis_title="generated token (0 is the end of the prompt)", yaxis_title=risk.axis)
     figure.update_yaxes(ticksuffix=" %", rangemode="tozero")
     known = [(value, i) for i, value in enumerate(packed) if value is not None]
     if not known:
@@ -190,8 +195,8 @@ def risk_per_step(c: Comparison) -> Chart:
     highest, where = max(known)
     mean = sum(value for value, _ in known) / len(known)
     alt = (
-        f"On average {percent(mean)} of the heads are at risk over packed positions; "
-        f"most at token {where}, {percent(highest)}."
+        f"On average {risk.said(mean)} of the heads are at risk over packed positions; "
+        f"most at token {where}, {risk.said(highest)}."
     )
     return Chart(figure, alt, table)
 
@@ -213,14 +218,14 @@ def margins_table(c: Comparison) -> pd.DataFrame:
             zip(c.attention.margins[row], c.heads.packed.per_head_top1[row], strict=True)
         )
     ]
-    return pd.DataFrame(rows, columns=["layer", "head", "margin", "error", "steps at risk"])
+    return pd.DataFrame(rows, columns=["layer", "head", "margin", "error", _AT_RISK])
 
 
 def margins(c: Comparison, chosen: tuple[int, int] | None = None) -> Chart:
     """One point a head: top-1 margin against the error of its scores; symbols say how often the head misses."""
     table = margins_table(c)
     known = table.dropna()
-    misses = known["steps at risk"] / 100
+    misses = known[_AT_RISK] / 100
     figure = go.Figure()
     for name, group, marker in (
         ("never misses", misses == 0, {"symbol": "circle-open", "size": 7, "color": ORIGINAL}),
@@ -232,7 +237,7 @@ def margins(c: Comparison, chosen: tuple[int, int] | None = None) -> Chart:
             go.Scatter(
                 x=heads["margin"],
                 y=heads["error"],
-                customdata=heads[["layer", "head", "steps at risk"]],
+                customdata=heads[["layer", "head", _AT_RISK]],
                 mode="markers",
                 name=name,
                 marker={**marker, "opacity": 0.85},
@@ -270,7 +275,8 @@ def _margins_sentence(known: pd.DataFrame) -> str:
     ratio = (known["margin"] / known["error"].clip(lower=1e-12)).rank(method="first")
     third = len(known) / 3
     least, most = (
-        percent(float(known[group]["steps at risk"].mean())) for group in (ratio <= max(third, 1), ratio > 2 * third)
+        METRICS["top1"].figure.said(float(known[group][_AT_RISK].mean()))
+        for group in (ratio <= max(third, 1), ratio > 2 * third)
     )
     return (
         f"The third of the heads with the smallest margin for their error misses in {least} of the steps on average, "

@@ -11,7 +11,7 @@ from app.heads import charts as heads
 from app.heads.attention_charts import Look
 from app.heads.charts import METRICS, Part
 from app.tab.runs import Run
-from app.ui import definitions, figures
+from app.ui import columns, definitions, figures
 from app.ui.panes import escape
 from app.ui.share import label, linked, note_address
 
@@ -63,10 +63,8 @@ def controls(run: Run) -> tuple[Part, str, Head]:
         bind="query-params",
         help=definitions.PACKED,
     )
-    titles = {metric.title: name for name, metric in METRICS.items()}
-    metric = second.selectbox(
-        "Metric of the map", list(titles), key=METRIC, bind="query-params", help=definitions.HEAD_METRIC
-    )
+    titles = {one.figure.heading: name for name, one in METRICS.items()}
+    metric = second.selectbox("Metric of the map", list(titles), key=METRIC, bind="query-params", help=_meanings())
     head = third.selectbox(
         "Head",
         list(named),
@@ -76,6 +74,10 @@ def controls(run: Run) -> tuple[Part, str, Head]:
         help="The worst head first. Type a number to search, or pick a row of the table.",
     )
     return _PARTS[str(part)], titles[str(metric)], named[str(head)]
+
+
+def _meanings() -> str:
+    return " ".join(f"{one.figure.heading}: {one.figure.help}" for one in METRICS.values())
 
 
 def _name(head: Head) -> str:
@@ -99,7 +101,7 @@ def overview(run: Run, part: Part, metric: str, chosen: Head) -> None:
     assert c.heads is not None
     left, right = st.columns([3, 2], gap="medium")
     with left:
-        title = f"{METRICS[metric].title}, layer by query head"
+        title = f"{METRICS[metric].figure.heading}, layer by query head"
         figures.show(title, heads.head_map(c, part, metric, chosen), "head_map", help=definitions.RISK_MAP)
     with right:
         _worst_table(run, part, metric)
@@ -129,17 +131,17 @@ def _worst_table(run: Run, part: Part, metric: str) -> None:
             "layer": st.column_config.NumberColumn(width="small"),
             "head": st.column_config.NumberColumn(width="small"),
             "detail": st.column_config.TextColumn("detail", help="Scores of this head are kept", width="small"),
-            "steps at risk": _bar("steps at risk", definitions.AT_RISK),
-            "top-5 miss": _bar("top-5 miss", definitions.TOP5),
-            "cosine of scores": st.column_config.NumberColumn(format="%.4f", help=definitions.COSINE),
-            "cosine of weights": st.column_config.NumberColumn(format="%.4f", help=definitions.COSINE),
+            **{one.column: _bar(one) for one in METRICS.values() if one.miss},
+            **columns.figures("cosine_scores", "cosine_weights"),
         },
         alt="All heads, the worst by the chosen metric first; choosing a row shows that head below.",
     )
 
 
-def _bar(name: str, words: str) -> Any:
-    return st.column_config.ProgressColumn(name, help=words, format="%.1f %%", min_value=0, max_value=100)
+def _bar(one: heads.Shown) -> Any:
+    return st.column_config.ProgressColumn(
+        one.column, help=one.figure.help, format="%.1f %%", min_value=0, max_value=100
+    )
 
 
 def _take_row(key: str, pairs: list[Head]) -> None:

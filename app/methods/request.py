@@ -14,10 +14,11 @@ from app.tab.requests import SAME, Choices, RequestError, check_loading, has_win
 from turboquant.methods import METHODS, BitsMethod, Method, parse_method, settings_of
 from turboquant.records.base import first_error
 from turboquant.records.experiment import Cell, ExperimentRecord
-from turboquant.records.pareto import pareto_front
+from turboquant.records.pareto import front_of
 from turboquant.texts import TEXTS
 
 FULL = "full"
+HELD, PACKED = "bits_per_value", "packed_bits_per_value"
 CONTEXTS = ("512", "1024", "2048", "4096", "8192")
 MEASURED = ("64", "128", "256", "512")
 TEXT_NAMES = tuple(TEXTS)
@@ -165,45 +166,26 @@ def _measured(cell: Cell) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's figures; None where one could not be had."""
+    """One method's figures by their names in records, and over which bits it stands on the Pareto front."""
 
     method: str
-    kl: float | None
-    kl_low: float | None
-    kl_high: float | None
-    same_top_pct: float | None
-    ppl: float | None
-    delta_ppl_pct: float | None
-    held: float | None
-    packed: float | None
-    smaller: float | None
-    front_held: bool = False
-    front_packed: bool = False
+    figures: Mapping[str, float | None]
+    fronts: frozenset[str] = frozenset()
 
 
 def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
     """The methods that were measured, by the bits they hold; each knows on which Pareto fronts it stands."""
-    found = [_row(record) for record in records if record.error is None]
-    held = pareto_front([(row.held, row.kl) for row in found])
-    packed = pareto_front([(row.packed, row.kl) for row in found])
-    marked = [replace(row, front_held=a, front_packed=b) for row, a, b in zip(found, held, packed, strict=True)]
-    return sorted(marked, key=lambda row: row.held if row.held is not None else float("inf"))
-
-
-def _row(record: ExperimentRecord) -> Row:
-    figures = record.metrics
-    return Row(
-        method=str(record.cell.method),
-        kl=figures.get("kl_mean"),
-        kl_low=figures.get("kl_low"),
-        kl_high=figures.get("kl_high"),
-        same_top_pct=figures.get("same_top_pct"),
-        ppl=figures.get("ppl"),
-        delta_ppl_pct=figures.get("delta_ppl_pct"),
-        held=figures.get("bits_per_value"),
-        packed=figures.get("packed_bits_per_value"),
-        smaller=record.cache.compression_ratio if record.cache else None,
-    )
+    good = [record for record in records if record.error is None]
+    figures = [
+        {**record.metrics, "compression_ratio": record.cache.compression_ratio if record.cache else None}
+        for record in good
+    ]
+    on = {bits: front_of(figures, bits) for bits in (HELD, PACKED)}
+    found = [
+        Row(str(record.cell.method), figures[i], frozenset(bits for bits, front in on.items() if front[i]))
+        for i, record in enumerate(good)
+    ]
+    return sorted(found, key=lambda row: value if (value := row.figures.get(HELD)) is not None else float("inf"))
 
 
 def failures(records: Iterable[ExperimentRecord]) -> list[tuple[str, str]]:

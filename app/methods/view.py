@@ -7,16 +7,18 @@ import streamlit as st
 
 from app.methods import charts
 from app.methods import request as measure
-from app.methods.request import DEFAULT, FULL
+from app.methods.request import DEFAULT, FULL, HELD, PACKED
 from app.tab import state
 from app.tab.measure import as_json, json_lines, report
-from app.ui import definitions, figures, page
+from app.ui import columns, definitions, figures, page
 from app.ui.measuring import HERE, Measurement, counted
 from app.ui.panes import escape
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.metrics import metric
 
 _URL: Final = "query-params"
-HELD, PACKED = "bits held", "packed bits"
+BITS = {metric(name).column: name for name in (HELD, PACKED)}
+"""Which bits count, by what they are called on the page."""
 
 MEASUREMENT = Measurement(
     name="methods",
@@ -79,8 +81,8 @@ def controls(shown: str) -> None:
         )
 
 
-def _bits() -> charts.Bits:
-    return "packed" if st.session_state.get("methods_bits") == PACKED else "held"
+def _bits() -> str:
+    return BITS.get(str(st.session_state.get("methods_bits")), HELD)
 
 
 def plot(records: Sequence[ExperimentRecord]) -> None:
@@ -99,12 +101,12 @@ def bits_switch() -> None:
     """Which bits the plot counts."""
     st.segmented_control(
         "Bits counted",
-        (HELD, PACKED),
-        default=HELD,
+        list(BITS),
+        default=metric(HELD).column,
         required=True,
         key="methods_bits",
         bind=_URL,
-        help=f"Held: {definitions.METHOD_HELD} Packed: {definitions.METHOD_PACKED}",
+        help=f"Held: {metric(HELD).definition} Packed: {metric(PACKED).definition}",
     )
 
 
@@ -112,7 +114,6 @@ def table(records: Sequence[ExperimentRecord]) -> str | None:
     """The sortable table; returns the method of the selected row."""
     rows = measure.rows(records)
     st.markdown("**All methods**")
-    number = st.column_config.NumberColumn
     found = st.dataframe(
         charts.methods_table(rows, _bits()),
         hide_index=True,
@@ -121,12 +122,7 @@ def table(records: Sequence[ExperimentRecord]) -> str | None:
         selection_mode="single-row",
         alt="Every method with its KL, agreement, change of perplexity and bits a value.",
         column_config={
-            "KL": number(format="%.4g", help=definitions.METHOD_KL),
-            "same top": number("same top, percent", format="%.1f", help=definitions.METHOD_SAME_TOP),
-            "perplexity change": number("perplexity change, percent", format="%+.2f", help=definitions.METHOD_PPL),
-            "bits held": number(format="%.2f", help=definitions.METHOD_HELD),
-            "packed bits": number(format="%.2f", help=definitions.METHOD_PACKED),
-            "times smaller": number(format="%.2f", help=definitions.METHOD_SMALLER),
+            **columns.figures(*charts.FIGURES),
             "front": st.column_config.TextColumn(help=definitions.METHOD_FRONT),
         },
     )

@@ -9,11 +9,13 @@ from plotly.colors import sample_colorscale
 
 from app.needle.request import Place, Share, Total
 from app.ui.style import BASELINE, ORIGINAL, RISK, Chart, layout
+from turboquant.records.metrics import metric
 
 WAITING, FAILED = "not yet", "failed"
 _FOUND = [[0.0, "#33164f"], [0.25, "#8e2f5c"], [0.5, RISK], [0.75, "#f0c27b"], [1.0, "#eef1f6"]]
 _CHANGE = [[0.0, "#8e2f5c"], [0.25, RISK], [0.5, "#eef1f6"], [0.75, "#9cc3ea"], [1.0, ORIGINAL]]
 Spot = tuple[int, float]
+_FOUND_PCT = metric("success_pct")
 
 
 def _axes(places: Sequence[Place], planned: Sequence[Spot]) -> tuple[list[int], list[float]]:
@@ -108,9 +110,9 @@ def found_map(
     known = {(place.context, place.depth): (place, found) for place in places if (found := share(place))}
     values = {spot: found.pct for spot, (_, found) in known.items()}
     texts = {(place.context, place.depth): FAILED for place in places if place.error}
-    texts |= {spot: f"<b>{found.pct:.0f} %</b><br>{_range(found)}" for spot, (_, found) in known.items()}
+    texts |= {spot: f"<b>{_FOUND_PCT.said(found.pct)}</b><br>{_range(found)}" for spot, (_, found) in known.items()}
     words = {
-        spot: f"found {found.pct:.0f} % of {place.repetitions}, interval {_range(found)} %"
+        spot: f"found {_FOUND_PCT.said(found.pct)} of {place.repetitions}, interval {_range(found)} %"
         for spot, (place, found) in known.items()
     }
     figure = _map(values, texts, words, _axes(places, planned), _Scale(0, 100, _FOUND))
@@ -119,13 +121,13 @@ def found_map(
             (place.context, place.depth, place.repetitions, found.pct, found.low, found.high)
             for place, found in known.values()
         ],
-        columns=["tokens", "depth", "asked", "found, percent", "interval from", "interval to"],
+        columns=["tokens", "depth", "asked", _FOUND_PCT.spelled, "interval from", "interval to"],
     )
     return Chart(figure, _found_sentence(list(known.values()), name), table)
 
 
 def _range(share: Share) -> str:
-    return f"{share.low:.0f} to {share.high:.0f}"
+    return f"{_FOUND_PCT.text(share.low)} to {_FOUND_PCT.text(share.high)}"
 
 
 def _found_sentence(known: Sequence[tuple[Place, Share]], name: str) -> str:
@@ -137,7 +139,7 @@ def _found_sentence(known: Sequence[tuple[Place, Share]], name: str) -> str:
     if hits == asked:
         return f"{said}."
     place, worst = min(known, key=lambda one: one[1].pct)
-    return f"{said}; fewest at {place.context:,} tokens, depth {place.depth:g}: {worst.pct:.0f} %."
+    return f"{said}; fewest at {place.context:,} tokens, depth {place.depth:g}: {_FOUND_PCT.said(worst.pct)}."
 
 
 def change_map(places: Sequence[Place], method: str, planned: Sequence[Spot] = ()) -> Chart:
@@ -145,8 +147,11 @@ def change_map(places: Sequence[Place], method: str, planned: Sequence[Spot] = (
     known = {(p.context, p.depth): (p, p.own, p.full) for p in places if p.own and p.full}
     values = {spot: own.pct - full.pct for spot, (_, own, full) in known.items()}
     texts = {(place.context, place.depth): FAILED for place in places if place.error}
-    texts |= {spot: f"<b>{value:+.0f}</b>" if value else "0" for spot, value in values.items()}
-    words = {spot: f"{own.pct:.0f} % compressed, {full.pct:.0f} % full cache" for spot, (_, own, full) in known.items()}
+    texts |= {spot: f"<b>{_FOUND_PCT.text(value, sign=True)}</b>" if value else "0" for spot, value in values.items()}
+    words = {
+        spot: f"{_FOUND_PCT.said(own.pct)} compressed, {_FOUND_PCT.said(full.pct)} full cache"
+        for spot, (_, own, full) in known.items()
+    }
     figure = _map(values, texts, words, _axes(places, planned), _Scale(-100, 100, _CHANGE))
     table = pd.DataFrame(
         [(p.context, p.depth, full.pct, own.pct, own.pct - full.pct) for p, own, full in known.values()],
@@ -158,12 +163,17 @@ def change_map(places: Sequence[Place], method: str, planned: Sequence[Spot] = (
 def _change_sentence(values: Mapping[Spot, float], method: str) -> str:
     if not values:
         return f"Nothing is measured yet with {method}."
-    worse, better = (sum(change < 0 for change in values.values()), sum(change > 0 for change in values.values()))
+    best = [_FOUND_PCT.best((change, 0.0)) for change in values.values()]
+    better, worse = best.count(0), best.count(1)
     if not worse and not better:
         return f"{method} finds as many needles as the full cache at every measured place ({len(values)})."
     more = f", more at {better}" if better else ""
     spot, least = min(values.items(), key=lambda one: one[1])
-    where = f"; the largest loss is {-least:.0f} points at {spot[0]:,} tokens, depth {spot[1]:g}" if worse else ""
+    where = (
+        f"; the largest loss is {_FOUND_PCT.text(-least)} points at {spot[0]:,} tokens, depth {spot[1]:g}"
+        if worse
+        else ""
+    )
     return f"{method} finds fewer needles than the full cache at {worse} of {len(values)} places{more}{where}."
 
 
@@ -176,11 +186,11 @@ def totals_table(totals: Sequence[Total]) -> pd.DataFrame:
                 f"{t.found} of {t.asked}",
                 t.share.pct,
                 _range(t.share),
-                "" if t.bits is None else f"{t.bits:.2f}",
+                "" if t.bits is None else metric("bits_per_value").text(t.bits),
             )
             for t in totals
         ],
-        columns=["cache", "found", "percent", "interval", "bits held"],
+        columns=["cache", _FOUND_PCT.title, "percent", "interval", metric("bits_per_value").column],
     )
 
 

@@ -14,6 +14,7 @@ from app.ui import definitions, figures, page
 from app.ui.measuring import Measurement, counted
 from app.ui.panes import escape
 from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.metrics import metric
 
 _URL: Final = "query-params"
 _MOST_METHODS = 3
@@ -167,12 +168,17 @@ def _found(
     spots: Sequence[charts.Spot],
     key: str,
 ) -> None:
-    figures.show(f"{title}: found", charts.found_map(found, name, share, spots), key, help=definitions.NEEDLE_FOUND)
+    figures.show(
+        f"{title}: {metric('success_pct').title}",
+        charts.found_map(found, name, share, spots),
+        key,
+        help=definitions.NEEDLE_FOUND,
+    )
 
 
 def _totals(found: Sequence[Place]) -> None:
     st.markdown("**All places together**", help=definitions.NEEDLE_TOTAL)
-    totals = measure.totals(found)
+    totals, bits = measure.totals(found), metric("bits_per_value")
     if not totals:
         st.caption("Nothing is measured yet.")
         return
@@ -182,7 +188,7 @@ def _totals(found: Sequence[Place]) -> None:
         alt="How often each cache found the needle over all lengths and depths, with Wilson intervals.",
         column_config={
             "percent": st.column_config.NumberColumn(format="%.0f"),
-            "bits held": st.column_config.TextColumn(help=definitions.METHOD_HELD),
+            bits.column: st.column_config.TextColumn(help=bits.help),
         },
     )
 

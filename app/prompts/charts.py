@@ -7,10 +7,11 @@ import plotly.graph_objects as go
 
 from app.prompts.rows import PromptRow
 from app.ui.style import COMPRESSED, Chart, layout
+from turboquant.records.metrics import metric
 
 
 def kl_per_prompt(found: Sequence[PromptRow]) -> Chart:
-    """Mean KL of each measured prompt, the highest first; hatched bars are those whose answers differ."""
+    """The mean KL of each measured prompt, the highest first; hatched bars are those whose answers differ."""
     known = [row for row in found if row.mean_kl is not None]
     labels = [f"{row.number}" for row in known]
     figure = go.Figure()
@@ -34,13 +35,13 @@ def kl_per_prompt(found: Sequence[PromptRow]) -> Chart:
                 hovertemplate="%{y:.4f} nats",
             )
         )
-    layout(figure, xaxis_title="prompt, the most damaged first", yaxis_title="mean KL in nats")
+    layout(figure, xaxis_title="prompt, the most damaged first", yaxis_title=metric("mean_kl").axis)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=labels)
     table = pd.DataFrame(
         {
             "prompt": [row.number for row in known],
             "text": [row.start for row in known],
-            "mean KL in nats": [row.mean_kl for row in known],
+            metric("mean_kl").spelled: [row.mean_kl for row in known],
             "identical": [row.identical for row in known],
         }
     )
@@ -53,7 +54,8 @@ def _sentence(known: Sequence[PromptRow]) -> str:
     values = [row.mean_kl or 0.0 for row in known]
     same = sum(row.identical is True for row in known)
     prompts = "prompt" if len(known) == 1 else "prompts"
+    kl = metric("mean_kl")
     return (
-        f"Over {len(known)} {prompts} the mean KL goes from {min(values):.4f} to {max(values):.4f} nats, highest for "
-        f"prompt {known[0].number}; {same} of {len(known)} have identical answers."
+        f"Over {len(known)} {prompts} the {kl.title} goes from {kl.text(min(values))} to {kl.said(max(values))}, "
+        f"highest for prompt {known[0].number}; {same} of {len(known)} have identical answers."
     )

@@ -9,10 +9,14 @@ import pandas as pd
 from app.engine.job import Job
 from app.prompts.request import PromptsRequest
 from app.tab.runs import Run, csv_text, fenced
-from app.tab.verdict import cache_size, verdict
+from app.tab.verdict import cache_size, columns, verdict
 from turboquant.records.comparison import Comparison
+from turboquant.records.metrics import metric
 
 START = 60
+FIGURES, SIZES = ("same_top_pct", "heads_at_risk_pct"), ("bytes", "compression_ratio")
+"""What a row says of answers and of memory, where tokens were packed."""
+_SHOWN = {metric(name).column: metric(name) for name in ("mean_kl", *FIGURES, *SIZES)}
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,17 @@ def _line(row: PromptRow) -> dict[str, object]:
         "nr": row.number,
         "prompt": row.start,
         "note": row.reason or ("cached" if row.run and row.run.cached else ""),
-        "mean KL": row.mean_kl,
+        **columns(c, ("mean_kl",)),
         "same answer": {True: "identical", False: "differs", None: ""}[row.identical],
         "first difference": packed.divergence.index if packed and packed.divergence else None,
-        "same top": packed.tokens.same_top_pct if packed and packed.tokens else None,
-        "heads at risk": packed.heads.packed.heads_at_risk_pct if packed and packed.heads else None,
-        "bytes held": packed.compressed.report.bytes if packed else None,
-        "times smaller": packed.compressed.report.compression_ratio if packed else None,
-        "prompt tokens": c.prompt_tokens if c else None,
-        "answer tokens": len(c.original.token_ids) if c else None,
+        **columns(packed, (*FIGURES, *SIZES)),
+        **columns(c, ("prompt_tokens",)),
+        metric("answer_tokens").column: len(c.original.token_ids) if c else None,
     }
+
+
+def _said(column: str, value: object) -> object:
+    return _SHOWN[column].said(value) if column in _SHOWN and isinstance(value, (int, float)) else value
 
 
 def to_csv(found: Sequence[PromptRow]) -> str:
@@ -123,9 +128,9 @@ def to_markdown(found: Sequence[PromptRow]) -> str:
     ]
     for row in found:
         line = {name: value for name, value in list(_line(row).items())[2:] if value not in (None, "")}
-        if line.pop("times smaller", None) is not None and row.comparison:
+        if line.pop(metric("compression_ratio").column, None) is not None and row.comparison:
             line["the cache is"] = cache_size(row.comparison.compressed.report)
-        figures = [f"{name}: {value}" for name, value in line.items()]
+        figures = [f"{name}: {_said(name, value)}" for name, value in line.items()]
         said = fenced(verdict(row.comparison)) if row.comparison else ""
         parts += [f"## Prompt {row.number}", fenced(row.prompt), said, "; ".join(figures)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -6,13 +6,14 @@ from app.config import AppConfig
 from app.engine.job import Job
 from app.prompts import charts
 from app.prompts.request import MAX_BYTES, SUFFIXES, PromptsRequest, example_set, prompts_request, read_file, read_typed
-from app.prompts.rows import PromptRow, rows, table, to_csv, to_json, to_markdown
+from app.prompts.rows import FIGURES, SIZES, PromptRow, rows, table, to_csv, to_json, to_markdown
 from app.tab import state
 from app.tab.requests import RequestError, method_text
 from app.tab.runs import Run
 from app.tab.verdict import verdict
-from app.ui import definitions, figures, page, work
+from app.ui import columns, figures, page, work
 from app.ui.panes import code, escape
+from turboquant.records.metrics import metric
 
 SOURCES = ("Examples", "Typed", "File")
 _TEXT, _FILE, _READ, _JOB = "prompts_text", "prompts_file", "prompts_read", "prompts_job"
@@ -163,12 +164,14 @@ def results(job: Job) -> None:
         ]
         page.downloads(f"prompts-{job.id}", files, disabled=not any(row.run for row in found))
     st.caption(
-        "Sorted by mean KL. Rows without a figure come last and say why; “nothing packed” means that the text is so "
+        f"Sorted by {metric('mean_kl').title}. "
+        "Rows without a figure come last and say why; “nothing packed” means that the text is so "
         "short that all of it stays exact."
     )
     _table(job, found)
     if measured:
-        figures.show("Mean KL, prompt by prompt", charts.kl_per_prompt(found), "prompts_kl", help=definitions.KL)
+        kl = metric("mean_kl")
+        figures.show(f"{kl.heading}, prompt by prompt", charts.kl_per_prompt(found), "prompts_kl", help=kl.help)
 
 
 def _table(job: Job, found: list[PromptRow]) -> None:
@@ -184,13 +187,8 @@ def _table(job: Job, found: list[PromptRow]) -> None:
             "nr": number("nr", width="small", help="Place in the set"),
             "prompt": st.column_config.TextColumn(width="medium"),
             "first difference": number(format="%d", help="Token of the answer where the two first differ, from 0"),
-            "mean KL": number(format="%.4f", help=definitions.KL),
-            "same top": number(format="%.1f %%", help=definitions.SAME_TOP),
-            "heads at risk": number(format="%.1f %%", help=definitions.AT_RISK),
-            "bytes held": number(format="bytes", help=definitions.KV_BYTES),
-            "times smaller": number(format="%.2f", help=definitions.RATIO),
-            "prompt tokens": number(format="%d"),
-            "answer tokens": number(format="%d", help="Of the original answer"),
+            **columns.figures("mean_kl", *FIGURES, *SIZES, "prompt_tokens"),
+            metric("answer_tokens").column: number(format="%d", help="Of the original answer"),
         },
         alt="One row a prompt, the most damaged first; choosing a row offers to open its run.",
     )

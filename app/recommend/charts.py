@@ -3,7 +3,18 @@
 import pandas as pd
 
 from turboquant.experiments.recommendation import Recommendation
+from turboquant.records.metrics import metric
 
+EVIDENCE = {
+    "kl_mean": "kl",
+    "kl_low": "kl_low",
+    "kl_high": "kl_high",
+    "same_top_pct": "same_top_pct",
+    "bits_per_value": "bits_per_value",
+    "estimated_bytes": "estimated_bytes",
+}
+"""Metrics of the evidence, and the fields of `Tried` that hold them."""
+MEMORY = ("bytes", "full_precision_bytes", "compression_ratio")
 PARTS = {"choose": "first half", "confirm": "held-out half"}
 
 
@@ -15,12 +26,7 @@ def evidence(found: Recommendation) -> pd.DataFrame:
                 "method": one.method,
                 "measured on": PARTS[one.part],
                 "within limits": "yes" if one.failure is None else "no" if one.kl is not None else one.failure,
-                "KL": one.kl,
-                "KL from": one.kl_low,
-                "KL to": one.kl_high,
-                "same top": one.same_top_pct,
-                "bits held": one.bits_per_value,
-                "MB estimated": one.estimated_bytes / 1e6,
+                **{metric(name).column: getattr(one, field) for name, field in EVIDENCE.items()},
             }
             for one in sorted(found.tried, key=lambda one: (one.estimated_bytes, one.method, one.part))
         ]
@@ -29,13 +35,12 @@ def evidence(found: Recommendation) -> pd.DataFrame:
 
 def memory(found: Recommendation) -> pd.DataFrame:
     """What the setting holds at each context."""
+    names = [metric(name).column for name in MEMORY]
     return pd.DataFrame(
         [
             {
                 "tokens": row.tokens,
-                "MB": row.bytes / 1e6,
-                "full in 16 bits, MB": row.full_bytes / 1e6,
-                "times smaller": row.times_smaller,
+                **dict(zip(names, (row.bytes, row.full_bytes, row.times_smaller), strict=True)),
                 "where from": "measured" if row.measured else "estimated",
             }
             for row in found.memory

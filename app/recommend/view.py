@@ -12,9 +12,10 @@ from app.recommend import request as measure
 from app.recommend.request import RecommendRequest
 from app.tab import state
 from app.tab.requests import RequestError
-from app.ui import definitions, page, work
+from app.ui import columns, definitions, page, work
 from app.ui.panes import escape
 from turboquant.experiments.recommendation import Recommendation
+from turboquant.records.metrics import metric
 
 _URL: Final = "query-params"
 _START = measure.RecommendChoices()
@@ -62,21 +63,21 @@ def own_text() -> bool:
 def _controls() -> None:
     left, right = st.columns(2, gap="medium")
     left.selectbox(
-        "KL at most (nats)",
+        f"{metric('kl_mean').title} at most ({metric('kl_mean').unit})",
         measure.LIMITS,
         index=measure.LIMITS.index(_START.kl),
         key="recommend_kl",
         bind=_URL,
-        help=definitions.METHOD_KL,
+        help=metric("kl_mean").help,
     )
     right.number_input(
-        "Same top token at least (percent)",
+        f"{metric('same_top_pct').heading} at least (percent)",
         0,
         100,
         _START.same,
         key="recommend_same",
         bind=_URL,
-        help=definitions.METHOD_SAME_TOP,
+        help=metric("same_top_pct").help,
     )
     own = st.toggle(
         "Text of my own",
@@ -138,32 +139,27 @@ def _memory(found: Recommendation) -> None:
         charts.memory(found),
         hide_index=True,
         key="recommend_memory",
-        alt="Megabytes of the recommended cache and of a full one at several contexts.",
+        alt="Bytes of the recommended cache and of a full one at several contexts.",
         column_config={
             "tokens": number(format="localized"),
-            "MB": number(format="%.1f"),
-            "full in 16 bits, MB": number(format="%.1f"),
-            "times smaller": number(format="%.2f", help=definitions.METHOD_SMALLER),
+            **columns.figures(*charts.MEMORY),
         },
     )
 
 
 def _evidence(found: Recommendation) -> None:
     st.markdown("**Evidence**", help=definitions.HELD_OUT)
-    number = st.column_config.NumberColumn
     st.dataframe(
         charts.evidence(found),
         hide_index=True,
         key="recommend_evidence",
         alt="Every method that was measured, with its KL, the interval, agreement and bits.",
         column_config={
-            **{name: number(format="%.3g") for name in ("KL", "KL from", "KL to")},
-            "same top": number("same top, percent", format="%.1f", help=definitions.METHOD_SAME_TOP),
-            "bits held": number(format="%.2f", help=definitions.METHOD_HELD),
-            "MB estimated": number(format="%.1f", help=f"At {found.tokens:,} tokens, where sizes are compared."),
+            **columns.figures(*charts.EVIDENCE),
         },
     )
     st.caption(
+        f"Sizes are estimated at {found.tokens:,} tokens. "
         f"{found.measured} of {found.candidates} methods were measured, the others need not be: they are larger than "
         "one that passes, or have no more bits than one that fails. " + escape(measure.source(found))
     )

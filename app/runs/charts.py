@@ -1,72 +1,24 @@
 """Two runs side by side: their figures with the difference, and their KL curves in one chart."""
 
-from collections.abc import Callable
-
 import pandas as pd
 import plotly.graph_objects as go
 
 from app.tab.runs import Run
-from app.tab.verdict import human_bytes, number, percent
+from app.tab.verdict import measured
 from app.ui.style import COMPRESSED, SECOND, Chart, layout, line
-
-_Read = Callable[[Run], float | None]
-_Show = Callable[[float | None], str]
-_Figure = tuple[str, _Read, _Show]
-
-
-def _plain(digits: int, unit: str = "") -> _Show:
-    return lambda value: number(value, digits, unit)
-
-
-def _size(value: float | None) -> str:
-    if value is None:
-        return number(None)
-    return ("-" if value < 0 else "") + human_bytes(abs(round(value)))
-
-
-def _packed(read: _Read) -> _Read:
-    return lambda run: read(run) if run.packed else None
-
-
-def _heads(name: str) -> _Read:
-    return lambda run: getattr(run.comparison.heads.packed, name) if run.comparison.heads else None
-
-
-def _tokens(name: str) -> _Read:
-    return lambda run: getattr(run.comparison.tokens, name) if run.comparison.tokens else None
-
-
-FIGURES: tuple[_Figure, ...] = (
-    ("Prompt tokens", lambda run: run.comparison.prompt_tokens, _plain(0)),
-    ("Tokens of the original answer", lambda run: len(run.comparison.original.token_ids), _plain(0)),
-    ("Tokens of the compressed answer", lambda run: len(run.comparison.compressed.token_ids), _plain(0)),
-    ("Mean KL", _tokens("mean_kl"), _plain(4, " nats")),
-    ("Same top token", _tokens("same_top_pct"), percent),
-    ("Heads at risk, packed", _heads("heads_at_risk_pct"), percent),
-    ("Top-1 match, packed", _heads("top1_match_pct"), percent),
-    ("Top-5 match, packed", _heads("top5_match_pct"), percent),
-    ("Cosine of raw scores, packed", _heads("cosine_scores"), _plain(4)),
-    ("KV cache held", _packed(lambda run: run.comparison.compressed.report.bytes), _size),
-    ("16-bit baseline", _packed(lambda run: run.comparison.compressed.report.full_precision_bytes), _size),
-    ("Times smaller", _packed(lambda run: run.comparison.compressed.report.compression_ratio), _plain(2)),
-    ("Bits per value", _packed(lambda run: run.comparison.compressed.report.bits_per_value), _plain(2)),
-    ("Speed, original", lambda run: run.comparison.original.tokens_per_second, _plain(1, " tokens/s")),
-    ("Speed, compressed", lambda run: run.comparison.compressed.tokens_per_second, _plain(1, " tokens/s")),
-)
+from turboquant.records.metrics import metric
 
 
 def figure_table(first: Run, second: Run) -> pd.DataFrame:
-    """One row a figure: its value in either run, and the second minus the first where both are known."""
+    """One row a figure: its value in either run, the second minus the first, and in which of them it is better."""
+    a, b = measured(first.comparison), measured(second.comparison)
     rows = []
-    for name, read, show in FIGURES:
-        a, b = read(first), read(second)
-        known = a is not None and b is not None
-        rows.append((name, show(a), show(b), _signed(show, b - a) if known else ""))  # type: ignore[operator]
-    return pd.DataFrame(rows, columns=["figure", "A", "B", "B minus A"])
-
-
-def _signed(show: _Show, difference: float) -> str:
-    return ("+" if difference > 0 else "") + show(difference)
+    for name, one in a.items():
+        shown, other = metric(name), b[name]
+        gap = None if one is None or other is None else shown.said(other - one, sign=True)
+        best = shown.best((one, other))
+        rows.append((shown.heading, shown.said(one), shown.said(other), gap or "", "" if best is None else "AB"[best]))
+    return pd.DataFrame(rows, columns=["figure", "A", "B", "B minus A", "better"])
 
 
 def settings_apart(first: Run, second: Run) -> list[tuple[str, str, str]]:
@@ -96,7 +48,7 @@ def kl_of_both(first: Run, second: Run) -> Chart:
         curves[name] = list(tokens.kl) if tokens else []
         figure.add_trace(line(name, list(range(len(curves[name]))), curves[name], color, dash=dash, symbol=symbol))
     figure.update_traces(hovertemplate="%{y:.4f} nats")
-    layout(figure, xaxis_title="token of the original answer", yaxis_title="nats")
+    layout(figure, xaxis_title="token of the original answer", yaxis_title=metric("kl").axis)
     length = max(len(curve) for curve in curves.values())
     table = pd.DataFrame(
         {
@@ -111,7 +63,8 @@ def _sentence(first: Run, second: Run) -> str:
     known = [run.comparison.tokens.mean_kl for run in (first, second) if run.comparison.tokens]
     if len(known) < 2:
         return "KL was not measured in both runs."
-    words = f"Mean KL is {known[0]:.4f} nats in A and {known[1]:.4f} in B."
+    kl = metric("mean_kl")
+    words = f"{kl.heading} is {kl.said(known[0])} in A and {kl.said(known[1])} in B."
     if first.comparison.original.token_ids == second.comparison.original.token_ids:
         return words + " Both read the same original answer."
     return words + " Their original answers differ, so a token of one is not the same token of the other."

@@ -8,18 +8,20 @@ import streamlit as st
 from app.runs import charts
 from app.tab import state
 from app.tab.runs import Run, zipped
+from app.tab.verdict import columns as figures_of
 from app.tab.verdict import provenance, verdict
-from app.ui import definitions, figures, page, share
+from app.ui import columns, figures, page, share
 from app.ui.panes import code, escape
+from turboquant.records.metrics import metric
 
 A, B, CHOSEN = "runs_a", "runs_b", "runs_chosen"
 _VERSION = "runs_table_version"
+_LISTED = ("mean_kl", "heads_at_risk_pct", "bytes")
 
 
 def history(runs: Mapping[str, Run]) -> Run | None:
     """The table of all runs; returns the chosen one."""
     listed = list(runs.values())
-    number = st.column_config.NumberColumn
     chosen = st.dataframe(
         pd.DataFrame([_line(run) for run in listed]),
         hide_index=True,
@@ -31,9 +33,7 @@ def history(runs: Mapping[str, Run]) -> Run | None:
             "when": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm", help="UTC"),
             "prompt": st.column_config.TextColumn(width="medium"),
             "verdict": st.column_config.TextColumn(width="medium"),
-            "mean KL": number(format="%.4f", help=definitions.KL),
-            "heads at risk": number(format="%.1f %%", help=definitions.AT_RISK),
-            "bytes held": number(format="bytes", help=definitions.KV_BYTES),
+            **columns.figures(*_LISTED),
         },
         alt="All runs, the newest of this tab first, then the recorded ones; choosing a row offers what can be done.",
     )
@@ -50,9 +50,7 @@ def _line(run: Run) -> dict[str, object]:
         "model": c.model.name,
         "method": c.compressed.method,
         "verdict": verdict(c),
-        "mean KL": c.tokens.mean_kl if c.tokens else None,
-        "heads at risk": c.heads.packed.heads_at_risk_pct if c.heads else None,
-        "bytes held": c.compressed.report.bytes if run.packed else None,
+        **figures_of(c, _LISTED),
     }
 
 
@@ -160,9 +158,11 @@ def side_by_side(first: Run, second: Run) -> None:
             _texts(name, run)
     table = charts.figure_table(first, second)
     st.markdown("**Figures**", help="Quality and memory figures need packed tokens; a run without them has none.")
-    st.dataframe(table, hide_index=True, alt="Figures of both runs and their difference, B minus A")
+    st.dataframe(
+        table, hide_index=True, alt="Figures of both runs, their difference, B minus A, and in which run each is better"
+    )
     if first.comparison.tokens or second.comparison.tokens:
-        figures.show("KL per token", charts.kl_of_both(first, second), "runs_kl", help=definitions.KL)
+        figures.show("KL per token", charts.kl_of_both(first, second), "runs_kl", help=metric("mean_kl").help)
 
 
 def _texts(name: str, run: Run) -> None:

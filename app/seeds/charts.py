@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.seeds.request import INTERVAL, Histogram, Metric, Strip
+from app.seeds.request import INTERVAL, Histogram, Strip
 from app.ui.style import BASELINE, COMPRESSED, SECOND, Chart, layout
+from turboquant.records.metrics import Metric, metric
 
 _COLORS = (COMPRESSED, SECOND, BASELINE)
 _SYMBOLS = ("circle", "diamond", "square")
@@ -18,9 +19,9 @@ def _place(names: Sequence[str], name: str) -> int:
     return list(dict.fromkeys(names)).index(name) % len(_COLORS)
 
 
-def strips(metric: Metric, found: Sequence[Strip]) -> Chart:
+def strips(name: str, found: Sequence[Strip]) -> Chart:
     """One line a method and kind of answers: a dot a cell, below it the means with their intervals."""
-    figure, names = go.Figure(), [one.method for one in found]
+    figure, names, shown = go.Figure(), [one.method for one in found], metric(name)
     for row, one in enumerate(found):
         place = _place(names, one.method)
         values = [value for _, _, value in one.points]
@@ -38,28 +39,28 @@ def strips(metric: Metric, found: Sequence[Strip]) -> Chart:
             )
         )
         for i, (over, _) in enumerate(one.means):
-            figure.add_trace(_mean(metric, one, over, row - 0.12 - 0.2 * i, i, _COLORS[place]))
+            figure.add_trace(_mean(shown, one, over, row - 0.12 - 0.2 * i, i, _COLORS[place]))
     layout(
         figure,
         height=150 + 95 * max(len(found), 1),
         hovermode="closest",
-        xaxis_title=f"{metric.label},{metric.unit}",
+        xaxis_title=shown.axis,
     )
     ticks = [f"{one.method.replace(':', ': ', 1)}<br>{one.answers}" for one in found]
     figure.update_yaxes(tickvals=list(range(len(found))), ticktext=ticks, autorange="reversed", zeroline=False)
     table = pd.DataFrame(
         [(one.method, one.answers, *point) for one in found for point in one.points],
-        columns=["method", "answers", "rotation seed", "sampling seed", metric.label],
+        columns=["method", "answers", "rotation seed", "sampling seed", shown.heading],
     )
     table["sampling seed"] = table["sampling seed"].astype("Int64")
-    return Chart(figure, " ".join(_words(metric, one) for one in found), table)
+    return Chart(figure, " ".join(_words(shown, one) for one in found), table)
 
 
 def _seeds(rotation: int, sampling: int | None) -> str:
     return f"rotation seed {rotation}" + ("" if sampling is None else f", sampling seed {sampling}")
 
 
-def _mean(metric: Metric, one: Strip, over: str, y: float, number: int, color: str) -> go.Scatter:
+def _mean(shown: Metric, one: Strip, over: str, y: float, number: int, color: str) -> go.Scatter:
     spread = dict(one.means)[over]
     known = spread.low is not None and spread.high is not None
     return go.Scatter(
@@ -78,18 +79,18 @@ def _mean(metric: Metric, one: Strip, over: str, y: float, number: int, color: s
             "width": 6,
         },
         showlegend=False,
-        hovertemplate=f"mean {metric.text(spread.mean)} over {spread.count} {over}<extra>{one.method}</extra>",
+        hovertemplate=f"mean {shown.said(spread.mean)} over {spread.count} {over}<extra>{one.method}</extra>",
     )
 
 
-def _words(metric: Metric, one: Strip) -> str:
+def _words(shown: Metric, one: Strip) -> str:
     said = []
     for over, spread in one.means:
-        text = f"mean {metric.text(spread.mean)} over {spread.count} {over}"
+        text = f"mean {shown.said(spread.mean)} over {spread.count} {over}"
         if spread.low is None or spread.high is None:
             said.append(f"{text}, no interval yet")
         else:
-            said.append(f"{text}, {INTERVAL} {metric.text(spread.low)} to {metric.text(spread.high)}")
+            said.append(f"{text}, {INTERVAL} {shown.said(spread.low)} to {shown.said(spread.high)}")
     return f"{one.method}, {one.answers}: {'; '.join(said)}."
 
 

@@ -14,6 +14,7 @@ from app.tab.measure import check_count, check_each
 from app.tab.requests import SAME, Choices, RequestError, check_bound, check_loading, method_text
 from turboquant.methods import Method, parse_method
 from turboquant.records.experiment import Cell, ExperimentRecord
+from turboquant.records.metrics import metric
 from turboquant.records.spread import CONFIDENCE, LEAST_PAIRS, Difference, Spread95
 from turboquant.texts import TEXTS
 
@@ -27,40 +28,11 @@ NEW_TOKENS, BINS = 48, 6
 INTERVAL = f"{100 * CONFIDENCE:.0f} % interval"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure that is shown: its name in records, its unit, how it is written, what its differences are named."""
-
-    label: str
-    name: str
-    unit: str
-    format: str
-    differences: tuple[str, ...] = ()
-
-    def text(self, value: float | None, *, sign: bool = False) -> str:
-        """The value with its unit; with its sign, it is a difference, and of shares one in percentage points."""
-        if value is None:
-            return "not measured"
-        unit = " points" if sign and self.unit == " %" else self.unit
-        return f"{value:{'+' if sign else ''}{self.format}}{unit}"
-
-
-METRICS = {
-    metric.label: metric
-    for metric in (
-        Metric("KL", "kl_mean", " nats", ".4f", ("kl_mean over text", "kl_mean over rotation seeds")),
-        Metric("Same top token", "same_top_pct", " %", ".2f", ("same_top_pct over rotation seeds",)),
-        Metric("Perplexity change", "delta_ppl_pct", " %", ".2f", ("delta_ppl_pct over rotation seeds",)),
-        Metric("Identical answers", "identical_pct", " %", ".1f"),
-        Metric(
-            "First divergence",
-            "agreed_tokens",
-            " tokens",
-            ".1f",
-            ("agreed_tokens over answers", "agreed_tokens over rotation seeds"),
-        ),
-    )
+FIGURES = {
+    metric(name).heading: name
+    for name in ("kl_mean", "same_top_pct", "delta_ppl_pct", "identical_pct", "agreed_tokens")
 }
+"""What the page shows, by what it is called there."""
 _PAIRS = {
     "over text": "blocks of neighbouring tokens",
     "over rotation seeds": "equal rotation seeds",
@@ -212,19 +184,19 @@ def findings(records: Sequence[ExperimentRecord]) -> Findings:
     methods = sorted((parse_method(name) for name in named), key=lambda m: (getattr(m, "bits", 0), str(m)))
     spreads = {str(method): variance.spreads(good, method) for method in methods}
     strips = {
-        label: tuple(s for m in methods for s in _strips(good, m, metric, spreads[str(m)]))
-        for label, metric in METRICS.items()
+        label: tuple(s for m in methods for s in _strips(good, m, name, spreads[str(m)]))
+        for label, name in FIGURES.items()
     }
     first = methods[:1]
     compared = {str(other): variance.differences(good, one, other) for one in first for other in methods[1:]}
     gaps = {
         label: tuple(
-            _gap(metric, name, str(first[0]), other, found[name])
+            _gap(name, pairs.removeprefix(f"{name} "), (str(first[0]), other), gap)
             for other, found in compared.items()
-            for name in metric.differences
-            if name in found
+            for pairs, gap in found.items()
+            if pairs.startswith(f"{name} over ")
         )
-        for label, metric in METRICS.items()
+        for label, name in FIGURES.items()
     }
     seeds = variance.sampling_seeds(good)
     greedy, sampled = (
@@ -234,7 +206,7 @@ def findings(records: Sequence[ExperimentRecord]) -> Findings:
 
 
 def _strips(
-    records: Sequence[ExperimentRecord], method: Method, metric: Metric, spreads: Mapping[str, Spread95]
+    records: Sequence[ExperimentRecord], method: Method, name: str, spreads: Mapping[str, Spread95]
 ) -> Iterable[Strip]:
     """The line of the cells without a sampling seed and, of the first divergence, that of sampled answers."""
     from turboquant.experiments.seeds import by_rotation, sampling_seeds
@@ -244,27 +216,28 @@ def _strips(
             (rotation, seed, value)
             for seed in seeds
             for rotation, record in by_rotation(records, method, seed).items()
-            if (value := record.metrics.get(metric.name)) is not None
+            if (value := record.metrics.get(name)) is not None
         )
 
     if found := points([None]):
-        answers = "greedy answers" if metric.name in ("agreed_tokens", "identical_pct") else "text"
-        yield Strip(str(method), answers, found, (("rotation seeds", spreads[metric.name]),))
-    sampled = f"sampled_{metric.name}"
+        answers = "greedy answers" if name in ("agreed_tokens", "identical_pct") else "text"
+        yield Strip(str(method), answers, found, (("rotation seeds", spreads[name]),))
+    sampled = f"sampled_{name}"
     if sampled in spreads:
         means = tuple((f"{axis} seeds", spreads[f"{sampled}_by_{axis}"]) for axis in ("rotation", "sampling"))
         yield Strip(str(method), "sampled answers", points(sampling_seeds(records)), means)
 
 
-def _gap(metric: Metric, name: str, method: str, against: str, gap: Difference) -> Gap:
-    kind = _PAIRS[name.removeprefix(metric.name).strip()]
-    size = metric.text(gap.difference, sign=True)
-    start = f"{metric.label}, {gap.pairs} pairs of {kind}: {method} less {against} is {size}"
+def _gap(name: str, pairs: str, sides: tuple[str, str], gap: Difference) -> Gap:
+    figure = metric(name)
+    size, low, high = (figure.said(value, sign=True) for value in (gap.difference, gap.low, gap.high))
+    start = f"{figure.heading}, {gap.pairs} pairs of {_PAIRS[pairs]}: {sides[0]} less {sides[1]} is {size}"
     if gap.real is None:
         return Gap(f"{start}. That is too few pairs to tell chance from more; {LEAST_PAIRS} are needed.", None)
-    ends = f"{metric.text(gap.low, sign=True)} to {metric.text(gap.high, sign=True)}"
-    verdict = "The difference is real" if gap.real else "The difference could be chance"
-    return Gap(f"{start}, {INTERVAL} {ends}. {verdict} (p = {gap.p_value:.2g}).", gap.real)
+    best = figure.best((gap.difference, 0.0))
+    better = "" if best is None else f": {sides[best]} is better"
+    verdict = f"The difference is real{better}" if gap.real else "The difference could be chance"
+    return Gap(f"{start}, {INTERVAL} {low} to {high}. {verdict} (p = {gap.p_value:.2g}).", gap.real)
 
 
 def _histogram(records: Sequence[ExperimentRecord], method: Method, seeds: Sequence[int | None]) -> Histogram | None:
@@ -283,26 +256,24 @@ def _histogram(records: Sequence[ExperimentRecord], method: Method, seeds: Seque
 
 def seed_words(found: Findings) -> list[str]:
     """How much sampled answers move with either kind of seed, as far as the library says."""
-    metric, words = METRICS["First divergence"], []
+    words = []
     for method, spreads in found.spreads.items():
         pair = [spreads.get(f"sampled_agreed_tokens_by_{axis}") for axis in ("rotation", "sampling")]
         if all(one is not None and one.sd is not None for one in pair):
-            sds = [metric.text(one.sd) for one in pair if one is not None]
+            sds = [metric("agreed_tokens").said(one.sd) for one in pair if one is not None]
             words.append(
-                f"{method}, sampled answers: the first divergence has a standard deviation of {sds[0]} from one "
-                f"rotation seed to the next, and of {sds[1]} from one sampling seed to the next."
+                f"{method}, sampled answers: the {metric('agreed_tokens').title} has a standard deviation of {sds[0]} "
+                f"from one rotation seed to the next, and of {sds[1]} from one sampling seed to the next."
             )
     return words
 
 
 def table_rows(found: Findings) -> list[dict[str, Any]]:
     """Every figure of every method: mean, standard deviation, extremes and interval over seeds."""
-    from turboquant.report.tables import label
-
     return [
         {
             "method": method,
-            "figure": label(name),
+            "figure": metric(name).label,
             "values": one.count,
             "mean": one.mean,
             "sd": one.sd,

@@ -6,7 +6,7 @@ import streamlit as st
 
 from app.seeds import charts
 from app.seeds import request as measure
-from app.seeds.request import AGAINST, BITS, CONTEXTS, METRICS, Findings, SeedsChoices
+from app.seeds.request import AGAINST, BITS, CONTEXTS, FIGURES, Findings, SeedsChoices
 from app.tab import state
 from app.tab.measure import Plan, as_json, present
 from app.tab.runs import csv_text
@@ -14,6 +14,7 @@ from app.ui import definitions, figures, page
 from app.ui.measuring import HERE, RECORDED, Measurement, counted
 from app.ui.panes import escape
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.metrics import metric
 from turboquant.texts import TEXTS
 
 _START = SeedsChoices()
@@ -35,10 +36,14 @@ def chooser() -> tuple[str, str]:
     """Draw what is shown (recorded results or those of this tab) and which figure; return both."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         shown = MEASUREMENT.view()
-        metric = st.selectbox(
-            "Figure", list(METRICS), key="seeds_metric", bind="query-params", help=definitions.SEED_METRICS, width=220
+        label = st.selectbox(
+            "Figure", list(FIGURES), key="seeds_metric", bind="query-params", help=_meanings(), width=220
         )
-    return shown, (metric if metric in METRICS else next(iter(METRICS)))
+    return shown, (label if label in FIGURES else next(iter(FIGURES)))
+
+
+def _meanings() -> str:
+    return " ".join(f"{label}: {metric(name).definition}" for label, name in FIGURES.items())
 
 
 def controls() -> None:
@@ -124,10 +129,9 @@ def _findings(keys: tuple[str, ...], _records: Sequence[ExperimentRecord]) -> Fi
 
 def _results(records: Sequence[ExperimentRecord], label: str) -> None:
     found = _findings(tuple(f"{r.cell.key} {r.environment.created} {r.metrics}" for r in records), records)
-    metric = METRICS[label]
     if strips := found.strips[label]:
         figures.show(
-            f"{label}, seed by seed", charts.strips(metric, strips), "seeds_strip", help=definitions.SEED_STRIP
+            f"{label}, seed by seed", charts.strips(FIGURES[label], strips), "seeds_strip", help=definitions.SEED_STRIP
         )
         if any(spread.low is None for strip in strips for _, spread in strip.means):
             st.caption("An interval needs at least two seeds; more make it narrower.")
@@ -169,7 +173,6 @@ def _gaps(found: Findings, label: str) -> None:
     for gap in found.gaps[label]:
         st.markdown(f"- {_ICONS[gap.real]} {escape(gap.words)}")
     if not found.gaps[label]:
-        words = (
-            "is not tested for itself; see First divergence" if label == "Identical answers" else "needs both methods"
-        )
+        alone = f"is not tested for itself; see {metric('agreed_tokens').heading}"
+        words = alone if FIGURES[label] == "identical_pct" else "needs both methods"
         st.markdown(f"- {label} {words}.")

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from app.tab.verdict import human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, Chart, layout, line
+from turboquant.records.metrics import metric
 
 if TYPE_CHECKING:
     from turboquant.run.chat import Turn
@@ -42,16 +43,20 @@ def kl(turns: "tuple[Turn, ...]") -> Chart:
     """Mean KL of each turn's original answer, read through both caches."""
     x = _numbers(turns)
     values = [turn.comparison.tokens.mean_kl if turn.comparison.tokens else None for turn in turns]
-    figure = go.Figure(line("mean KL(full ‖ compressed)", x, values, COMPRESSED, dash="dash", symbol="diamond"))
+    shown = metric("mean_kl")
+    figure = go.Figure(line(f"{shown.title}(full ‖ compressed)", x, values, COMPRESSED, dash="dash", symbol="diamond"))
     figure.update_traces(hovertemplate="%{y:.4f} nats")
-    _turns(layout(figure, xaxis_title="turn", yaxis_title="nats", yaxis_rangemode="tozero"))
+    _turns(layout(figure, xaxis_title="turn", yaxis_title=shown.axis, yaxis_rangemode="tozero"))
     known = [(value, number) for value, number in zip(values, x, strict=True) if value is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."
     if known:
         most = max(known)
         last, turn = known[-1]
-        alt = f"Mean KL is {last:.4f} nats in turn {turn}; the largest is {most[0]:.4f} in turn {most[1]}."
-    return Chart(figure, alt, pd.DataFrame({"turn": x, "mean KL in nats": _floats(values)}))
+        alt = (
+            f"{shown.heading} is {shown.said(last)} in turn {turn}; "
+            f"the largest is {shown.text(most[0])} in turn {most[1]}."
+        )
+    return Chart(figure, alt, pd.DataFrame({"turn": x, shown.spelled: _floats(values)}))
 
 
 def shares(turns: "tuple[Turn, ...]") -> Chart:
@@ -60,19 +65,20 @@ def shares(turns: "tuple[Turn, ...]") -> Chart:
     top = [100 - turn.comparison.tokens.same_top_pct if turn.comparison.tokens else None for turn in turns]
     risk = [turn.comparison.heads.packed.heads_at_risk_pct if turn.comparison.heads else None for turn in turns]
     figure = go.Figure()
-    figure.add_trace(line("heads at risk", x, risk, RISK, dash="dash", symbol="x"))
+    at_risk = metric("heads_at_risk_pct")
+    figure.add_trace(line(at_risk.title, x, risk, RISK, dash="dash", symbol="x"))
     figure.add_trace(line("another top token", x, top, COMPRESSED, symbol="diamond"))
     figure.update_traces(hovertemplate="%{y:.1f} %")
-    _turns(layout(figure, xaxis_title="turn", yaxis_title="%", yaxis_rangemode="tozero"))
+    _turns(layout(figure, xaxis_title="turn", yaxis_title="% (lower is better)", yaxis_rangemode="tozero"))
     known = [i for i in range(len(x)) if top[i] is not None or risk[i] is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."
     if known:
         i = known[-1]
         alt = (
-            f"In turn {x[i]}, {_share(risk[i])} of head decisions are at risk, and the most likely token changes at "
-            f"{_share(top[i])} of the tokens."
+            f"In turn {x[i]}: {at_risk.title} {at_risk.said(risk[i])}; tokens at which another one becomes the most "
+            f"likely {at_risk.said(top[i])}."
         )
-    table = {"turn": x, "heads at risk, percent": _floats(risk), "another top token, percent": _floats(top)}
+    table = {"turn": x, at_risk.spelled: _floats(risk), "another top token, percent": _floats(top)}
     return Chart(figure, alt, pd.DataFrame(table))
 
 
@@ -115,10 +121,6 @@ def _numbers(turns: "tuple[Turn, ...]") -> list[int]:
 
 def _floats(values: list[float | None]) -> Any:
     return pd.array(values, dtype="Float64")
-
-
-def _share(value: float | None) -> str:
-    return "an unmeasured share" if value is None else f"{value:.1f} %"
 
 
 def _turns(figure: go.Figure) -> None:

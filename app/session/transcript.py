@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from app.session.conversation import SIDES, Conversation, SideName
 from app.tab.runs import csv_text, fenced
 from app.tab.verdict import human_bytes, verdict
+from turboquant.records.metrics import metric
 
 if TYPE_CHECKING:
     from turboquant.run.chat import Context, Turn
@@ -89,9 +90,9 @@ def _row(turn: "Turn", forked: SideName | None) -> dict[str, Any]:
         "same history": turn.same_history,
         "continued with": forked,
         "first difference at token": c.divergence.index if c.divergence else None,
-        "mean KL in nats": c.tokens.mean_kl if c.tokens else None,
-        "same top token, percent": c.tokens.same_top_pct if c.tokens else None,
-        "heads at risk, percent": c.heads.packed.heads_at_risk_pct if c.heads else None,
+        metric("mean_kl").spelled: c.tokens.mean_kl if c.tokens else None,
+        metric("same_top_pct").spelled: c.tokens.same_top_pct if c.tokens else None,
+        metric("heads_at_risk_pct").spelled: c.heads.packed.heads_at_risk_pct if c.heads else None,
         "tokens packed": c.compressed.report.compressed_tokens,
         "original bytes": c.original.report.bytes,
         "compressed bytes": c.compressed.report.bytes,

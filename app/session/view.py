@@ -12,6 +12,7 @@ from app.tab.verdict import human_bytes
 from app.ui import definitions, figures, work
 from app.ui.page import PAGES, File, copy_link, downloads, tag
 from app.ui.panes import escape
+from turboquant.records.metrics import metric
 
 KEY, UNSENT = "conversation", "chat_unsent"
 _LONG = 900
@@ -290,9 +291,14 @@ def figures_of(talk: Conversation) -> None:
         figures.show(
             "KV cache at the end of each turn", charts.growth(turns), "chat_growth", help=definitions.TURN_BYTES
         )
-        figures.show("Heads at risk and changed tokens", charts.shares(turns), "chat_shares", help=definitions.AT_RISK)
+        figures.show(
+            f"{metric('heads_at_risk_pct').heading} and changed tokens",
+            charts.shares(turns),
+            "chat_shares",
+            help=metric("heads_at_risk_pct").help,
+        )
     with right:
-        figures.show("Drift: mean KL", charts.kl(turns), "chat_kl", help=definitions.TURN_KL)
+        figures.show(f"Drift: {metric('mean_kl').title}", charts.kl(turns), "chat_kl", help=definitions.TURN_KL)
         figures.show("How long both say the same", charts.agreement(turns), "chat_same", help=definitions.TURN_SAME)
     table = st.expander("All figures of all turns", icon=":material/table_rows:", key="chat_table", on_change="rerun")
     if table.open:

@@ -1,28 +1,13 @@
 """A comparison in figures: their names, units and provenance lines. Plain text; the sentence is the library's."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from turboquant.records.comparison import Comparison
-from turboquant.records.verdict import cache_size, human_bytes, quoted, verdict
+from turboquant.records.metrics import human_bytes, metric
+from turboquant.records.verdict import cache_size, quoted, verdict
 
-__all__ = ["cache_size", "cosine", "facts", "human_bytes", "number", "percent", "provenance", "quoted", "verdict"]
-
-MISSING = "not measured"
-
-
-def number(value: float | None, digits: int = 3, unit: str = "") -> str:
-    """A number with its unit, or the words for a missing one."""
-    return MISSING if value is None else f"{value:,.{digits}f}{unit}"
-
-
-def cosine(value: float | None) -> str:
-    """A cosine with the digits that tell a good one from a very good one."""
-    return number(value, 4)
-
-
-def percent(value: float | None) -> str:
-    """A percentage with one digit, or the words for a missing one."""
-    return MISSING if value is None else f"{value:.1f}\N{NARROW NO-BREAK SPACE}%"
+__all__ = ["cache_size", "columns", "facts", "human_bytes", "measured", "provenance", "quoted", "verdict"]
 
 
 def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
@@ -31,10 +16,41 @@ def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
     r = result.report
     exact = f"{r.compressed_tokens:,} tokens packed, {r.exact_tokens:,} exact"
     layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
-    speed = MISSING if result.tokens_per_second is None else f"{result.tokens_per_second:.1f} tokens/s"
+    speed = metric("tokens_per_second").said(result.tokens_per_second)
     held = f" · {human_bytes(r.bytes)} held" if c.compressed.report.compressed_tokens else ""
     made = f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device}"
     return f"{made} · {exact}{layers}{held} · {speed}"
+
+
+def measured(c: Comparison) -> dict[str, float | None]:
+    """Every figure of a comparison by its name in records; None where it was not measured.
+
+    Quality and memory are there only where tokens were packed.
+    """
+    original, compressed = c.original, c.compressed
+    packed = compressed.report.compressed_tokens > 0
+    found: dict[str, float | None] = {
+        "prompt_tokens": c.prompt_tokens,
+        "original_answer_tokens": len(original.token_ids),
+        "answer_tokens": len(compressed.token_ids),
+        "mean_kl": c.tokens.mean_kl if c.tokens else None,
+        "same_top_pct": c.tokens.same_top_pct if c.tokens else None,
+    }
+    for part in ("packed", "served"):
+        scores = getattr(c.heads, part) if c.heads else None
+        for name in ("heads_at_risk_pct", "top1_match_pct", "top5_match_pct", "cosine_scores", "cosine_weights"):
+            found[f"{part}_{name}"] = getattr(scores, name) if scores else None
+    for name in ("bytes", "full_precision_bytes", "compression_ratio", "payload_ratio", "bits_per_value"):
+        found[name] = getattr(compressed.report, name) if packed else None
+    for name in ("tokens_per_second", "time_to_first_token_ms"):
+        found |= {f"original_{name}": getattr(original, name), name: getattr(compressed, name)}
+    return found
+
+
+def columns(c: Comparison | None, names: Sequence[str]) -> dict[str, float | None]:
+    """Figures of a comparison by their columns in tables and files; those of heads are over packed tokens alone."""
+    found = measured(c) if c else {}
+    return {metric(name).column: found.get(f"packed_{name}", found.get(name)) for name in names}
 
 
 def facts(c: Comparison) -> list[tuple[str, str]]:
@@ -43,33 +59,9 @@ def facts(c: Comparison) -> list[tuple[str, str]]:
     rows = [
         ("Model", f"{c.model.name} ({c.model.hub_id}, weights {c.model.weights}, {c.model.dtype} on {c.model.device})"),
         ("Method", c.compressed.method),
-        ("Prompt", f"{c.prompt_tokens:,} tokens"),
-        ("Answers", f"{len(c.original.token_ids):,} and {len(c.compressed.token_ids):,} tokens"),
         ("Tokens packed / exact", f"{report.compressed_tokens:,} / {report.exact_tokens:,}"),
-        ("Speed, original", number(c.original.tokens_per_second, 1, " tokens/s")),
-        ("Speed, compressed", number(c.compressed.tokens_per_second, 1, " tokens/s")),
+        *([("Beside the baseline", cache_size(report))] if report.compressed_tokens else []),
     ]
-    if report.compressed_tokens == 0:
-        return rows
-    rows += [
-        ("KV cache held", human_bytes(report.bytes)),
-        ("16-bit baseline", human_bytes(report.full_precision_bytes)),
-        ("Beside the baseline", cache_size(report)),
-        ("Payload ratio (formula: 16 / bits of a code)", number(report.payload_ratio, 2, "x")),
-        ("Bits per value, everything counted", number(report.bits_per_value, 2)),
+    return rows + [
+        (metric(name).heading, metric(name).said(value)) for name, value in measured(c).items() if value is not None
     ]
-    if c.heads:
-        for name, part in (("packed positions", c.heads.packed), ("as served", c.heads.served)):
-            rows += [
-                (f"Heads at risk, {name}", percent(part.heads_at_risk_pct)),
-                (f"Top-1 match, {name}", percent(part.top1_match_pct)),
-                (f"Top-5 match, {name}", percent(part.top5_match_pct)),
-                (f"Cosine of raw scores, {name}", number(part.cosine_scores, 4)),
-                (f"Cosine of softmax weights, {name}", number(part.cosine_weights, 4)),
-            ]
-    if c.tokens:
-        rows += [
-            ("Mean KL(full ‖ compressed)", number(c.tokens.mean_kl, 4, " nats")),
-            ("Same top token, teacher forced", percent(c.tokens.same_top_pct)),
-        ]
-    return rows

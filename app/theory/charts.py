@@ -12,7 +12,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from app.tab.verdict import percent
 from app.theory.request import Codebook, Coordinates, InnerProducts, RecordedCheck, Rotated, code_of
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, RISK, Chart, layout
 from turboquant.experiments.theory import COSINE, NEEDLES, NEIGHBOURS, TOLERANCE, Distortion, Theory
@@ -75,9 +74,9 @@ def coordinates(lesson: Coordinates, dim: int) -> Chart:
     figure.update_traces(hovertemplate="%{y:.3f}")
     layout(figure, height=320, bargap=0, xaxis_title=_AXIS, yaxis_title="density")
     alt = (
-        f"{percent(100 * lesson.far)} of {lesson.count:,} measured coordinates lie further out than two standard "
-        f"deviations. The exact density for {dim} dimensions says {percent(100 * lesson.far_exact)}, the Gaussian "
-        f"limit {percent(100 * lesson.far_gaussian)}."
+        f"{_share(lesson.far)} of {lesson.count:,} measured coordinates lie further out than two standard "
+        f"deviations. The exact density for {dim} dimensions says {_share(lesson.far_exact)}, the Gaussian "
+        f"limit {_share(lesson.far_gaussian)}."
     )
     table = pd.DataFrame({"coordinate": lesson.middles, "measured density": lesson.heights})
     table["exact density"] = np.interp(lesson.middles, lesson.grid, lesson.exact)
@@ -116,7 +115,7 @@ def codebook(book: Codebook, value: float) -> Chart:
         f"A coordinate of {value:.2f} is stored as code {code:0{book.bits}b} and read back as {level:.3f}, off by "
         f"{abs(value - level):.3f}. On average {_bits(book.bits)} lose {_share(book.expected)} "
         f"of the squared length; the two outermost of {len(book.levels)} levels hold "
-        f"{percent(100 * (book.errors[0] + book.errors[-1]) / book.expected)} of that loss."
+        f"{_share((book.errors[0] + book.errors[-1]) / book.expected)} of that loss."
     )
     table = pd.DataFrame(
         {
@@ -259,10 +258,10 @@ def recall(found: Mapping[int, Mapping[str, Estimate]], bits: int) -> Chart:
     here = found[bits]
     alt = (
         f"At {_bits(bits)} the best of {NEEDLES * NEIGHBOURS} keys stays first in "
-        f"{percent(100 * here['matched'].mean)} of the cases with a matched MSE code, "
-        f"{percent(100 * here['prod_gaussian'].mean)} with QJL and Gaussian S, "
-        f"{percent(100 * here['prod_orthogonal'].mean)} with QJL and orthogonal S; full keys find it in "
-        f"{percent(100 * here['full'].mean)}."
+        f"{_share(here['matched'].mean)} of the cases with a matched MSE code, "
+        f"{_share(here['prod_gaussian'].mean)} with QJL and Gaussian S, "
+        f"{_share(here['prod_orthogonal'].mean)} with QJL and orthogonal S; full keys find it in "
+        f"{_share(here['full'].mean)}."
     )
     return Chart(figure, alt, pd.DataFrame(rows))
 

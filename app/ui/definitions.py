@@ -1,41 +1,31 @@
-"""What each figure means, in one or two plain sentences; shown as the help of the figure."""
+"""What charts, tables and estimates mean, in one or two plain sentences; shown as their help.
+
+What a metric means stands in the catalogue, `turboquant.records.metrics`; `FIGURES` says where which one is shown.
+"""
 
 from turboquant.records.metrics import metric
 
-KV_BYTES = (
-    "Bytes the compressed cache really holds at the end, summed over every storage reachable from it: codes, scales, "
-    "exact tokens, spare room and shared tables."
-)
-RATIO = (
-    "The 16-bit baseline (2 bytes a value) divided by the bytes really held, everything counted. Payload is a "
-    "formula: 16 divided by the bits of a code, without norms, exact tokens, spare room or tables."
-)
-BITS_PER_VALUE = (
-    "Everything the cache holds, in bits, divided by the number of cached values. 16 is the uncompressed baseline."
-)
-AT_RISK = (
-    "A head is at risk in a step when the token it attends to most changes once its keys are compressed. It equals "
-    "one minus the top-1 match. A head at risk does not by itself change the next token."
-)
+FIGURES = {
+    "Compare and others": (
+        *("bytes", "compression_ratio", "payload_ratio", "bits_per_value", "tokens_per_second"),
+        *("time_to_first_token_ms", "heads_at_risk_pct", "top1_match_pct", "top5_match_pct", "cosine_scores"),
+        *("cosine_weights", "mean_kl", "same_top_pct"),
+    ),
+    "Heads": ("top1_miss_pct", "top5_miss_pct"),
+    "Seeds": ("identical_pct", "agreed_tokens"),
+    "Benchmarks": (
+        *("speed_ratio", "encode_prompt_ms", "encode_step_ms", "encode_share_pct", "attention_prompt_ms"),
+        *("attention_step_ms", "peak_memory_bytes", "byte_floor"),
+    ),
+    "Needle": ("success_pct",),
+    "Methods": ("kl_mean", "delta_ppl_pct", "packed_bits_per_value", "estimated_bytes"),
+}
+"""Metrics by the page where they are met first."""
+
 RISK_MAP = (
     "For every head, in which share of the measured steps the token it attends to most changes. Packed positions only. "
     "Diamonds mark the most endangered heads."
 )
-COSINE = (
-    "How alike a head's attention is under full and compressed keys; 1 is the same. It can look fine while the "
-    "most attended token changes, so read it next to the top-1 match and the KL."
-)
-TOP1 = metric("top1_match_pct").definition
-TOP5 = metric("top5_match_pct").definition
-KL = (
-    "How far the next-token distribution moves when the original answer is read through the compressed cache, in nats; "
-    "0 is no change. Mean over the answer's tokens."
-)
-SAME_TOP = (
-    "How often the most likely next token is the same when the original answer is read through the compressed cache."
-)
-SPEED = "New tokens per second of the compressed side, without the prompt. Both sides took turns on the same machine."
-FIRST_TOKEN = "Time from the start of the prompt's reading to the first new token of the compressed side."
 PACKED = (
     "Packed: only over cached tokens that are really compressed. Served: over all tokens, the exact window included, "
     "as the model sees them."
@@ -46,10 +36,6 @@ STRIP = (
 )
 
 # --- Heads
-HEAD_METRIC = (
-    "Top-1 miss: share of steps in which the most attended token changes. Top-5 miss: it is not even among the five "
-    "most attended ones. Cosines: how alike scores, or softmax weights, are; they can look fine while the top changes."
-)
 QUERY_POSITION = (
     "Which token asks. Its query is scored against the keys of all earlier tokens and its own; scores are kept at "
     "a few positions, evenly over the answer."
@@ -135,11 +121,6 @@ SEED_STRIP = (
     "so what depends on it is luck. Each dot is one cell. Beside the dots stand the mean and its interval over seeds "
     "(Student's t); it holds for these texts and prompts."
 )
-SEED_METRICS = (
-    "KL: how far the next-token distribution moves, mean over the texts' tokens. Same top token: how often the most "
-    "likely next token stays the same. Perplexity change: of the texts. Identical answers: share of greedy answers "
-    "without any difference. First divergence: tokens before the answer first differs; all of them where it never does."
-)
 SEED_GAPS = (
     "Pairs are equal things measured under both settings. The interval is a bootstrap over pairs, p comes from a "
     "permutation test with flipped signs. A difference is called real where both exclude none. Answers to one prompt "
@@ -155,24 +136,10 @@ BENCH_SPEED = (
     "New tokens of all rows a second, the first of each row left out: median of the timed rounds; whiskers are the "
     "range from the 20th to the 80th percentile. All sides take turns in every round."
 )
-BENCH_FIRST = "Time from the start of the prompt's reading to the first new token: median of the timed rounds."
-BENCH_PARTS = (
-    "Encode: time spent packing keys and values. Attention: time spent on scores, softmax and weighted values in all "
-    "layers. Both come from one extra run with instruments, a step at a time; the whole step is timed without them."
-)
-BENCH_MEMORY = (
-    "Bytes held by the cache at the end. Peak is how far memory grew during the run, activations included: what the "
-    "allocator reached on a GPU, the process's resident memory, sampled, on a CPU."
-)
-BYTE_FLOOR = (
-    "Bytes held, divided by the byte floor. The floor is a formula: every cached value at the bits of its code alone, "
-    "without scales, exact tokens, spare room or tables. 1 is the floor; nothing can go below it at these bits. It is "
-    "about memory held, not about the time in which a kernel reads it."
-)
 
 # --- Needle
 NEEDLE_FOUND = (
-    "In how many of the prompts the answer held the hidden fact. Below it stands the Wilson interval at a confidence "
+    f"{metric('success_pct').definition} Below it stands the Wilson interval at a confidence "
     "of 0.95: few prompts give a wide one. Depth 0 is the start of the text, 1 its end, next to the question."
 )
 NEEDLE_CHANGE = "The compressed cache's share less the full cache's, in percentage points. Below 0, facts were lost."
@@ -183,12 +150,6 @@ PARETO = (
     "One point a method; lower left is better. On the dotted front are the methods that no other one beats: nobody has "
     "both fewer bits and less KL."
 )
-METHOD_KL = metric("kl_mean").definition
-METHOD_SAME_TOP = metric("same_top_pct").definition
-METHOD_PPL = metric("delta_ppl_pct").definition
-METHOD_HELD = metric("bits_per_value").definition
-METHOD_PACKED = metric("packed_bits_per_value").definition
-METHOD_SMALLER = metric("compression_ratio").definition
 RECOMMENDED = (
     "The smallest cache, at the model's longest context (at most 32,768 tokens), whose predictions stay within both "
     "limits on both halves of the text. What is smaller failed, or has no more bits than one that failed."

@@ -10,12 +10,14 @@ from streamlit.testing.v1 import AppTest
 from app.about import facts as about
 from app.config import AppConfig
 from app.ui import definitions
+from turboquant.records.metrics import metric
 
 
 def test_every_definition_is_in_the_table() -> None:
     table = about.defined()
-    texts = [value for name, value in vars(definitions).items() if name.isupper()]
-    assert list(table["meaning"]) == texts
+    texts = [value for name, value in vars(definitions).items() if name.isupper() and isinstance(value, str)]
+    texts += [metric(name).help for names in definitions.FIGURES.values() for name in names]
+    assert sorted(table["meaning"]) == sorted(texts)
     assert table["figure"].is_unique
 
 

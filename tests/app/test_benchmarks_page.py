@@ -175,7 +175,7 @@ def test_bars_and_whiskers_are_the_records() -> None:
     assert own.y[0] + own.error_y.array[0] == pytest.approx(m.p80)
     assert own.y[0] - own.error_y.arrayminus[0] == pytest.approx(m.p20)
     assert len({trace.marker.pattern.shape for trace in chart.figure.data}) == 3
-    assert charts.against_context(rows, lambda r: r.attention_step_ms, None, "Attention", "ms") is None
+    assert charts.against_context(rows, "attention_step_ms") is None
 
 
 def test_a_share_of_a_step() -> None:

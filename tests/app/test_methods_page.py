@@ -250,7 +250,7 @@ def test_the_plot_draws_every_point_and_the_front() -> None:
     chart = charts.pareto(rows)
     line, *families = chart.figure.data
     drawn = [method for trace in families for method, *_ in trace.customdata]
-    assert sorted(drawn) == sorted(row.method for row in rows if row.kl)
+    assert sorted(drawn) == sorted(row.method for row in rows if row.figures["kl_mean"])
     looks = [(trace.marker.color, trace.marker.symbol) for trace in families]
     assert len(set(looks)) == len(looks)
     assert list(line.x) == sorted(line.x)

@@ -66,7 +66,14 @@ def test_a_finished_run_shows_verdict_figures_and_charts(page: AppTest) -> None:
     assert "Measured here" in said
     assert "QuantizedCache · turboquant:bits=4 · weights fp32 on cpu · 96 tokens packed, 20 exact" in said
     labels = {metric.label for metric in page.metric}
-    assert {"KV cache held", "Heads at risk", "Top-1 match", "Cosine of scores", "Mean KL", "Bits per value"} <= labels
+    assert {
+        "KV cache held",
+        "Heads at risk",
+        "Top-1 match",
+        "Cosine of scores",
+        "Mean KL",
+        "Bits a value held",
+    } <= labels
     assert all(metric.help for metric in page.metric)
     assert len(page.get("plotly_chart")) == 6
     assert len(page.get("download_button")) == 4

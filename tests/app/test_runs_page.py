@@ -77,6 +77,8 @@ def test_two_runs_of_the_address_stand_side_by_side(runs: AppTest) -> None:
     figures = runs.dataframe[1].value.set_index("figure")
     assert figures.loc["KV cache held", "A"] == "4.53 KiB"
     assert figures.loc["KV cache held", "B minus A"] == "-1.25 KiB"
+    assert figures.loc["KV cache held", "better"] == "B"
+    assert figures.loc["Prompt tokens", "better"] == ""
     assert runs.query_params["runs_b"] == "new"
     runs.selectbox(key="runs_b").set_value("01-shipped").run()
     assert "A and B are the same run" in texts(runs)
@@ -148,8 +150,8 @@ def test_a_zip_holds_every_run_and_is_not_read_back() -> None:
 def test_the_difference_is_b_minus_a_and_missing_figures_stay_missing() -> None:
     full, none = Run(comparison=comparison()), Run(comparison=comparison(packed=0))
     table = figure_table(full, none).set_index("figure")
-    assert table.loc["Mean KL"].tolist() == ["0.0250 nats", "not measured", ""]
-    assert table.loc["Bits per value", "B"] == "not measured"
+    assert table.loc["Mean KL"].tolist() == ["0.0250 nats", "not measured", "", ""]
+    assert table.loc["Bits a value held", "B"] == "not measured"
     assert table.loc["Prompt tokens", "B minus A"] == "0"
     assert settings_apart(full, full) == []
     assert "not measured in both" in kl_of_both(full, none).alt

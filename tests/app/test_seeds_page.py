@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from app.config import AppConfig
 from app.seeds import charts
 from app.seeds import request as measure
-from app.seeds.request import METRICS, SeedsChoices, findings
+from app.seeds.request import FIGURES, SeedsChoices, findings
 from app.tab import state
 from app.tab.requests import Choices, RequestError
 from app.ui.measuring import Measurement
@@ -236,7 +236,7 @@ def test_every_answer_is_counted_once() -> None:
 
 def test_dots_are_the_cells_and_intervals_the_librarys() -> None:
     found = findings(RECORDS)
-    chart = charts.strips(METRICS["KL"], found.strips["KL"])
+    chart = charts.strips("kl_mean", found.strips["KL"])
     assert sorted(chart.table["KL"]) == sorted(
         value for r in RECORDS if (value := r.metrics.get("kl_mean")) is not None
     )
@@ -252,5 +252,5 @@ def test_dots_are_the_cells_and_intervals_the_librarys() -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 17, 39])
 def test_any_part_of_the_records_can_be_shown(count: int) -> None:
     found = findings(RECORDS[:count])
-    for label, metric in METRICS.items():
-        assert charts.strips(metric, found.strips[label]).table[label].notna().all()
+    for label, name in FIGURES.items():
+        assert charts.strips(name, found.strips[label]).table[label].notna().all()

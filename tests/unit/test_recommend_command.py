@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from tests.helpers import at_terminal, save_tiny
 from turboquant import cli
 from turboquant.records.files import read_records
+from turboquant.records.metrics import metric
 
 RUNNER = CliRunner()
 LINES = [f"On day {i} the keeper wrote {i * 37 % 101} ships and a tide of {i * i % 89} feet.\n" for i in range(20)]
@@ -41,11 +42,11 @@ def test_it_prints_the_method_the_evidence_and_the_memory(model: str, text: str,
     assert f"{found['method']} stays within the limits" in done.stdout
     assert said
     assert found["memory"][0]["measured"]
-    sizes = r" (?:[1-9][\d.]+ times smaller than|larger by [\d.]+ KiB than|as large as) a 16-bit cache of [\d.]+ MB "
-    assert re.findall(rf"tokens: [\d.]+ MB,{sizes}\((\w+)\)$", done.stdout, re.MULTILINE) == ["measured", "estimated"]
+    sizes = r" (?:[1-9][\d.]+ times smaller than|larger by [\d.]+ KiB than|as large as) a 16-bit cache of [\d.]+ .iB "
+    assert re.findall(rf"tokens: [\d.]+ .iB,{sizes}\((\w+)\)$", done.stdout, re.MULTILINE) == ["measured", "estimated"]
     assert f"{found['measured']} of 24 methods measured" in done.stdout
     for one in found["tried"]:
-        assert f"{one['kl']:.5f}" in done.stdout
+        assert metric("kl_mean").text(one["kl"]) in done.stdout
     records = read_records(output)
     assert {record.cell.experiment for record in records} == {"perplexity"}
     assert len(records) == len(found["tried"])

@@ -19,11 +19,12 @@ from turboquant.experiments.base import cells_for, run_cells
 from turboquant.experiments.decode_speed import DECODE
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.metrics import metric
 from turboquant.records.settings import DecodeSettings
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize
-from turboquant.report.tables import Table, comparison_table, number, variance_table
+from turboquant.report.tables import Table, comparison_table, variance_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -34,7 +35,7 @@ RUNNER = CliRunner()
 def test_the_comparison_has_a_row_for_each_model_and_method() -> None:
     table = comparison_table(summarize([*grid(), *grid(model="other")]))
     assert len(table.rows) == 10
-    assert table.columns[:4] == ("model", "method", "contexts", "compression")
+    assert table.columns[:4] == ("model", "method", "contexts", "times smaller")
     row = dict(zip(table.columns, table.rows[-1], strict=True))
     assert row["model"] == "tiny"
     assert row["contexts"] == "3, 512 to 2,048"
@@ -56,8 +57,8 @@ def test_the_spread_over_seeds_keeps_greedy_and_sampled_answers_apart() -> None:
     [row] = (dict(zip(table.columns, cells, strict=True)) for cells in table.rows)
     assert row["method"] == "`turboquant:bits=4`"
     assert row["KL, nats ± sd"] == "2.0000 ± 1.0000"
-    assert row["agreed tokens ± sd"] == "10.00 ± 0.00"
-    assert row["agreed tokens, sampled ± sd"] == "3.00 ± 1.00"
+    assert row["first divergence, tokens ± sd"] == "10.0 ± 0.0"
+    assert row["first divergence, sampled, tokens ± sd"] == "3.0 ± 1.0"
     assert row["greedy + sampled runs"] == "3 + 3"
     assert "commit abc123" in table.note
     [section] = build_report(_results([*greedy, *sampled]))
@@ -70,21 +71,21 @@ def test_markdown_is_a_table_that_bars_cannot_break() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "value", "shown"),
+    ("name", "value", "shown"),
     [
         ("kl_mean", 0.01234, "0.0123"),
         ("kl_mean", 0.00012, "1.2e-04"),
         ("kl_mean", 0.0, "0.0000"),
         ("top1_match_pct", 99.96, "100.0"),
-        ("cache_bytes", 12345.0, "12,345"),
+        ("cache_bytes", 12345.0, "12.06 KiB"),
         ("cosine_similarity", 0.99876, "0.9988"),
         ("ppl", 12.3456, "12.35"),
         ("ppl", 12345.6, "12,346"),
         ("anything", None, "-"),
     ],
 )
-def test_numbers_have_the_digits_that_mean_something(metric: str, value: float | None, shown: str) -> None:
-    assert number(metric, value) == shown
+def test_numbers_have_the_digits_that_mean_something(name: str, value: float | None, shown: str) -> None:
+    assert metric(name).text(value) == shown
 
 
 # Plots
@@ -105,10 +106,15 @@ def test_every_method_has_a_colour_and_a_sign_of_its_own() -> None:
 
 def test_plots_draw_what_their_tables_say() -> None:
     summaries = summarize(grid())
-    plot = against_bits(summaries, ("kl_mean",), "KL", "KL", log=True)
+    plot = against_bits(summaries, "kl_mean", log=True)
     assert plot is not None
+    assert plot.figure.layout.yaxis.title.text == "KL, nats (lower is better)"
+    values = [float(row[2] or 0.0) for row in plot.rows]
+    least, most = min(values), max(values)
+    assert plot.alt.startswith(f"Best {metric('kl_mean').said(least)} (")
+    assert f", worst {metric('kl_mean').said(most)} (" in plot.alt
     drawn = {(t.name, x, y) for t in plot.figure.data for x, y in zip(t.x, t.y, strict=True)}
-    assert drawn == {(family, bits, value) for family, _, bits, value in plot.rows}
+    assert drawn == set(plot.rows)
     expected = {(one.family, one.bits, one.metrics["kl_mean"]) for one in summaries if one.method != "full"}
     assert drawn == expected
     front = pareto(summaries)
@@ -267,7 +273,7 @@ def test_the_readme_is_filled_checked_and_filled_again(tmp_path: Path) -> None:
     assert text.endswith("after")
     assert "| on the front |" in text
     assert "| found at 512, % (full) |" in text
-    assert "| 50.0 (100.0) |" in text
+    assert "| 50 (100) |" in text
     assert RUNNER.invoke(cli.app, [*words, "--check"]).exit_code == 0
     write(results / "needle.jsonl", record("turboquant:bits=4", 512, experiment="needle", day=9, metrics={}))
     changed = RUNNER.invoke(cli.app, [*words, "--check"])

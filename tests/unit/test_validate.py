@@ -61,7 +61,7 @@ def test_the_plot_is_a_page_of_its_own(finished, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = plot.read_text(encoding="utf-8")
     assert page.count("dim 64, measured") == page.count("dim 64, expected") == 4
-    assert "prod with orthogonal S" in page
+    assert "inner product error, prod orthogonal (lower is better)" in page
     assert "<script src=" not in page
 
 

@@ -215,7 +215,8 @@ def test_a_record_for_every_method_and_pair_of_seeds(finished) -> None:
     gap = last["differences"]["turboquant:bits=4,residual_length=8"]["kl_mean over rotation seeds"]
     assert gap["difference"] < 0
     assert gap["real"] is True
-    assert "kl_mean over text: -" in result.stdout
+    assert "KL, nats, over text: -" in result.stdout
+    assert ": real, turboquant:bits=4,residual_length=8 is better\n" in result.stdout  # less KL
     assert "first differing token, sampled, 24 answers" in result.stdout
 
 
@@ -290,7 +291,7 @@ def test_a_killed_run_goes_on_and_ctrl_c_shows_what_there_is(folder, tmp_path: P
     records = read_records(output)
     assert kept < len(records) < 120
     assert f"what {len(records)} of 120 records show" in errors
-    assert "kl_mean" in out
+    assert "KL, nats" in out
     keys = [record.cell.key for record in records]
     assert len(keys) == len(set(keys))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +27,9 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import read_settings
+from turboquant.cli.tables import cells, print_table
+from turboquant.cli.tables import heads as head_row
+from turboquant.records.metrics import human_bytes, metric
 from turboquant.records.settings import MOST_ANSWER
 
 if TYPE_CHECKING:
@@ -301,13 +304,13 @@ def _print_result(result: "Comparison | Turn", rows: int) -> None:
 
 
 def _side_line(side: "SideResult", packed: bool) -> str:
-    from turboquant.records.verdict import cache_size, human_bytes
+    from turboquant.records.verdict import cache_size
 
     parts = [f"{len(side.token_ids)} tokens"]
     if side.tokens_per_second:
-        parts.append(f"{side.tokens_per_second:.1f} tokens/s")
+        parts.append(metric("tokens_per_second").said(side.tokens_per_second))
     if side.time_to_first_token_ms is not None:
-        parts.append(f"first token after {side.time_to_first_token_ms:.0f} ms")
+        parts.append(f"first token after {metric('time_to_first_token_ms').said(side.time_to_first_token_ms)}")
     if packed:
         report = side.report
         parts.append(f"{human_bytes(report.bytes)} held for {report.tokens:,} tokens")
@@ -327,50 +330,28 @@ def _print_contexts(turn: "Turn") -> None:
 
 
 def _print_quality(comparison: "Comparison") -> None:
-    parts = []
-    if comparison.heads is not None:
-        served = comparison.heads.served
-        figures = (
-            ("heads at risk", served.heads_at_risk_pct, "{:.1f} %"),
-            ("top-1 match", served.top1_match_pct, "{:.1f} %"),
-            ("top-5 match", served.top5_match_pct, "{:.1f} %"),
-            ("cosine of scores", served.cosine_scores, "{:.4f}"),
-        )
-        parts += [f"{name} {form.format(value)}" for name, value, form in figures if value is not None]
-    if comparison.tokens is not None:
-        parts.append(f"mean KL {comparison.tokens.mean_kl:.4f} nats")
-        parts.append(f"same top token {comparison.tokens.same_top_pct:.1f} %")
-    if parts:
-        typer.echo("; ".join(parts))
+    heads, tokens = comparison.heads, comparison.tokens
+    names = ("heads_at_risk_pct", "top1_match_pct", "top5_match_pct", "cosine_scores") if heads else ()
+    figures = {f"served_{name}": getattr(heads and heads.served, name) for name in names}
+    figures |= {"mean_kl": tokens.mean_kl, "same_top_pct": tokens.same_top_pct} if tokens else {}
+    if known := {name: value for name, value in figures.items() if value is not None}:
+        typer.echo("; ".join(f"{metric(name).title} {metric(name).said(value)}" for name, value in known.items()))
 
 
 def _print_steps(comparison: "Comparison", rows: int) -> None:
     """A row a generation step: attention agreement and KL for the original answer, and what both caches held."""
-    from turboquant.records.verdict import human_bytes
-
     heads, tokens = comparison.heads, comparison.tokens
-    columns: list[tuple[str, list[Any], Callable[[Any], str]]] = []
+    figures: dict[str, Sequence[float | None]] = {}
     if heads is not None:
         served = heads.served
-        columns += [
-            ("cosine", served.per_step_cosine_scores, "{:.4f}".format),
-            ("top-1 %", [None if v is None else 100 * v for v in served.per_step_top1], "{:.1f}".format),
-            ("top-5 %", [None if v is None else 100 * v for v in served.per_step_top5], "{:.1f}".format),
-        ]
+        figures["cosine_scores"] = served.per_step_cosine_scores
+        figures["top1_match_pct"] = [None if v is None else 100 * v for v in served.per_step_top1]
+        figures["top5_match_pct"] = [None if v is None else 100 * v for v in served.per_step_top5]
     if tokens is not None:
-        columns.append(("KL", tokens.kl, "{:.4f}".format))
-    columns += [
-        ("full KV", comparison.original.cache_bytes, human_bytes),
-        ("packed KV", comparison.compressed.cache_bytes, human_bytes),
-    ]
-    steps = list(zip_longest(*(values for _, values, _ in columns)))
-    typer.echo("  ".join(["step".rjust(5), *(title.rjust(11) for title, _, _ in columns)]))
-    for step in _spaced(len(steps), rows):
-        cells = [
-            ("" if value is None else form(value)).rjust(11)
-            for value, (_, _, form) in zip(steps[step], columns, strict=True)
-        ]
-        typer.echo("  ".join([str(step + 1).rjust(5), *cells]))
+        figures["kl"] = tokens.kl
+    figures |= {"full_bytes": comparison.original.cache_bytes, "bytes": comparison.compressed.cache_bytes}
+    steps = [cells(dict(zip(figures, step, strict=True)), [*figures]) for step in zip_longest(*figures.values())]
+    print_table(("step", *head_row([*figures])), [[str(i + 1), *steps[i]] for i in _spaced(len(steps), rows)])
 
 
 def _spaced(count: int, rows: int) -> list[int]:

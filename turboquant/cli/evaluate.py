@@ -26,7 +26,8 @@ from turboquant.cli.app import (
 )
 from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import check_texts
-from turboquant.cli.tables import number, print_table
+from turboquant.cli.tables import cells as figures
+from turboquant.cli.tables import explain, heads, print_table
 from turboquant.records.settings import AttentionSettings
 
 if TYPE_CHECKING:
@@ -34,18 +35,18 @@ if TYPE_CHECKING:
     from turboquant.records.experiment import Cell, ExperimentRecord
 
 CONTEXTS = (2048, 4096, 8192)
-COLUMNS = {
-    "bits/value": ("bits_per_value", ".2f"),
-    "ratio": ("compression_ratio", ".2f"),
-    "cosine": ("cosine_similarity", ".4f"),
-    "top-1 %": ("top1_match_pct", ".1f"),
-    "top-5 %": ("top5_match_pct", ".1f"),
-    "packed top-1 %": ("packed_top1_match_pct", ".1f"),
-    "KL": ("kl_mean", ".4f"),
-    "same top %": ("same_top_pct", ".1f"),
-    "needle rank": ("needle_rank", ".0f"),
-    "full": ("needle_rank_full", ".0f"),
-}
+COLUMNS = (
+    "bits_per_value",
+    "compression_ratio",
+    "cosine_similarity",
+    "top1_match_pct",
+    "top5_match_pct",
+    "packed_top1_match_pct",
+    "kl_mean",
+    "same_top_pct",
+    "needle_rank",
+    "needle_rank_full",
+)
 
 
 @app.command()
@@ -162,15 +163,8 @@ def _table(records: "Sequence[ExperimentRecord]") -> None:
     if not good:
         return
     rows = [
-        [
-            record.cell.method or "",
-            f"{record.cell.settings['context']:,}",
-            *(number(record.metrics.get(name), form) for name, form in COLUMNS.values()),
-        ]
+        [record.cell.method or "", f"{record.cell.settings['context']:,}", *figures(record.metrics, COLUMNS)]
         for record in good
     ]
-    print_table(["method", "context", *COLUMNS], rows)
-    say("top-1 and top-5: the full cache's most-attended token is the first, or among the first five, when compressed")
-    say(
-        "needle rank: place of the needle among all tokens by attention from the last one, median over heads; then full"
-    )
+    print_table(["method", "context", *heads(COLUMNS)], rows)
+    explain(("top1_match_pct", "top5_match_pct", "needle_rank"), say)

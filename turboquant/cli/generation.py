@@ -21,28 +21,26 @@ from turboquant.cli.app import (
 )
 from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import check_texts
-from turboquant.cli.tables import number, print_table
+from turboquant.cli.tables import Column, heads, print_table
+from turboquant.cli.tables import cells as figures
 from turboquant.records.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
 
-COLUMNS = (
-    "method",
-    "rows",
-    "tokens",
-    "tokens/s",
-    "p20 to p80",
-    "full",
-    "ratio",
-    "first ms",
-    "full",
-    "encode ms",
-    "a step",
-    "KV MB",
-    "full",
-    "peak MB",
-    "full",
+COLUMNS: tuple[Column, ...] = (
+    "tokens_per_second",
+    ("p20_tokens_per_second", "p80_tokens_per_second"),
+    "full_tokens_per_second",
+    "speed_ratio",
+    "time_to_first_token_ms",
+    "full_time_to_first_token_ms",
+    "encode_prompt_ms",
+    "encode_step_ms",
+    "cache_bytes",
+    "full_cache_bytes",
+    "peak_memory_bytes",
+    "full_peak_memory_bytes",
 )
 
 
@@ -85,29 +83,10 @@ def show(records: "Sequence[ExperimentRecord]") -> None:
         f"{first.model.name} {first.model.dtype} on {first.environment.device}, {first.environment.cpu_threads} "
         f"threads; medians of {first.cell.settings['repeats']} rounds; peak memory: {first.detail['peak_memory']}"
     )
-    print_table(COLUMNS, [_row(record) for record in records])
+    print_table(("method", "rows", "tokens", *heads(COLUMNS)), [_row(record) for record in records])
 
 
 def _row(record: "ExperimentRecord") -> list[str]:
-    figures, settings = record.metrics, record.cell.settings
-
-    def megabytes(name: str) -> str:
-        return f"{(figures[name] or 0.0) / 1e6:.1f}"
-
-    return [
-        str(record.cell.method),
-        str(settings["batch"]),
-        f"{settings['context'] - settings['new_tokens']} + {settings['new_tokens']}",
-        number(figures["tokens_per_second"], ".1f"),
-        f"{number(figures['p20_tokens_per_second'], '.1f')} to {number(figures['p80_tokens_per_second'], '.1f')}",
-        number(figures["full_tokens_per_second"], ".1f"),
-        number(figures["speed_ratio"], ".2f"),
-        number(figures["time_to_first_token_ms"], ".0f"),
-        number(figures["full_time_to_first_token_ms"], ".0f"),
-        number(figures["encode_prompt_ms"], ".1f"),
-        number(figures["encode_step_ms"], ".2f"),
-        megabytes("cache_bytes"),
-        megabytes("full_cache_bytes"),
-        megabytes("peak_memory_bytes"),
-        megabytes("full_peak_memory_bytes"),
-    ]
+    settings = record.cell.settings
+    tokens = f"{settings['context'] - settings['new_tokens']} + {settings['new_tokens']}"
+    return [str(record.cell.method), str(settings["batch"]), tokens, *figures(record.metrics, COLUMNS)]

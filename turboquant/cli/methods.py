@@ -24,9 +24,8 @@ from turboquant.cli.quality import (
     TEXTS,
     describe,
     measure_perplexity,
-    perplexity_row,
 )
-from turboquant.cli.tables import print_table
+from turboquant.cli.tables import cells, explain, heads, print_table
 from turboquant.records.settings import PerplexitySettings
 
 if TYPE_CHECKING:
@@ -96,21 +95,21 @@ def methods(
 
 def show(records: "Sequence[ExperimentRecord]") -> dict[str, str]:
     """Print the table; return by method on which Pareto fronts (KL against bits held, packed) it is."""
-    from turboquant.records.pareto import pareto_front
+    from turboquant.records.pareto import front_of
 
     fronts = [
-        pareto_front([(record.metrics[cost], record.metrics["kl_mean"]) for record in records])
-        for cost in ("bits_per_value", "packed_bits_per_value")
+        front_of([record.metrics for record in records], cost) for cost in ("bits_per_value", "packed_bits_per_value")
     ]
     marks = [
         " ".join(name for name, on in zip(("held", "packed"), pair, strict=True) if on)
         for pair in zip(*fronts, strict=True)
     ]
     describe(records[0])
-    rows = [[*perplexity_row(record), mark] for record, mark in zip(records, marks, strict=True)]
-    print_table((*PERPLEXITY, "front"), rows)
-    typer.echo(
-        "bits held: everything the cache holds at the end, exact tokens in the model's own dtype; packed: codes and "
-        "scales of packed tokens alone. front: no other method has both fewer of these bits and less KL."
-    )
+    rows = [
+        [str(record.cell.method), *cells(record.metrics, PERPLEXITY), mark]
+        for record, mark in zip(records, marks, strict=True)
+    ]
+    print_table(("method", *heads(PERPLEXITY), "front"), rows)
+    explain(("bits_per_value", "packed_bits_per_value"))
+    typer.echo("front: No other method has both fewer of these bits and less KL.")
     return {str(record.cell.method): mark for record, mark in zip(records, marks, strict=True)}

@@ -23,7 +23,8 @@ from turboquant.cli.app import (
     run_recorded,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.tables import interval, number, print_table
+from turboquant.cli.tables import Column, cells, explain, heads, print_table
+from turboquant.records.metrics import metric
 from turboquant.records.settings import SENTENCES, NeedleSettings, PerplexitySettings
 
 if TYPE_CHECKING:
@@ -49,33 +50,22 @@ def check_texts(texts: Sequence[str], output: Path, option: str = "text") -> Non
             check_apart(**{option: Path(text)}, output=output)
 
 
-PERPLEXITY = (
-    "method",
-    "bits held",
-    "packed",
-    "PPL",
-    "dPPL %",
-    "KL mean",
-    "95 % interval",
-    "KL p99",
-    "same top %",
+PERPLEXITY: tuple[Column, ...] = (
+    "bits_per_value",
+    "packed_bits_per_value",
+    "ppl",
+    "delta_ppl_pct",
+    "kl_mean",
+    ("kl_low", "kl_high"),
+    "kl_p99",
+    "same_top_pct",
 )
-
-
-def perplexity_row(record: "ExperimentRecord") -> list[str]:
-    """Return one line of the table."""
-    figures = record.metrics
-    return [
-        str(record.cell.method),
-        number(figures["bits_per_value"], ".2f"),
-        number(figures["packed_bits_per_value"], ".2f"),
-        number(figures["ppl"], ".3f"),
-        number(figures["delta_ppl_pct"], "+.2f"),
-        number(figures["kl_mean"], ".4f"),
-        interval(figures["kl_low"], figures["kl_high"]),
-        number(figures["kl_p99"], ".3f"),
-        number(figures["same_top_pct"], ".1f"),
-    ]
+NEEDLE: tuple[Column, ...] = (
+    "bits_per_value",
+    "success_pct",
+    ("success_low_pct", "success_high_pct"),
+    "success_full_pct",
+)
 
 
 @app.command()
@@ -127,15 +117,18 @@ def describe(record: "ExperimentRecord") -> None:
     typer.echo(
         f"{record.model.name} {record.model.dtype} on {record.environment.device}; {', '.join(settings['texts'])}: "
         f"{record.metrics['measured_tokens']:.0f} tokens behind {settings['prefill']}; "
-        f"full cache PPL {record.metrics['ppl_full']:.3f}"
+        f"{metric('ppl_full').title} {metric('ppl_full').text(record.metrics['ppl_full'])}"
     )
 
 
 def show_perplexity(records: "Sequence[ExperimentRecord]") -> None:
     """Print the table with what it was measured on."""
     describe(records[0])
-    print_table(PERPLEXITY, [perplexity_row(record) for record in records])
-    typer.echo("bits held: everything the cache holds at the end; packed: codes and scales of packed tokens alone.")
+    print_table(
+        ("method", *heads(PERPLEXITY)),
+        [[str(record.cell.method), *cells(record.metrics, PERPLEXITY)] for record in records],
+    )
+    explain(("bits_per_value", "packed_bits_per_value"))
 
 
 @app.command()
@@ -193,11 +186,8 @@ def show_needles(records: "Sequence[ExperimentRecord]") -> None:
             str(record.cell.method),
             f"{record.cell.settings['context']:,}",
             f"{record.cell.settings['depth']:g}",
-            number(record.metrics["bits_per_value"], ".2f"),
-            f"{record.metrics['success_pct']:.0f}",
-            f"{record.metrics['success_low_pct']:.0f} to {record.metrics['success_high_pct']:.0f}",
-            f"{record.metrics['success_full_pct']:.0f}",
+            *cells(record.metrics, NEEDLE),
         ]
         for record in records
     ]
-    print_table(("method", "tokens", "depth", "bits held", "found %", "95 % interval", "full cache %"), rows)
+    print_table(("method", "tokens", "depth", *heads(NEEDLE)), rows)

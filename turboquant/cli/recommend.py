@@ -23,14 +23,15 @@ from turboquant.cli.app import (
 )
 from turboquant.cli.options import read_settings
 from turboquant.cli.quality import check_texts
-from turboquant.cli.tables import interval, number, print_table
+from turboquant.cli.tables import heads, interval, print_table
+from turboquant.records.metrics import human_bytes, metric
 from turboquant.texts import reading
 
 if TYPE_CHECKING:
     from turboquant.experiments.recommend import Recommendation, Tried
     from turboquant.records.experiment import ExperimentRecord
 
-TRIED = ("method", "part", "KL mean", "95 % interval", "same top %", "MB held", "MB estimated", "within limits")
+TRIED = ("kl_mean", ("kl_low", "kl_high"), "same_top_pct", "cache_bytes", "estimated_bytes")
 
 
 @app.command()
@@ -123,16 +124,18 @@ def show(found: "Recommendation") -> None:
         f"one call; {found.measured} of {found.candidates} methods measured, the others need not be: they are larger "
         "than one that passes, or have no more bits than one that fails"
     )
-    print_table(TRIED, [_row(one) for one in sorted(found.tried, key=lambda one: (one.estimated_bytes, one.part))])
-    typer.echo(f"MB held: measured at {found.context:,} tokens; MB estimated: at {found.tokens:,} tokens.")
+    tried = sorted(found.tried, key=lambda one: (one.estimated_bytes, one.part))
+    print_table(("method", "part", *heads(TRIED), "within limits"), [_row(one) for one in tried])
+    held, estimated = (metric(name).column for name in ("cache_bytes", "estimated_bytes"))
+    typer.echo(f"{held}: measured at {found.context:,} tokens; {estimated}: at {found.tokens:,} tokens.")
     if found.lower_bits and found.uniform:
         keys, values = found.lower_bits
         gain = "saves bytes" if found.method != found.uniform else "is not within the limits"
         typer.echo(f"{found.uniform} with {keys} bits a key and {values} a value in some layers {gain}.")
     for row in found.memory:
         typer.echo(
-            f"{row.tokens:>9,} tokens: {row.bytes / 1e6:,.1f} MB, {against_16_bits(row.bytes, row.full_bytes)} of "
-            f"{row.full_bytes / 1e6:,.1f} MB ({'measured' if row.measured else 'estimated'})"
+            f"{row.tokens:>9,} tokens: {human_bytes(row.bytes)}, {against_16_bits(row.bytes, row.full_bytes)} of "
+            f"{human_bytes(row.full_bytes)} ({'measured' if row.measured else 'estimated'})"
         )
     typer.echo(found.sentence)
     if found.caution:
@@ -143,10 +146,8 @@ def _row(one: "Tried") -> list[str]:
     return [
         one.method,
         one.part,
-        number(one.kl, ".5f"),
-        interval(one.kl_low, one.kl_high),
-        number(one.same_top_pct, ".1f"),
-        number(one.bytes and one.bytes / 1e6, ".2f"),
-        f"{one.estimated_bytes / 1e6:.2f}",
+        metric("kl_mean").text(one.kl),
+        interval("kl_mean", one.kl_low, one.kl_high),
+        *(metric(name).text(getattr(one, name)) for name in ("same_top_pct", "bytes", "estimated_bytes")),
         "yes" if one.failure is None else f"no: {one.failure}",
     ]

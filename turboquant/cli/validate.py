@@ -19,7 +19,8 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.tables import print_table
+from turboquant.cli.tables import cells as figures
+from turboquant.cli.tables import explain, heads, print_table
 from turboquant.records.settings import MOST_RUNS, SyntheticSettings
 
 if TYPE_CHECKING:
@@ -29,33 +30,24 @@ DIMS = (64, 80, 96, 128, 256)
 BITS = tuple(range(1, 9))
 QUICK, QUICK_SEEDS = {"dim": [64, 128], "bits": [1, 2, 3, 4]}, 12
 COLUMNS = (
-    ("MSE", "mse", "{:.5f}"),
-    ("theory", "mse_theory", "{:.5f}"),
-    ("IP mse", "inner_product_mse", "{:.4f}"),
-    ("IP prod", "inner_product_prod_gaussian", "{:.4f}"),
-    ("theory", "inner_product_prod_gaussian_theory", "{:.4f}"),
-    ("IP orth", "inner_product_prod_orthogonal", "{:.4f}"),
-    ("theory", "inner_product_prod_orthogonal_theory", "{:.4f}"),
-    ("gain mse", "gain_mse", "{:.4f}"),
-    ("prod", "gain_prod_gaussian", "{:.4f}"),
-    ("R@1 full", "recall_full_pct", "{:.0f}"),
-    ("mse", "recall_mse_pct", "{:.0f}"),
-    ("prod", "recall_prod_gaussian_pct", "{:.0f}"),
-    ("enc Mv/s", "encode_mse_vectors_per_second", "{:.2f}"),
-    ("dec Mv/s", "decode_mse_vectors_per_second", "{:.2f}"),
+    "mse",
+    "mse_theory",
+    "inner_product_mse",
+    "inner_product_prod_gaussian",
+    "inner_product_prod_gaussian_theory",
+    "inner_product_prod_orthogonal",
+    "inner_product_prod_orthogonal_theory",
+    "gain_mse",
+    "gain_prod_gaussian",
+    "recall_full_pct",
+    "recall_mse_pct",
+    "recall_prod_gaussian_pct",
+    "encode_mse_vectors_per_second",
+    "decode_mse_vectors_per_second",
+    "largest_z",
 )
-PLOTTED = {
-    "mse": "mean squared error of a unit vector",
-    "inner_product_mse": "d E[error²] of inner products, mse codes",
-    "inner_product_prod_gaussian": "d E[error²], prod with Gaussian S",
-    "inner_product_prod_orthogonal": "d E[error²], prod with orthogonal S",
-}
-LEGEND = (
-    "IP: d E[error^2] of inner products with random unit queries; prod and orth: TurboQuant_prod with Gaussian and "
-    "orthogonal S. gain: mean estimate over truth for queries at cosine 0.6 with their key (1 is unbiased). R@1: how "
-    "often a query finds its key among near neighbours, %. Mv/s: million vectors a second. z: standard errors from "
-    "theory, the largest of the cell's checks."
-)
+PLOTTED = ("mse", "inner_product_mse", "inner_product_prod_gaussian", "inner_product_prod_orthogonal")
+EXPLAINED = ("inner_product", "gain", "recall_pct", "largest_z")
 
 
 @app.command()
@@ -116,18 +108,12 @@ def _import_plots() -> None:
 def _show_table(records: "Sequence[ExperimentRecord]") -> None:
     rows = []
     for record in records:
-        settings, metrics, checks = record.cell.settings, record.metrics, record.detail["checks"]
-        cells = []
-        for _, name, form in COLUMNS:
-            value = metrics[name]
-            assert value is not None
-            cells.append(form.format(value / 1e6 if name.endswith("_vectors_per_second") else value))
-        worst = max(check["z"] for check in checks)
+        settings, checks = record.cell.settings, record.detail["checks"]
         passed = sum(check["passed"] for check in checks)
         verdict = "pass" if passed == len(checks) else f"FAIL {len(checks) - passed}"
-        rows.append([str(settings["dim"]), str(settings["bits"]), *cells, f"{worst:.1f}", verdict])
-    print_table(("dim", "bits", *(title for title, _, _ in COLUMNS), "z", "checks"), rows)
-    typer.echo(LEGEND)
+        rows.append([str(settings["dim"]), str(settings["bits"]), *figures(record.metrics, COLUMNS), verdict])
+    print_table(("dim", "bits", *heads(COLUMNS), "checks"), rows)
+    explain(EXPLAINED)
 
 
 def _show_checks(records: "Sequence[ExperimentRecord]") -> int:
@@ -160,8 +146,8 @@ def _write_plot(records: "Sequence[ExperimentRecord]", path: Path) -> None:
     from turboquant.report.plots import validate_figure
 
     parts = [
-        validate_figure(records, metric, axis).to_html(full_html=False, include_plotlyjs=number == 0)
-        for number, (metric, axis) in enumerate(PLOTTED.items())
+        validate_figure(records, name).to_html(full_html=False, include_plotlyjs=number == 0)
+        for number, name in enumerate(PLOTTED)
     ]
     head = "<!doctype html><html lang='en'><meta charset='utf-8'><title>turboquant validate</title>"
     path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")

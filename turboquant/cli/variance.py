@@ -25,7 +25,8 @@ from turboquant.cli.app import (
 )
 from turboquant.cli.options import Asked, takes
 from turboquant.cli.quality import TEXTS, check_texts
-from turboquant.cli.tables import number, print_table
+from turboquant.cli.tables import interval, print_table
+from turboquant.records.metrics import metric
 from turboquant.records.settings import MOST_RUNS, VarianceSettings
 
 if TYPE_CHECKING:
@@ -153,15 +154,14 @@ def _show(records: "Sequence[ExperimentRecord]", methods: "Sequence[Method]", re
         gaps = differences(records, method, reference)
         typer.echo(f"\n{method} less {reference}")
         for name, gap in gaps.items():
-            typer.echo(_difference_line(name, gap))
+            typer.echo(_difference_line(name, gap, (str(method), str(reference))))
         all_differences[str(method)] = {name: {**gap.model_dump(), "real": gap.real} for name, gap in gaps.items()}
     return {"against": str(reference), "spreads": all_spreads, "differences": all_differences}
 
 
 def _spread_row(name: str, found: "Spread95") -> list[str]:
-    figures = [number(value, ".4g") for value in (found.mean, found.sd, found.minimum, found.maximum)]
-    interval = "-" if found.low is None else f"{number(found.low, '.4g')} to {number(found.high, '.4g')}"
-    return [name, str(found.count), *figures, interval]
+    figures = map(metric(name).text, (found.mean, found.sd, found.minimum, found.maximum))
+    return [metric(name).label, str(found.count), *figures, interval(name, found.low, found.high)]
 
 
 def _show_first_differences(records: "Sequence[ExperimentRecord]", method: "Method") -> None:
@@ -183,11 +183,14 @@ def _show_first_differences(records: "Sequence[ExperimentRecord]", method: "Meth
         typer.echo(f"first differing token, {title}, {len(parted)} answers: {', '.join(counts)}, none: {none}")
 
 
-def _difference_line(name: str, gap: "Difference") -> str:
+def _difference_line(name: str, gap: "Difference", sides: tuple[str, str]) -> str:
+    """Say how large a difference is, whether it is real, and which of the two methods is the better one then."""
+    figure, over = metric(name.partition(" ")[0]), name.partition(" ")[2]
+    size, low, high = (figure.text(value, sign=True) for value in (gap.difference, gap.low, gap.high))
+    start = f"  {figure.label}, {over}: {size}"
     if gap.real is None:
-        return f"  {name}: {gap.difference:+.4g} ({gap.pairs} pairs are too few to tell)"
-    verdict = "real" if gap.real else "not shown to be real"
-    return (
-        f"  {name}: {gap.difference:+.4g}, 95 % interval {number(gap.low, '+.4g')} to {number(gap.high, '+.4g')}, "
-        f"p {number(gap.p_value, '.2g')} ({gap.pairs} pairs): {verdict}"
-    )
+        return f"{start} ({gap.pairs} pairs are too few to tell)"
+    best = figure.best((gap.difference, 0.0))
+    better = "" if best is None else f", {sides[best]} is better"
+    verdict = f"real{better}" if gap.real else "not shown to be real"
+    return f"{start}, 95 % interval {low} to {high}, p {gap.p_value:.2g} ({gap.pairs} pairs): {verdict}"

@@ -1,16 +1,35 @@
-"""The catalogue of metrics: what a figure of a record is called, how it is written, what it means.
+"""The catalogue of metrics: what a figure is called, its unit and digits, which way is better, what it means.
 
-Tables of reports take names and digits from here, pages definitions. A figure that is not listed gets a name and digits
-by its ending.
+Tables, charts, exports and pages ask `metric(name)` by the figure's name in records. Names made of a listed one and a
+variant ("full_tokens_per_second", "kl_low") need no entry; one that is not known gets a name and unit by its ending.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 NONE = "-"
-"""Stands for a figure that could not be had."""
+"""Stands in a table for a figure that could not be had."""
+MISSING = "not measured"
+"""The same in a sentence."""
 
 SMALL = ".4f*"
 """Four digits behind the point, or two that mean something where the figure is below 0.001."""
+SPEED = ",.1f*"
+"""One digit behind the point, or two where the figure is below 10."""
+BYTES = "bytes"
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def human_bytes(count: float) -> str:
+    """Return a size for people: 1536 is `1.50 KiB`."""
+    size = abs(count)
+    for unit in _SIZES:
+        if size < 1024 or unit == _SIZES[-1]:
+            return f"{'-' * (count < 0)}{size:{'.0f' if unit == 'B' else '.2f'}} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)
@@ -18,155 +37,409 @@ class Metric:
     """One figure.
 
     Attributes:
-        label: In the head of a table, with its unit.
+        title: What it is called, in lower case but for names.
+        unit: Of the number; "" where it has none, `BYTES` for sizes, which are written with the unit that fits.
         digits: How a number is written, as `format` reads it, or `SMALL`.
+        better: Which of two values is the better one; None where neither is.
         definition: One or two sentences for those who meet it for the first time.
+        short: Its title where there is little room; "" for the title itself.
     """
 
-    label: str
+    title: str
+    unit: str = ""
     digits: str = ".2f"
+    better: Literal["higher", "lower"] | None = None
     definition: str = ""
+    short: str = ""
 
-    def text(self, value: float | None) -> str:
-        """Return a figure as shown; one that could not be had is a dash, and a small one is not written as 0."""
+    @property
+    def label(self) -> str:
+        """In the head of a table: the title with its unit."""
+        return self._with_unit(self.title)
+
+    @property
+    def column(self) -> str:
+        """In the head of a narrow table: the short title without a unit."""
+        return self.short or self.title
+
+    @property
+    def head(self) -> str:
+        """In the head of a narrow table whose cells have no units."""
+        return self._with_unit(self.column)
+
+    @property
+    def heading(self) -> str:
+        """At the beginning of a line."""
+        return self.title[:1].upper() + self.title[1:]
+
+    @property
+    def spelled(self) -> str:
+        """In files: the title with its unit in words."""
+        return self.title + {"%": ", percent", "nats": " in nats"}.get(self.unit, "")
+
+    @property
+    def axis(self) -> str:
+        """At the axis of a chart: the label, and which way is better."""
+        return self.label + (f" ({self.better} is better)" if self.better else "")
+
+    @property
+    def help(self) -> str:
+        """The definition, and which way is better."""
+        return " ".join(filter(None, (self.definition, self.better and f"{self.better.capitalize()} is better.")))
+
+    def _with_unit(self, title: str) -> str:
+        return f"{title}, {self.unit}" if self.unit and self.unit != BYTES else title
+
+    def text(self, value: float | None, *, sign: bool = False) -> str:
+        """Return a figure as it stands in a cell: no unit, a dash where it could not be had.
+
+        A small figure is not written as 0. With its sign a figure is a difference.
+        """
         if value is None:
             return NONE
-        if self.digits == SMALL:
-            return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
-        if self.digits == ".2f" and abs(value) >= 1000:
-            return f"{value:,.0f}"
-        return format(value, self.digits)
+        plus = "+" if value > 0 and (sign or self.digits.startswith("+")) else ""
+        return plus + self._digits(value)
 
+    def _digits(self, value: float) -> str:
+        digits = self.digits.removeprefix("+")
+        if self.unit == BYTES:
+            return human_bytes(value)
+        if digits == SPEED:
+            return format(value, ",.1f" if abs(value) >= 10 else ".2f")
+        if digits == SMALL:
+            return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+        return f"{value:,.0f}" if digits == ".2f" and abs(value) >= 1000 else format(value, digits)
+
+    def said(self, value: float | None, *, sign: bool = False) -> str:
+        """Return a figure as it stands in a sentence: with its unit, or that it was not measured.
+
+        A difference of shares is one in percentage points.
+        """
+        if value is None:
+            return MISSING
+        unit = "" if self.unit == BYTES else "points" if sign and self.unit == "%" else self.unit
+        return f"{self.text(value, sign=sign)} {unit}".rstrip()
+
+    def loss(self, value: float) -> float:
+        """Return a number that is the lower the better the figure.
+
+        Raises:
+            ValueError: If neither way is better.
+        """
+        if self.better is None:
+            raise ValueError(f"{self.title} has no better direction")
+        return value if self.better == "lower" else -value
+
+    def best(self, values: Sequence[float | None]) -> int | None:
+        """Return which of several values is better than all others; None where none is, or one is missing."""
+        known = [self.loss(value) for value in values if value is not None] if self.better else []
+        if not known or len(known) < len(values) or known.count(min(known)) > 1:
+            return None
+        return known.index(min(known))
+
+
+_FOUND = "In how many of the prompts the answer held the hidden fact."
+_NEW_TOKENS = (
+    "New tokens of all rows a second, the first of each row left out; a median where there are several rounds."
+)
+_COSINE = "it can look fine while the most attended token changes, so read it next to the top-1 match and the KL."
+_ENCODE = "Time spent packing keys and values"
+_ATTENTION = "Time spent on scores, softmax and weighted values in all layers"
+_BY_SIDE = "From one extra run with instruments."
 
 METRICS: dict[str, Metric] = {
+    # memory
     "bits_per_value": Metric(
         "bits a value held",
+        better="lower",
+        short="bits held",
         definition=(
             "Everything the cache holds at the end, in bits, divided by the cached values: codes, scales, exact "
-            "tokens in the model's own number format, spare room, tables. A full cache in float32 holds 32."
+            "tokens in the model's own number format, spare room, tables. The 16-bit baseline holds 16, a full cache "
+            "in float32 32."
         ),
     ),
     "packed_bits_per_value": Metric(
         "bits a packed value",
+        better="lower",
+        short="packed bits",
         definition=(
             "Codes and scales of the packed tokens alone, in bits a value: what one more token costs in a long text. "
             "Empty where nothing is packed or some layers are not compressed."
         ),
     ),
     "compression_ratio": Metric(
-        "compression",
-        definition=("The 16-bit baseline (2 bytes a value) divided by the bytes really held; below 1 it is larger."),
+        "times smaller",
+        better="higher",
+        definition=(
+            "The 16-bit baseline (2 bytes a value) divided by the bytes really held, everything counted; below 1 the "
+            "cache is larger."
+        ),
     ),
-    "cosine_similarity": Metric(
-        "cosine",
+    "payload_ratio": Metric(
+        "payload ratio",
+        better="higher",
+        definition=("A formula: 16 divided by the bits of a code, without norms, exact tokens, spare room or tables."),
+    ),
+    "cache_bytes": Metric(
+        "KV cache held",
+        BYTES,
+        better="lower",
+        short="bytes held",
+        definition=(
+            "Bytes the cache really holds at the end, summed over every storage reachable from it: codes, scales, "
+            "exact tokens, spare room and shared tables."
+        ),
+    ),
+    "full_precision_bytes": Metric(
+        "16-bit baseline", BYTES, definition="What the same tokens take at 2 bytes a value, whatever the run's dtype."
+    ),
+    "estimated_bytes": Metric(
+        "estimated",
+        BYTES,
+        better="lower",
+        definition="Bytes the cache would hold at the context where sizes are compared.",
+    ),
+    "peak_memory_bytes": Metric(
+        "peak memory",
+        BYTES,
+        better="lower",
+        definition=(
+            "How far memory grew during the run, activations included: what the allocator reached on a GPU, the "
+            "process's resident memory, sampled, on a CPU."
+        ),
+    ),
+    "byte_floor": Metric(
+        "times the byte floor",
+        better="lower",
+        short="x byte floor",
+        definition=(
+            "Bytes held, divided by the byte floor. The floor is a formula: every cached value at the bits of its code "
+            "alone, without scales, exact tokens, spare room or tables. 1 is the floor; nothing can go below it at "
+            "these bits. It is about memory held, not about the time in which a kernel reads it."
+        ),
+    ),
+    # attention heads
+    "cosine_scores": Metric(
+        "cosine of scores",
         digits=".4f",
-        definition=("How alike a head's scores are under full and compressed keys; 1 is the same."),
+        better="higher",
+        definition=f"How alike a head's scores are under full and compressed keys; 1 is the same. Alone {_COSINE}",
+    ),
+    "cosine_weights": Metric(
+        "cosine of weights",
+        digits=".4f",
+        better="higher",
+        definition=f"The same of its softmax weights, which are what a head attends with; {_COSINE}",
     ),
     "top1_match_pct": Metric(
-        "top-1 match, %",
-        digits=".1f",
-        definition=("How often the token a head attends to most is the same under full and compressed keys."),
+        "top-1 match",
+        "%",
+        ".1f",
+        "higher",
+        "How often the token a head attends to most is the same under full and compressed keys.",
     ),
     "top5_match_pct": Metric(
-        "top-5 match, %",
-        digits=".1f",
-        definition=(
-            "How often the token a head attends to most under full keys is among its five most attended ones under "
-            "compressed keys."
-        ),
+        "top-5 match",
+        "%",
+        ".1f",
+        "higher",
+        "How often the token a head attends to most under full keys is among its five most attended ones under "
+        "compressed keys.",
     ),
-    "kl_mean": Metric(
-        "KL, nats",
-        digits=SMALL,
-        definition=(
-            "How far the next-token distribution moves under the compressed cache when a text is read through it, in "
-            "nats; mean over the measured tokens. 0 is no change."
-        ),
+    "heads_at_risk_pct": Metric(
+        "heads at risk",
+        "%",
+        ".1f",
+        "lower",
+        "A head is at risk in a step when the token it attends to most changes once its keys are compressed. It equals "
+        "one minus the top-1 match. A head at risk does not by itself change the next token.",
     ),
-    "kl_p99": Metric(
-        "KL, 99th percentile",
-        digits=SMALL,
-        definition=("One token in a hundred moves further than this."),
+    "top1_miss_pct": Metric(
+        "top-1 miss",
+        "%",
+        ".1f",
+        "lower",
+        "In which share of the measured steps the token a head attends to most changes.",
+        "steps at risk",
     ),
-    "same_top_pct": Metric(
-        "same top token, %",
-        digits=".1f",
-        definition=("At how many of the measured tokens the most likely next token stays the same."),
+    "top5_miss_pct": Metric(
+        "top-5 miss",
+        "%",
+        ".1f",
+        "lower",
+        "In which share of the measured steps the token a head attends to most is not even among the five most "
+        "attended ones under compressed keys.",
     ),
-    "delta_ppl_pct": Metric(
-        "perplexity change, %",
-        digits=".1f",
-        definition=("By how much perplexity on the text rises against the full cache; below 0 it falls."),
-    ),
-    "ppl_full": Metric(
-        "perplexity, full",
-        definition=("Perplexity of the text with the full cache."),
-    ),
-    "ppl": Metric(
-        "perplexity",
-        definition=("Perplexity of the text read through the cache."),
-    ),
-    "needle_rank_full": Metric(
-        "needle rank, full",
-        digits=".0f",
+    "output_error": Metric(
+        "output error",
+        digits=".4f",
+        better="lower",
+        definition="How far a head's output moves, values compressed too, as a share of its length.",
     ),
     "needle_rank": Metric(
         "needle rank",
         digits=".0f",
-        definition=("Place of the needle among all tokens by attention from the last one, median over heads."),
+        better="lower",
+        definition="Place of the needle among all tokens by attention from the last one, median over heads.",
     ),
-    "success_full_pct": Metric(
-        "found, full, %",
-        digits=".1f",
+    "needle_heads": Metric(
+        "heads on the needle", digits=".0f", better="higher", definition="Heads that attend to the needle most."
     ),
-    "success_pct": Metric(
-        "found, %",
-        digits=".1f",
-        definition=("In how many of the prompts the answer held the hidden fact."),
+    "needle_heads_kept_pct": Metric(
+        "heads kept on the needle",
+        "%",
+        ".1f",
+        "higher",
+        "How many of the heads that attend to the needle most with full keys still do.",
     ),
-    "full_tokens_per_second": Metric(
-        "full, tokens/s",
-        digits=".1f",
+    "needle_mass_pct": Metric(
+        "attention on the needle", "%", definition="Its share of the heads' attention from the last token, mean."
     ),
-    "tokens_per_second": Metric(
-        "tokens/s",
-        digits=".1f",
-        definition=("New tokens of all rows a second, the first left out."),
+    # predictions
+    "kl_mean": Metric(
+        "KL",
+        "nats",
+        SMALL,
+        "lower",
+        "How far the next-token distribution moves under the compressed cache when a text is read through it, in "
+        "nats; mean over the measured tokens. 0 is no change.",
     ),
-    "speed_ratio": Metric(
-        "speed ratio",
-        definition=("Tokens a second against the full cache's."),
+    "mean_kl": Metric(
+        "mean KL",
+        "nats",
+        SMALL,
+        "lower",
+        "How far the next-token distribution moves when the original answer is read through the compressed cache, in "
+        "nats; mean over the answer's tokens. 0 is no change.",
     ),
-    "mse": Metric(
-        "MSE",
+    "kl_p99": Metric("KL, 99th percentile", "nats", SMALL, "lower", "One token in a hundred moves further than this."),
+    "same_top_pct": Metric(
+        "same top token",
+        "%",
+        ".1f",
+        "higher",
+        "At how many of the measured tokens the most likely next token stays the same when a text or the original "
+        "answer is read through the compressed cache.",
+        "same top",
+    ),
+    "delta_ppl_pct": Metric(
+        "perplexity change",
+        "%",
+        "+.2f",
+        "lower",
+        "By how much perplexity on the text rises against the full cache; below 0 it falls.",
+    ),
+    "ppl": Metric("perplexity", better="lower", definition="Perplexity of the text read through the cache."),
+    "success_pct": Metric("found", "%", ".0f", "higher", _FOUND),
+    # answers
+    "agreed_tokens": Metric(
+        "first divergence",
+        "tokens",
+        ".1f",
+        "higher",
+        "Tokens before an answer first differs from the full cache's; all of them where it never does. Mean over the "
+        "answers.",
+    ),
+    "identical_pct": Metric(
+        "identical answers", "%", ".1f", "higher", "Share of greedy answers without any difference."
+    ),
+    "same_tokens_pct": Metric(
+        "same tokens", "%", ".1f", "higher", "Share of greedy tokens that equal the full cache's, place by place."
+    ),
+    # speed
+    "tokens_per_second": Metric("speed", "tokens/s", SPEED, "higher", _NEW_TOKENS),
+    "speed_ratio": Metric("speed ratio", better="higher", definition="Tokens a second against the full cache's."),
+    "time_to_first_token_ms": Metric(
+        "first token",
+        "ms",
+        ".0f",
+        "lower",
+        "Time from the start of the prompt's reading to the first new token; a median where there are several rounds.",
+    ),
+    "encode_prompt_ms": Metric("encode, prompt", "ms", ".1f", "lower", f"{_ENCODE} of the prompt. {_BY_SIDE}"),
+    "encode_step_ms": Metric("encode, a step", "ms", ".2f", "lower", f"{_ENCODE} in a step. {_BY_SIDE}"),
+    "encode_share_pct": Metric(
+        "encode, share of a step", "%", ".1f", "lower", f"{_ENCODE}, as a share of a step that is timed without it."
+    ),
+    "attention_prompt_ms": Metric("attention, prompt", "ms", ".1f", "lower", f"{_ATTENTION}: the prompt. {_BY_SIDE}"),
+    "attention_step_ms": Metric("attention, a step", "ms", ".1f", "lower", f"{_ATTENTION}: a step. {_BY_SIDE}"),
+    "step_ms": Metric("a step", "ms", ".1f", "lower", "One new token of every row."),
+    "worst_step_ms": Metric("longest step", "ms", ",.0f", "lower", "The longest single step of all rounds."),
+    # codes on random unit vectors
+    "mse": Metric("MSE", digits=SMALL, better="lower", definition="Mean squared error of a unit vector."),
+    "inner_product": Metric(
+        "inner product error",
         digits=SMALL,
-        definition=("Mean squared error of a unit vector."),
+        better="lower",
+        definition="Mean squared error of inner products with random unit queries, times the dimensions.",
+        short="IP error",
     ),
-    "mse_theory": Metric(
-        "MSE, theory",
-        digits=SMALL,
+    "gain": Metric(
+        "gain",
+        digits=".4f",
+        definition="Mean estimate over truth for queries at cosine 0.6 with their key; 1 is unbiased.",
     ),
-    "inner_product_prod_gaussian": Metric(
-        "inner product, prod",
-        digits=SMALL,
+    "recall_pct": Metric(
+        "recall@1", "%", ".0f", "higher", "How often a query finds its nearest key among near neighbours."
     ),
-    "inner_product_prod_gaussian_theory": Metric(
-        "inner product, theory",
-        digits=SMALL,
+    "encode_vectors_per_second": Metric("encoded", "vectors/s", ",.0f", "higher", "Vectors turned into codes."),
+    "decode_vectors_per_second": Metric("decoded", "vectors/s", ",.0f", "higher", "Vectors read back from codes."),
+    "largest_z": Metric(
+        "z", digits=".1f", better="lower", definition="Standard errors from theory, the largest of the checks."
     ),
+    # counts
+    "prompt_tokens": Metric("prompt tokens", digits=",.0f", definition="Tokens of the prompt."),
+    "answer_tokens": Metric("answer tokens", digits=",.0f", definition="Tokens of the answer."),
+    "compressed_tokens": Metric("packed tokens", digits=",.0f", definition="Tokens that are held as codes."),
+    "measured_tokens": Metric("measured tokens", digits=",.0f", definition="Tokens whose prediction is compared."),
+    "repetitions": Metric("prompts", digits=",.0f", definition="Prompts at one length and depth."),
 }
+METRICS["cosine_similarity"] = METRICS["cosine_scores"]
+METRICS["bytes"] = METRICS["cache_bytes"]
+METRICS["kl"] = METRICS["kl_mean"]
 
-_ENDINGS = {"_pct": (", %", ".1f"), "_tokens_per_second": (", tokens/s", ".1f"), "_ms": (", ms", ".2f")}
+_VARIANTS = {
+    "full": ("full", "With nothing compressed."),
+    "original": ("original", "With the full cache."),
+    "packed": ("packed only", "Over packed tokens alone."),
+    "served": ("as served", "Over all tokens, as the model sees them."),
+    "sampled": ("sampled", "Of sampled answers."),
+    "by_rotation": ("by rotation seed", "A mean a rotation seed."),
+    "by_sampling": ("by sampling seed", "A mean a sampling seed."),
+    "median": ("median", "The median instead."),
+    "low": ("from", "The lower end of its 95 % interval."),
+    "high": ("to", "The upper end of its 95 % interval."),
+    "p20": ("20 %", "The 20th percentile of the rounds."),
+    "p80": ("80 %", "The 80th percentile of the rounds."),
+    "theory": ("theory", "The exact expectation."),
+    "prod_gaussian": ("prod", "Of TurboQuant_prod with a Gaussian projection."),
+    "prod_orthogonal": ("prod orthogonal", "Of TurboQuant_prod with an orthogonal projection."),
+    "mse": ("mse", "Of TurboQuant_mse."),
+    "matched": ("matched", "Of TurboQuant_mse with norms that match."),
+    "unbiased": ("unbiased", "Of TurboQuant_mse with scales without bias."),
+}
+_ENDINGS = {"_pct": ("%", ".1f"), "_ms": ("ms", ".2f"), "_bytes": (BYTES, "")}
+
+
+@cache
+def known(name: str) -> Metric | None:
+    """Return what is known of a figure by its name in records: its entry, or that of which it is a variant."""
+    if name in METRICS:
+        return METRICS[name]
+    for part, (title, definition) in _VARIANTS.items():
+        before, found, after = f"_{name}_".partition(f"_{part}_")
+        if found and (base := known(f"{before}_{after}".strip("_"))):
+            meaning = f"{base.definition} {definition}"
+            return replace(base, title=f"{base.title}, {title}", definition=meaning, short=f"{base.column}, {title}")
+    return None
 
 
 def metric(name: str) -> Metric:
     """Return what is known of a figure by its name in records, or what its name tells."""
-    if name in METRICS:
-        return METRICS[name]
-    for ending, (unit, digits) in {**_ENDINGS, "_bytes": (", bytes", ",.0f")}.items():
+    if found := known(name):
+        return found
+    for ending, (unit, digits) in _ENDINGS.items():
         if name.endswith(ending):
-            return Metric(name.removesuffix(ending).replace("_", " ") + unit, digits=digits)
-    if name.startswith("needle_rank"):
-        return Metric(name.replace("_", " "), digits=".0f")
-    small = name.startswith("kl") or "mse" in name or "inner_product" in name
-    return Metric(name.replace("_", " "), digits=SMALL if small else ".4f" if "cosine" in name else ".2f")
+            return Metric(name.removesuffix(ending).replace("_", " "), unit, digits)
+    return Metric(name.replace("_", " "))

@@ -1,7 +1,9 @@
 """Which of several choices are worth having: those that no other beats on both cost and loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from turboquant.records.metrics import metric
 
 Point = tuple[float | None, float | None]
 
@@ -17,6 +19,24 @@ def pareto_front(points: Sequence[Point]) -> list[bool]:
         [True, True, False, False]
     """
     return [_is_known(point) and not any(_beats(other, point) for other in points) for point in points]
+
+
+def front_of(
+    figures: Sequence[Mapping[str, float | None]], cost: str = "bits_per_value", loss: str = "kl_mean"
+) -> list[bool]:
+    """Return for each row of figures whether it is on the front of two metrics; the catalogue says which way is better.
+
+    Args:
+        figures: By their names in records.
+        cost: The one metric.
+        loss: The other.
+    """
+
+    def side(row: Mapping[str, float | None], name: str) -> float | None:
+        value = row.get(name)
+        return None if value is None else metric(name).loss(value)
+
+    return pareto_front([(side(row, cost), side(row, loss)) for row in figures])
 
 
 def _is_known(point: Point) -> bool:

@@ -1,17 +1,7 @@
 """A comparison in words: sizes, quoted tokens and the verdict sentence. Plain text, for pages and the command line."""
 
 from turboquant.records.comparison import CacheReport, Comparison
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def human_bytes(count: float) -> str:
-    """A size for people: 1536 is `1.50 KiB`."""
-    for unit in _UNITS:
-        if count < 1024 or unit == _UNITS[-1]:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
+from turboquant.records.metrics import human_bytes
 
 
 def against_16_bits(held: int, full: int) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from turboquant.records.environment import Environment
 from turboquant.records.experiment import ExperimentRecord, Spread
-from turboquant.records.metrics import NONE
-from turboquant.report.tables import Table, code, number
+from turboquant.records.metrics import NONE, metric
+from turboquant.report.tables import Table, code
 
 LARGE = "llama-3.1-8b", 8, 32_768, 1
 Records = Iterable[ExperimentRecord]
@@ -175,14 +175,15 @@ def model_table(records: Records) -> Table:
             {"calls": "step by step", "graph": "CUDA graph"}[r.cell.settings["run"]],
             code(r.cell.method),
             _figure(r, "step_ms", 2),
-            _figure(r, "tokens_per_second"),
+            metric("tokens_per_second").text(r.metrics.get("tokens_per_second")),
             _gigabytes(r, "cache_bytes"),
             _gigabytes(r, "peak_memory_bytes"),
         )
         for r in chosen
     )
-    names = ("GPU", "model, weights", "batch x context", "run", "method", "ms a step", "tokens/s", "cache, GB")
-    return Table("", (*names, "peak, GB"), rows, _where(r.environment for r in chosen))
+    names = ("GPU", "model, weights", "batch x context", "run", "method", "ms a step")
+    held = (metric("tokens_per_second").label, "cache, GB", "peak, GB")
+    return Table("", (*names, *held), rows, _where(r.environment for r in chosen))
 
 
 def context_table(records: Records) -> Table:
@@ -232,6 +233,7 @@ def metrics_table(records: Records) -> Table:
 
 def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
     """Return `evaluate`'s time and memory by context; a model in a folder goes by the folder's name."""
+    figures = ("bits_per_value", "cosine_similarity", "same_top_pct")
     chosen = sorted(
         records, key=lambda r: (r.cell.model or "", r.cell.settings["context"], (r.cell.method or "")[::-1])
     )
@@ -240,15 +242,13 @@ def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
             Path(r.cell.model or "").name,
             code(r.cell.method),
             f"{r.cell.settings['context']:,}",
-            number("", r.cache.bits_per_value if r.cache else None),
-            number("cosine_similarity", r.metrics.get("cosine_similarity")),
-            number("same_top_pct", r.metrics.get("same_top_pct")),
+            *(metric(name).text(r.metrics.get(name)) for name in figures),
             f"{r.timing['elapsed']:.1f}",
             *_peak(r.metrics.get("peak_memory_bytes"), r.cell.settings["context"]),
         )
         for r in chosen
     )
-    names = ("model", "method", "context", "bits a value held", "cosine", "same top token, %", "seconds", "peak, GB")
+    names = ("model", "method", "context", *(metric(name).label for name in figures), "seconds", "peak, GB")
     return Table("", (*names, "peak, KB a token"), rows, _where(r.environment for r in chosen))
 
 

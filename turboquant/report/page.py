@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from turboquant.records.experiment import ExperimentRecord
+from turboquant.records.metrics import NONE, metric
 from turboquant.report.gpu import (
     attention_table,
     context_table,
@@ -26,7 +27,6 @@ from turboquant.report.tables import (
     decode_table,
     failures_table,
     front_table,
-    number,
     variance_table,
 )
 
@@ -101,7 +101,11 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
     for experiment, _, group in by_group(summarize(summed)):
         tables = [comparison_table(group)]
         if experiment == "perplexity" and len(group) > 2:
-            tables.append(front_table(group, "By bits really held, with the Pareto front of mean KL"))
+            tables.append(
+                front_table(
+                    group, f"By {metric('bits_per_value').title}, with the Pareto front of {metric('kl_mean').title}"
+                )
+            )
         drawn = _draw(group) if plots and group[0].model is not None else ()
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
     if spreads := results.of("variance"):
@@ -160,7 +164,7 @@ def to_html(sections: Sequence[Section]) -> str:
 def _cell(value: str | float | int | None) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return number("", None) if value is None else str(value)
+    return NONE if value is None else str(value)
 
 
 def _json(plot: "Plot") -> str:

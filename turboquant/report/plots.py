@@ -13,7 +13,8 @@ from plotly.offline import get_plotlyjs
 
 from turboquant.methods import METHODS, in_order
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.pareto import pareto_front
+from turboquant.records.metrics import metric
+from turboquant.records.pareto import front_of
 from turboquant.report.style import looks
 from turboquant.report.summary import Summary
 
@@ -23,7 +24,6 @@ _GLYPHS = {
     **{"cross": "✚", "hexagon": "⬢", "bowtie": "⧓"},
 }
 _GRID = "rgba(128,128,128,0.28)"
-BASELINE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -89,100 +89,142 @@ def _trace(name: str, points: Sequence[tuple[float, float]], style: tuple[str, s
     )
 
 
-def _lines(summaries: Sequence[Summary], metric: str) -> dict[str, list[tuple[float, float]]]:
+def _lines(summaries: Sequence[Summary], name: str) -> dict[str, list[tuple[float, float]]]:
     """Return (bits, figure) by family, ascending."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in summaries:
-        if one.bits is not None and metric in one.metrics:
-            lines.setdefault(one.family, []).append((one.bits, one.metrics[metric]))
+        if one.bits is not None and name in one.metrics:
+            lines.setdefault(one.family, []).append((one.bits, one.metrics[name]))
     return {family: sorted(points) for family, points in lines.items()}
 
 
-def against_bits(
-    summaries: Sequence[Summary], metrics: Sequence[str], title: str, y: str, *, log: bool = False
-) -> Plot | None:
-    """Draw figures against nominal bits, a line for each family; a second metric of it is dotted.
+def against_bits(summaries: Sequence[Summary], name: str, *, log: bool = False) -> Plot | None:
+    """Draw a figure against nominal bits, a line for each family.
 
     Args:
         summaries: Of one model and one experiment.
-        metrics: One or two names.
-        title: Of the plot.
-        y: Title of the axis.
-        log: Whether it is logarithmic; zeros are left out then.
+        name: Of the metric.
+        log: Whether its axis is logarithmic; zeros are left out then.
 
     Returns:
-        None where no method has bits and figures.
+        None where no method has bits and the figure.
     """
-    styles, figure, rows = _styles(summaries), go.Figure(), []
-    for number, metric in enumerate(metrics):
-        for family, points in _lines(summaries, metric).items():
-            drawn = [point for point in points if point[1] > 0 or not log]
-            color, sign, dash = styles[family]
-            name = family if len(metrics) == 1 else f"{family}, {_short(metric)}"
-            figure.add_trace(_trace(name, drawn, (color, sign, "dot" if number else dash)))
-            rows += [(family, _short(metric), bits, value) for bits, value in points]
+    styles, figure, shown, rows = _styles(summaries), go.Figure(), metric(name), []
+    for family, points in _lines(summaries, name).items():
+        figure.add_trace(_trace(family, [point for point in points if point[1] > 0 or not log], styles[family]))
+        rows += [(family, bits, value) for bits, value in points]
     if not rows:
         return None
-    best = max((value, f"{family} at {bits:g} bits") for family, _, bits, value in rows)
-    low = min((value, f"{family} at {bits:g} bits") for family, _, bits, value in rows)
-    alt = f"From {low[0]:.4g} ({low[1]}) to {best[0]:.4g} ({best[1]})."
-    _layout(figure, "bits of a code (nominal)", y, log=log).update_xaxes(dtick=1)
-    return Plot(title, alt, figure, ("method", "figure", "bits", "value"), tuple(rows))
+    ordered = sorted(rows, key=lambda row: shown.loss(row[2]))
+    best, worst = (f"{shown.said(row[2])} ({row[0]} at {row[1]:g} bits)" for row in (ordered[0], ordered[-1]))
+    _layout(figure, "bits of a code (nominal)", shown.axis, log=log).update_xaxes(dtick=1)
+    alt = f"Best {best}, worst {worst}."
+    return Plot(f"{shown.heading} against bits", alt, figure, ("method", "bits", shown.label), tuple(rows))
 
 
-def _short(metric: str) -> str:
-    return metric.removesuffix("_pct").replace("_", " ").replace("top1", "top-1").replace("top5", "top-5")
+@dataclass(frozen=True)
+class Point:
+    """A method in the Pareto plot.
+
+    Attributes:
+        method: In full.
+        family: What shares a colour and a sign, see `family_of`.
+        cost: What it takes.
+        loss: What it does to predictions; above 0, since the axis is logarithmic.
+        on_front: Whether no other method beats it in both.
+        note: What else is said of it.
+    """
+
+    method: str
+    family: str
+    cost: float
+    loss: float
+    on_front: bool
+    note: str = ""
 
 
-def pareto(summaries: Sequence[Summary], metric: str = "kl_mean") -> Plot | None:
-    """Draw a loss against the bits really held, with the front of methods that no other beats in both."""
-    held = [
-        one
-        for one in summaries
-        if one.base != "full" and "bits_per_value" in one.metrics and one.metrics.get(metric, 0) > 0
-    ]
-    if not held:
-        return None
-    points = [(one.metrics["bits_per_value"], one.metrics[metric]) for one in held]
-    front = pareto_front(points)
-    styles, figure = _styles(summaries), go.Figure()
-    line = sorted(point for point, on in zip(points, front, strict=True) if on)
+def pareto_figure(points: Sequence[Point], cost: str = "bits_per_value", loss: str = "kl_mean") -> go.Figure:
+    """Draw one metric against another, a point a method, with the front of methods that no other beats in both.
+
+    Args:
+        points: At most those that a logarithmic axis can show.
+        cost: The metric of the horizontal axis, by its name in records.
+        loss: That of the vertical one.
+
+    Returns:
+        The figure with its axes and no further layout.
+    """
+    figure = go.Figure()
+    front = sorted((point.cost, point.loss) for point in points if point.on_front)
     figure.add_trace(
         go.Scatter(
-            x=[x for x, _ in line],
-            y=[y for _, y in line],
-            name="front",
+            x=[x for x, _ in front],
+            y=[y for _, y in front],
+            name="Pareto front",
             mode="lines",
-            line={"color": "#808080", "width": 1.5, "dash": "dot", "shape": "hv"},
+            line={"color": "#808080", "width": 2, "dash": "dot", "shape": "hv"},
             hoverinfo="skip",
         )
     )
-    for family, group in groupby(sorted(zip(held, points, strict=True), key=lambda one: one[0].family), _family):
-        part = list(group)
-        trace = _trace(family, [point for _, point in part], styles[family], text=[one.method for one, _ in part])
-        trace.mode = "markers"
-        trace.hovertemplate = "%{text}<br>%{x:.2f} bits a value, %{y:.3g} nats<extra></extra>"
+    families = sorted({point.family for point in points}, key=_family_order)
+    for family, style in looks((_base(name), name) for name in families).items():
+        own = [point for point in points if point.family == family]
+        trace = _trace(family, [(point.cost, point.loss) for point in own], style, customdata=[[p.method] for p in own])
+        trace.update(mode="markers", text=[_told(p, cost, loss) for p in own], hovertemplate="%{text}<extra></extra>")
         figure.add_trace(trace)
-    _layout(figure, "bits a value really held", "KL, nats (mean)", log=True)
-    names = [one.method for one, on in zip(held, front, strict=True) if on]
-    rows = sorted(
-        ((x, y, one.method, "yes" if on else "") for one, (x, y), on in zip(held, points, front, strict=True)),
-        key=lambda row: row[:2],
+    figure.update_xaxes(title_text=metric(cost).axis)
+    losses = [point.loss for point in points]
+    wide = bool(losses) and max(losses) > 100 * min(losses)
+    ticks = 1 if wide else "D2"  # at 1, 2 and 5
+    return figure.update_yaxes(title_text=metric(loss).axis, type="log", tickformat="~g", dtick=ticks)
+
+
+def _told(point: Point, cost: str, loss: str) -> str:
+    """What is said of a point under the pointer."""
+    figures = ", ".join(
+        f"{metric(name).title} {metric(name).said(value)}" for name, value in ((cost, point.cost), (loss, point.loss))
     )
-    columns = ("bits a value held", "KL, nats", "method", "on the front")
-    alt = f"Of {len(held)} methods {len(names)} are on the front: {', '.join(str(name) for name in names)}."
-    return Plot("Quality against bits really held", alt, figure, columns, tuple(rows))
+    where = "on the front" if point.on_front else "not on the front"
+    return "<br>".join(filter(None, (f"<b>{point.method}</b>", figures, point.note, where)))
 
 
-def _family(one: tuple[Summary, tuple[float, float]]) -> str:
-    return one[0].family
+def _base(family: str) -> str:
+    return family.partition(":")[0]
 
 
-def context_sensitivity(summaries: Sequence[Summary], metric: str, y: str, *, log: bool = False) -> Plot | None:
+def _family_order(family: str) -> tuple[int, str]:
+    order = in_order(METHODS)
+    return (order.index(_base(family)) if _base(family) in order else len(order), family)
+
+
+def pareto(summaries: Sequence[Summary], loss: str = "kl_mean") -> Plot | None:
+    """Draw a loss against the bits really held, with the front of methods that no other beats in both."""
+    cost = "bits_per_value"
+    on = front_of([one.metrics for one in summaries], cost, loss)
+    points = sorted(
+        (
+            Point(str(one.method), one.family, one.metrics[cost], one.metrics[loss], front)
+            for one, front in zip(summaries, on, strict=True)
+            if one.base != "full" and cost in one.metrics and one.metrics.get(loss, 0) > 0
+        ),
+        key=lambda point: (point.cost, point.loss),
+    )
+    if not points:
+        return None
+    figure = pareto_figure(points, cost, loss)
+    _layout(figure, metric(cost).axis, metric(loss).axis)
+    names = [point.method for point in points if point.on_front]
+    rows = tuple((p.cost, p.loss, p.method, "yes" if p.on_front else "") for p in points)
+    columns = (metric(cost).label, metric(loss).label, "method", "on the front")
+    alt = f"Of {len(points)} methods {len(names)} are on the front: {', '.join(names)}."
+    return Plot(f"{metric(loss).heading} against {metric(cost).title}", alt, figure, columns, rows)
+
+
+def context_sensitivity(summaries: Sequence[Summary], name: str, *, log: bool = False) -> Plot | None:
     """Draw a figure against the context, a line for each method; None where only one context was measured."""
-    styles, figure, rows = _styles(summaries), go.Figure(), []
+    styles, figure, shown, rows = _styles(summaries), go.Figure(), metric(name), []
     for one in (one for one in summaries if one.base != "full"):
-        points = [(float(c), one.by_context[c][metric]) for c in one.contexts if metric in one.by_context[c]]
+        points = [(float(c), one.by_context[c][name]) for c in one.contexts if name in one.by_context[c]]
         points = [point for point in points if point[1] > 0 or not log]
         if len(points) > 1:
             trace = _trace(str(one.method), points, styles[one.family])
@@ -192,11 +234,11 @@ def context_sensitivity(summaries: Sequence[Summary], metric: str, y: str, *, lo
             rows += [(one.method, int(c), value) for c, value in points]
     if not rows:
         return None
-    _layout(figure, "context, tokens", y, log=log)
+    _layout(figure, "context, tokens", shown.axis, log=log)
     figure.update_xaxes(type="log", tickvals=sorted({row[1] for row in rows}), tickformat=",d")
     contexts = [row[1] for row in rows]
     alt = f"{len(figure.data)} methods from {min(contexts):,} to {max(contexts):,} tokens; the number is the bits."
-    return Plot(f"Context sensitivity: {y}", alt, figure, ("method", "context", y), tuple(rows))
+    return Plot(f"Context sensitivity: {shown.title}", alt, figure, ("method", "context", shown.label), tuple(rows))
 
 
 def memory_by_model(summaries: Sequence[Summary]) -> Plot | None:
@@ -242,9 +284,7 @@ def _model(one: Summary) -> str:
     return one.model or ""
 
 
-def validate_figure(
-    records: Sequence[ExperimentRecord], metric: str = "mse", axis: str = "mean squared error of a unit vector"
-) -> go.Figure:
+def validate_figure(records: Sequence[ExperimentRecord], name: str = "mse") -> go.Figure:
     """Draw a figure of the codes on random unit vectors against bits: measured, and the exact expectation."""
     figure = go.Figure()
 
@@ -255,29 +295,25 @@ def validate_figure(
     colors = [METHODS[name].color for name in in_order(METHODS) if name != "full"]
     for number, (dim, group) in enumerate(groupby(usable, key=lambda record: record.cell.settings["dim"])):
         part = list(group)
-        for source, sign, dash in ((metric, "circle", "solid"), (f"{metric}_theory", "x-thin-open", "dot")):
+        for source, sign, dash in ((name, "circle", "solid"), (f"{name}_theory", "x-thin-open", "dot")):
             points = [(float(bits_of(one)[1]), value) for one in part if (value := one.metrics.get(source))]
-            name = f"dim {dim}, {'measured' if source == metric else 'expected'}"
-            figure.add_trace(_trace(name, points, (colors[number % len(colors)], sign, dash)))
-    _layout(figure, "bits", axis, log=True).update_xaxes(dtick=1)
+            line = f"dim {dim}, {'measured' if source == name else 'expected'}"
+            figure.add_trace(_trace(line, points, (colors[number % len(colors)], sign, dash)))
+    _layout(figure, "bits", metric(name).axis, log=True).update_xaxes(dtick=1)
     return figure.update_layout(showlegend=True)
 
 
 PLOTS: dict[str, Sequence[Callable[[Sequence[Summary]], Plot | None]]] = {
     "model": (
-        lambda s: against_bits(s, ("compression_ratio",), "Compression against bits", "compression, measured"),
-        lambda s: against_bits(s, ("cosine_similarity",), "Cosine against bits", "cosine of scores"),
-        lambda s: against_bits(
-            s,
-            ("top1_match_pct", "top5_match_pct"),
-            "Top-1 (solid) and top-5 match (dotted) against bits",
-            "heads that match, %",
-        ),
-        lambda s: against_bits(s, ("kl_mean",), "KL against bits", "KL, nats (mean)", log=True),
+        lambda s: against_bits(s, "compression_ratio"),
+        lambda s: against_bits(s, "cosine_similarity"),
+        lambda s: against_bits(s, "top1_match_pct"),
+        lambda s: against_bits(s, "top5_match_pct"),
+        lambda s: against_bits(s, "kl_mean", log=True),
         pareto,
-        lambda s: context_sensitivity(s, "kl_mean", "KL, nats (mean)", log=True),
-        lambda s: context_sensitivity(s, "cosine_similarity", "cosine of scores"),
-        lambda s: context_sensitivity(s, "success_pct", "needles found, %"),
+        lambda s: context_sensitivity(s, "kl_mean", log=True),
+        lambda s: context_sensitivity(s, "cosine_similarity"),
+        lambda s: context_sensitivity(s, "success_pct"),
     ),
     "models": (memory_by_model,),
 }

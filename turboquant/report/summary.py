@@ -166,23 +166,35 @@ class Summary:
         return self.family.split(":")[0]
 
 
+def _options(method: str) -> tuple[str, list[str]]:
+    """Return a method's name and its options, the seed left out."""
+    name, _, rest = method.partition(":")
+    return name, [item for item in rest.split(",") if item and not item.startswith("seed=")]
+
+
+def family_of(method: str) -> str:
+    """Return a method without bits and seed: what shares a line or a colour."""
+    name, options = _options(method)
+    fixed = [item for item in options if not re.match(r"(bits|key_bits|value_bits|layers)=", item)]
+    if "key_bits=" in method or "value_bits=" in method:
+        fixed.insert(0, "keys and values apart")
+    if "layers=" in method:
+        fixed.insert(0, "layers apart")
+    return ":".join(filter(None, (name, ",".join(fixed))))
+
+
 def _split(method: str | None, row: dict[str, Any]) -> tuple[str | None, str, float | None]:
     """Return a method without its seed, its family and its nominal bits."""
     if method is None:
         return None, "", row.get("bits")
-    name, _, rest = method.partition(":")
-    options = [item for item in rest.split(",") if item and not item.startswith("seed=")]
-    fixed = [item for item in options if not re.match(r"(bits|key_bits|value_bits)=", item)]
-    if "key_bits=" in method or "value_bits=" in method:
-        fixed.insert(0, "keys and values apart")
+    name, options = _options(method)
     bits = None
     try:
         if (parsed := parse_method(method)).name != "full":
             bits = parsed.payload_bits
     except ValueError:
         pass  # a record of a method that is no more
-    joined = [":".join(filter(None, (name, ",".join(items)))) for items in (options, fixed)]
-    return joined[0], joined[1], bits
+    return ":".join(filter(None, (name, ",".join(options)))), family_of(method), bits
 
 
 def summarize(records: Iterable[ExperimentRecord]) -> list[Summary]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.metrics import NONE, metric
-from turboquant.records.pareto import pareto_front
+from turboquant.records.pareto import front_of
 from turboquant.records.spread import spread
 from turboquant.report.summary import ROW_SETTINGS, Summary, measured_on, summarize
 
@@ -29,6 +29,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The figures that a table shows, by experiment; of other experiments every figure is shown."""
 
+DECODE = ("full_tokens_per_second", "tokens_per_second", "speed_ratio", "bits_per_value")
+BUSY = ("full_tokens_per_second", "tokens_per_second", "full_worst_step_ms", "worst_step_ms")
+"""What the tables of decode speed show, on an idle machine and on a busy one."""
 GREEDY = ("kl_mean", "same_top_pct", "delta_ppl_pct", "agreed_tokens")
 SAMPLED = "agreed_tokens"
 """What the table of `variance` shows of greedy and of sampled answers."""
@@ -58,16 +61,6 @@ class Table:
         return f"{text}\n\n{self.note}" if self.note else text
 
 
-def label(name: str) -> str:
-    """Return a metric's name for people."""
-    return metric(name).label
-
-
-def number(name: str, value: float | None) -> str:
-    """Return a figure as shown; one that could not be had is a dash."""
-    return metric(name).text(value)
-
-
 def code(text: str | None) -> str:
     """Return a name as code."""
     return f"`{text}`" if text else NONE
@@ -94,7 +87,7 @@ def comparison_table(summaries: Sequence[Summary], title: str = "", metrics: Seq
         *((name, _from_row(name)) for name in ROW_SETTINGS if any(name in dict(one.row) for one in summaries)),
         ("method", lambda one: code(one.method)),
         ("contexts", contexts_of),
-        *((label(name), _from_metrics(name)) for name in names),
+        *((metric(name).label, _from_metrics(name)) for name in names),
         ("records", lambda one: str(one.records)),
     ]
     cells = [(name, [get(one) for one in summaries]) for name, get in fields]
@@ -116,7 +109,7 @@ def _from_row(name: str) -> Callable[[Summary], str]:
 
 
 def _from_metrics(name: str) -> Callable[[Summary], str]:
-    return lambda one: number(name, one.metrics.get(name))
+    return lambda one: metric(name).text(one.metrics.get(name))
 
 
 def front_table(summaries: Sequence[Summary], title: str = "") -> Table:
@@ -126,8 +119,9 @@ def front_table(summaries: Sequence[Summary], title: str = "") -> Table:
     marks: dict[int, str] = {}
     for _, group in groupby(usable, key=lambda one: (one.model, one.weights)):
         part = sorted(group, key=lambda one: one.metrics["bits_per_value"])
-        front = pareto_front([(one.metrics["bits_per_value"], one.metrics["kl_mean"]) for one in part])
-        marks.update({id(one): "yes" if on else "" for one, on in zip(part, front, strict=True)})
+        marks.update(
+            {id(one): "yes" if on else "" for one, on in zip(part, front_of([o.metrics for o in part]), strict=True)}
+        )
         rows += part
     if not rows:
         return Table(title, (), ())
@@ -142,20 +136,21 @@ def needle_table(summaries: Sequence[Summary]) -> Table:
 
     def cell(one: Summary, context: int) -> str:
         found = one.by_context.get(context, {})
-        return f"{number('_pct', found.get('success_pct'))} ({number('_pct', found.get('success_full_pct'))})"
+        own, full = (metric(name).text(found.get(name)) for name in ("success_pct", "success_full_pct"))
+        return f"{own} ({full})"
 
     rows = tuple(
         (
             one.model or NONE,
             code(one.method),
-            number("", one.metrics.get("bits_per_value")),
+            metric("bits_per_value").text(one.metrics.get("bits_per_value")),
             *(cell(one, context) for context in contexts),
         )
         for one in summaries
     )
-    names = tuple(f"found at {context:,}, % (full)" for context in contexts)
+    names = tuple(f"{metric('success_pct').title} at {context:,}, % (full)" for context in contexts)
     note = measured_on(environment for one in summaries for environment in one.environments)
-    return Table("", ("model", "method", "bits a value held", *names), rows, note)
+    return Table("", ("model", "method", metric("bits_per_value").label, *names), rows, note)
 
 
 def _condition(record: ExperimentRecord) -> tuple[object, ...]:
@@ -182,9 +177,9 @@ def _decode_cells(record: ExperimentRecord) -> tuple[str, ...]:
     return f"{record.cell.model}, {weights}", code(record.cell.method), f"{s['prompt_tokens']} + {s['new_tokens']}"
 
 
-def _plain(record: ExperimentRecord, name: str, digits: int) -> str:
-    value = record.metrics.get(name)
-    return "" if value is None else f"{value:,.{digits}f}"
+def _figures(record: ExperimentRecord, names: Sequence[str]) -> tuple[str, ...]:
+    held = {"bits_per_value": record.cache.bits_per_value} if record.cache else {}
+    return tuple(metric(name).text({**held, **record.metrics}.get(name)) for name in names)
 
 
 def decode_table(records: Sequence[ExperimentRecord]) -> Table:
@@ -195,16 +190,13 @@ def decode_table(records: Sequence[ExperimentRecord]) -> Table:
     rows = [
         (
             *_decode_cells(r),
-            _plain(r, "full_tokens_per_second", 1),
-            _plain(r, "tokens_per_second", 1),
-            _plain(r, "speed_ratio", 2),
-            "" if r.cache is None else f"{r.cache.bits_per_value:.2f}",
+            *_figures(r, DECODE),
             _where(r),
         )
         for r in sorted(_decoded(records, busy=False), key=_quiet_order)
     ]
-    names = ("model, weights", "method", "prompt + new tokens", "full, tokens/s", "compressed, tokens/s", "ratio")
-    return Table("", (*names, "bits a value held", "measured on"), tuple(rows))
+    names = ("model, weights", "method", "prompt + new tokens")
+    return Table("", (*names, *(metric(name).label for name in DECODE), "measured on"), tuple(rows))
 
 
 def busy_table(records: Sequence[ExperimentRecord]) -> Table:
@@ -217,10 +209,7 @@ def busy_table(records: Sequence[ExperimentRecord]) -> Table:
             *_decode_cells(r),
             str(r.cell.settings["busy"]),
             "not set" if (spins := r.cell.settings["openmp_spins"]) is None else f"{spins:,}",
-            _plain(r, "full_tokens_per_second", 2),
-            _plain(r, "tokens_per_second", 2),
-            _plain(r, "full_worst_step_ms", 0),
-            _plain(r, "worst_step_ms", 0),
+            *_figures(r, BUSY),
             _where(r),
         )
         for r in sorted(
@@ -228,9 +217,8 @@ def busy_table(records: Sequence[ExperimentRecord]) -> Table:
             key=lambda r: (*_condition(r)[:2], r.cell.settings["busy"], -(r.cell.settings["openmp_spins"] or 0)),
         )
     ]
-    speeds = ("full, tokens/s", "compressed, tokens/s", "full, longest step, ms", "compressed, longest step, ms")
     names = ("model, weights", "method", "prompt + new tokens", "busy processes", "rounds of spinning")
-    return Table("", (*names, *speeds, "measured on"), tuple(rows))
+    return Table("", (*names, *(metric(name).label for name in BUSY), "measured on"), tuple(rows))
 
 
 def _where(record: ExperimentRecord) -> str:
@@ -267,7 +255,8 @@ def variance_table(records: Sequence[ExperimentRecord]) -> Table:
         sampled = [r for r in own if r.cell.settings.get("seed") is not None]
         figures = (*(_mean_and_sd(greedy, name) for name in GREEDY), _mean_and_sd(sampled, SAMPLED))
         rows.append((summary.model or NONE, code(summary.method), *figures, f"{len(greedy)} + {len(sampled)}"))
-    names = (*(f"{label(name)} ± sd" for name in GREEDY), "agreed tokens, sampled ± sd", "greedy + sampled runs")
+    heads = [f"{metric(name).label} ± sd" for name in (*GREEDY, f"sampled_{SAMPLED}")]
+    names = (*heads, "greedy + sampled runs")
     note = measured_on(record.environment for record in kept)
     return Table("", ("model", "method", *names), tuple(rows), note)
 
@@ -277,4 +266,5 @@ def _mean_and_sd(records: Sequence[ExperimentRecord], name: str) -> str:
     if not values:
         return NONE
     found = spread(values)
-    return number(name, found.mean) + ("" if found.sd is None else f" ± {number(name, found.sd)}")
+    sd = "" if found.sd is None else f" ± {metric(name).text(found.sd).removeprefix('+')}"
+    return metric(name).text(found.mean) + sd
