@@ -2,6 +2,7 @@
 # make check    set up, then what a minute can tell: linters and quick tests
 # make test     set up, then run the linters and the tests
 # make nightly  the tests that take minutes: fuzzing, endurance, faults
+# make docs     the documentation as a site: build/site/index.html
 # make setup    the part they share; a second run does nothing
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ READY_DEV := $(VENV)/.ready-dev-$(call checksum,requirements.txt requirements-de
 # Otherwise quanto does so at first use, while the other test process waits for it; where it cannot, tests are skipped.
 COMPILE_QUANTO := from optimum.quanto.library.extensions import get_extension; get_extension("quanto_cpp").lib
 
-.PHONY: setup app check test nightly lint browser clean
+.PHONY: setup app check test nightly docs lint browser clean
 
 setup: $(READY)
 
@@ -36,6 +37,10 @@ check: lint
 
 nightly: $(READY_DEV) browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m nightly --timeout 3600 $(PYTEST_ARGS)
+
+# The material theme announces its successor at every start; that is news to whoever updates pins, and to no one else.
+docs: $(READY_DEV)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 
 lint: $(READY_DEV)
 	$(VENV)/bin/ruff check .

@@ -148,6 +148,17 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", DOCS, flags=re.DOTALL)
 
 
+def test_the_example_scores_from_packed_tokens(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "examples" / "lm_evaluation.py"
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = re.findall(r"^(\S+): accuracy ([\d.]+), 6 of 6 requests read packed tokens$", done.stdout, flags=re.M)
+    assert [(method, 0 <= float(accuracy) <= 1) for method, accuracy in lines] == [
+        ("turboquant:bits=4", True),
+        ("turboquant-paper:bits=2", True),
+    ]
+
+
 def test_the_documentation_runs_and_scores_as_the_harness_does(folder: Path, capsys) -> None:
     questions, evaluation = blocks("python")
     exec(compile(questions, "docs/lm-eval.md", "exec"), {})

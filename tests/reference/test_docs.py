@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -97,22 +96,6 @@ def check_library(variables: dict[str, Any], printed: str) -> None:
 
 
 CHECKS = {"README.md": check_readme, "docs/pipeline.md": check_pipeline, "docs/library.md": check_library}
-
-
-def test_the_tutorial_goes_from_a_model_to_a_setting_in_use(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["tutorial.py"])
-    variables = runpy.run_path(str(ROOT / "docs" / "tutorial.py"))
-    found, printed = variables["found"], capsys.readouterr().out
-    assert found.method is not None
-    assert found.sentence in printed
-    for one in found.tried:
-        assert f"{one.part}: {one.method}: KL {one.kl:.4f}" in printed
-    assert found.evidence("confirm").kl <= 0.01
-    answered = f"{found.method}: {variables['answers'][found.method]!r}, "
-    (line,) = [line for line in printed.splitlines() if line.startswith(answered)]
-    assert int(re.findall(r"(\d+) tokens packed", line)[0]) > 100
 
 
 def test_the_method_of_the_library_page_is_one_file(tmp_path: Path) -> None:

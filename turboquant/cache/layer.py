@@ -208,6 +208,7 @@ class QuantizedLayer(CacheLayerMixin):
         Raises:
             ValueError: If the call has another number of rows than the cache holds.
         """
+        # The call's own tokens stay in the graph for `backward`; what is kept beyond the call is cut off from it.
         own = (key_states, value_states) if gradients_wanted(key_states, value_states) else None
         states = CachedStates(self, key_states.shape[2], own)
         self._append(key_states.detach(), value_states.detach())
@@ -244,7 +245,7 @@ class QuantizedLayer(CacheLayerMixin):
         place = self.lengths[1:].long()
         self.exact_keys.index_copy_(2, place, key_states)
         self.exact_values.index_copy_(2, place, value_states)
-        self.lengths[1:] += 1
+        self.lengths[1:] += 1  # in place: a CUDA graph replays this with the same addresses
 
     @in_plain_modes
     def reserve(self, tokens: int) -> None:
@@ -290,11 +291,12 @@ class QuantizedLayer(CacheLayerMixin):
         first = not self.packed_length
         if first:
             self.padding = _leading_pads(self.seen)
+        # In a padded row the sinks stand behind the pads, so the places of all pads leave the window at the first time.
         front = self._padded_front if first else 0
         sinks = self.method.sink_length
         window = self.exact_length - (sinks if first else self.sink_length)
         ready = window - self.method.residual_length - front
-        count = ready // self.method.block_length * self.method.block_length
+        count = ready // self.method.block_length * self.method.block_length  # whole groups only
         if count <= 0:
             return
         if first:
@@ -354,6 +356,7 @@ class QuantizedLayer(CacheLayerMixin):
             (self.key_quantizer, self._exact(self.exact_keys)[:, :, start:stop], self.packed_keys),
             (self.value_quantizer, self._exact(self.exact_values)[:, :, start:stop], self.packed_values),
         )
+        # Asked before, since packing overwrites what the question compares with; looked at afterwards, if at all.
         suspect = [quantizer.may_misread(states, packed.storage) for quantizer, states, packed in sides]
         encode(*sides, real)
         for (quantizer, states, packed), asked in zip(sides, suspect, strict=True):
@@ -374,7 +377,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Drop tokens start..stop; the storage shrinks back to its steady size once a long call is packed."""
         held = self._exact(exact)
         assert exact is not None
-        tail = held[:, :, stop:].clone()
+        tail = held[:, :, stop:].clone()  # source and target may overlap
         room = max(self._steady_room, start + tail.shape[2])
         if exact.shape[2] <= room:
             target = exact
@@ -395,6 +398,7 @@ class QuantizedLayer(CacheLayerMixin):
         sinks = self.sink_length if sinks is None else sinks
         place = torch.arange(tokens, device=self.padding.device)
         padding = self.padding[:, None]
+        # Stored: sinks, pads, the rest. In the mask's order: pads, sinks, the rest.
         behind = torch.where(place < padding + sinks, place - sinks, place)
         return torch.where(place < sinks, padding + place, behind)
 

@@ -59,7 +59,7 @@ def _attend_rows(
 ) -> Float[Tensor, "batch kv_heads rows value_dim"]:
     """Attend from scaled query rows; `bias` is in the order exact tokens, packed tokens."""
     keys, values = exact
-    projected = packed.key_quantizer.project(query)
+    projected = packed.key_quantizer.project(query)  # <q, x^> = <R q, y~>: keys are never rotated back
     tiles = _split(packed.keys, packed.key_quantizer.tile_tokens(projected))
     scores = torch.cat([query @ keys.mT, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
     if bias is None:
@@ -67,10 +67,12 @@ def _attend_rows(
     else:  # a query that sees nothing gets zeros, as from SDPA
         blind = bias.amax(dim=-1, keepdim=True) == -torch.inf
         weights = scores.add_(bias).softmax(dim=-1).masked_fill_(blind, 0)
+    # One softmax over both, so that exact and packed tokens are weighed against each other.
     exact_weights, packed_weights = weights.split([keys.shape[2], packed.keys.tokens], dim=-1)
     output = exact_weights @ values
     tiles = _split(packed.values, packed.value_quantizer.tile_tokens(packed_weights))
     parts = zip(packed_weights.split([tile.tokens for tile in tiles], dim=-1), tiles, strict=True)
+    # Rotation is linear: the weighted sum is rotated back once, not each value.
     total = sum(packed.value_quantizer.combine(*part) for part in parts)
     return output + packed.value_quantizer.unproject(total) if isinstance(total, Tensor) else output
 
@@ -135,6 +137,7 @@ def _fused(
 ) -> Tensor | None:
     """Attend by GPU kernels; None where they cannot serve the call."""
     kernels = usable(query, "attention")
+    # Kernels know causality and pads in front of a row, nothing else of a mask.
     if kernels is None or (mask is not None and starts is None):
         return None
     views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)

@@ -37,6 +37,7 @@ def compile_kernels() -> None:
     def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="cpu")
 
+    # numba compiles by types, not by shapes: one small call of each kernel is enough.
     planes, codebook, scales = (nothing(1, 1, 1, 4, dtype=torch.uint8),), nothing(16), nothing(1, 1, 1)
     rows = code_scores(nothing(1, 1, 1, 8), planes, 4, codebook, scales)
     code_combine(rows, planes, 4, codebook, scales, 8)
@@ -72,6 +73,7 @@ def code_scores(
     if kernels is not None:
         scores: Tensor = kernels.code_scores(query, planes, bits, codebook, scales)
         return scores
+    # The scale is a factor of the whole vector: applied to the scores, it spares a second tensor of levels.
     levels = code_levels(planes, bits, codebook, query.shape[-1])
     return (query @ levels.mT) * scales.float().unsqueeze(-2)
 

@@ -18,12 +18,14 @@ from turboquant.quant.packing import PLANE_WIDTHS, Planes, unpack_bits
 
 _jit: Any = numba.njit(fastmath=True, nogil=True, cache=True)
 _inline: Any = numba.njit(fastmath=True, nogil=True, inline="always")
+# Kernels always take three planes, so that numba compiles them once; this stands for those that a width does not have.
 _NO_PLANE = np.zeros((1, 1, 1, 1), np.uint8)
 
 
 @_inline
 def _look_up(row: Any, table: Any, slots: int, levels: Any) -> None:
     """Write the `slots` levels of every byte, side by side."""
+    # Written out for each count: a loop of known length is unrolled, one over `slots` is not.
     if slots == 2:
         for j in range(row.shape[0]):
             byte = row[j]
@@ -88,6 +90,7 @@ def _scores(query: Any, planes: Any, starts: Any, widths: Any, slots: int, table
                     _look_up(planes[0][b, h, starts[0] + n], table, slots, levels)
                 else:
                     _put_together(planes, starts, widths, b, h, n, codes, table, levels)
+                # All query rows of a KV head share one unpacking, and the scale is applied once a score.
                 for r in range(rows):
                     total = np.float32(0)
                     for i in range(dim):
@@ -123,6 +126,8 @@ def _slots(bits: int, dim: int) -> int:
 @shared_table(maxsize=64)
 def _order(slots: int, dim: int) -> tuple[Tensor, Tensor]:
     """Return the dimension that each looked-up level belongs to, and the inverse."""
+    # A byte's levels are written side by side but belong to dims that lie dim / slots apart (see `packing`): queries
+    # and sums are brought into that order once a call, so that no level is moved.
     order = torch.arange(dim, device="cpu").reshape(slots, dim // slots).T.flatten()
     return order, order.argsort()
 
@@ -138,6 +143,7 @@ def _table(codebook: Tensor, bits: int, slots: int) -> Any:
 
 def _arguments(planes: Planes, bits: int, slots: int, codebook: Tensor) -> tuple[Any, ...]:
     """Return the planes' storages with the first token of each, so that views of a cache need no copy."""
+    # A strided array would be another signature for numba, and slower to index.
     whole = [_whole(plane) for plane in planes]
     arrays = (*(array for array, _ in whole), *[_NO_PLANE] * (3 - len(planes)))
     starts = (*(start for _, start in whole), *[0] * (3 - len(planes)))

@@ -33,6 +33,7 @@ def encode(keys: Side, values: Side, valid: Tensor | None) -> None:
         values: The same for values.
         valid: (batch, tokens), False for pads; None where every token is real.
     """
+    # The kernel takes every token for real, so blocks with pads go to the quantizers.
     if valid is None and _fused((keys, values)):
         return
     for quantizer, states, room in (keys, values):
@@ -57,6 +58,7 @@ def _fused(sides: tuple[Side, Side]) -> bool:
     def run() -> bool:
         targets = [room.extend(blank) for (*_, room), blank in zip(sides, blanks, strict=True)]
         kernels.encode(sides[0][1], sides[1][1], *_views(sides, targets))
+        # What the kernel's format cannot hold (outliers) shows only afterwards; then the quantizers do it again.
         return all(quantizer.fits(target) for (quantizer, *_), target in zip(sides, targets, strict=True))
 
     if guarded("encode", run):

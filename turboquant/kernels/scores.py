@@ -38,5 +38,6 @@ def scores(
 
 def _reference(query: Tensor, packed: PackedTensor, quantizer: Quantizer[Any], kv_heads: int, scaling: float) -> Tensor:
     batch, heads, queries, _ = query.shape
+    # Query heads of a KV head are rows of one product, so that its keys are unpacked once for all of them.
     rows = (query.float() * scaling).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
     return quantizer.scores(quantizer.project(rows), packed).reshape(batch, heads, queries, -1)

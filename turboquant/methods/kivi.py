@@ -39,12 +39,15 @@ class PackedAffine(PackedTensor):
 
 def _affine(lows: Tensor, highs: Tensor, bits: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return least values and steps as they are stored, in one dtype."""
+    # A range is cut into 2^b - 1 steps, so that both of its ends are levels.
     kept, steps = stored(lows, valid, smallest=0.0), stored((highs - lows) / (2**bits - 1), valid)
     return (kept, steps) if kept.dtype == steps.dtype else (lows.float(), steps.float())
 
 
 def _codes(groups: Tensor, lows: Tensor, steps: Tensor, bits: int) -> Tensor:
     """Round to the levels that the stored ranges give."""
+    # Codes are made from the range as it is stored, rounded, since that is what they are read with; a step of 0 is a
+    # group of equal numbers.
     steps = steps.float()
     levels = torch.where(steps == 0, 0, (groups - lows.float()) / steps)
     return levels.round().clamp(0, 2**bits - 1).to(torch.uint8)
@@ -68,7 +71,7 @@ class PerChannel(Quantizer[PackedAffine]):
             ValueError: If the number of tokens is no multiple of the group.
         """
         groups, real = token_groups(x.float(), valid, self.token_group)
-        least, greatest = (groups, groups)
+        least, greatest = (groups, groups)  # pads must widen no channel's range
         if real is not None:
             least, greatest = groups.masked_fill(~real, torch.inf), groups.masked_fill(~real, -torch.inf)
         lows, steps = _affine(least.amin(dim=3), greatest.amax(dim=3), self.bits)

@@ -60,6 +60,7 @@ def _solve(bits: int, level: int) -> np.ndarray:
     """Lloyd's iteration on the density of an angle of level 2 or deeper, on a grid of [0, pi/2]."""
     edges = np.linspace(0, np.pi / 2, _GRID + 1)
     angles = (edges[1:] + edges[:-1]) / 2
+    # The density of level l is proportional to sin(2 psi)^(2^(l-1) - 1).
     weights = np.sin(2 * angles) ** (2 ** (level - 1) - 1)
     mass, moment = (np.concatenate([[0.0], np.cumsum(w)]) for w in (weights, weights * angles))
     spread = np.cumsum(weights ** (1 / 3))  # where a fine quantizer puts its levels (Panter and Dite)
@@ -128,7 +129,7 @@ class Polar(Quantizer[PackedPolar]):
         for cuts, _, _ in self.codebooks:
             first, second = radii.unflatten(-1, (-1, 2)).unbind(-1)
             angles = torch.atan2(second, first)
-            if not codes:
+            if not codes:  # level 1 goes round the circle; deeper ones pair radii, whose angles lie in [0, pi/2]
                 angles = torch.where(angles < 0, angles + 2 * math.pi, angles)
             codes.append(torch.bucketize(angles, cuts, out_int32=True).to(torch.uint8))
             radii = torch.hypot(first, second)
@@ -142,6 +143,7 @@ class Polar(Quantizer[PackedPolar]):
             counts = [self.dim // 2**level for level in range(2, self.depth + 1)]
             deep = unpack_bits(packed.deep_codes, angle_bits(self.bits, 2), sum(counts))
             codes += deep.split(counts, dim=-1)
+        # From the deepest level up: each radius and angle give back the pair they were made from.
         radii = packed.radii.float()
         for (_, cosines, sines), part in zip(reversed(self.codebooks), reversed(codes), strict=True):
             index = part.int()
@@ -208,6 +210,7 @@ class PolarQuant(BitsMethod):
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
     ) -> tuple[Quantizer[Any], Quantizer[Any]]:
         """Return the key and the value quantizer, the same in every layer."""
+        # Layer 0 whatever the layer: the paper has one rotation for all.
         key_bits, value_bits = self.resolved_bits
         keys, values = (random_rotation(self.rotation, dim, self.seed, 0, device) for dim in (key_dim, value_dim))
         return Polar(key_dim, key_bits, keys), Polar(value_dim, value_bits, values)

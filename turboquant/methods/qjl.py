@@ -64,6 +64,7 @@ class SignSketch(Quantizer[PackedSketch]):
         self.rows, self.dim = projection.shape
         self.outliers = min(outliers, self.dim // 2)
         self.token_group = TOKEN_GROUP if self.outliers else 1
+        # sqrt(pi/2) / m in the paper, for m Gaussian rows; here the constant of orthogonal ones.
         self.scale = qjl_scale("orthogonal", self.dim) * self.dim / self.rows
         self.outlier_scale = qjl_scale("orthogonal", self.dim)
 
@@ -89,9 +90,11 @@ class SignSketch(Quantizer[PackedSketch]):
             return PackedSketch(*self._sketch(x, self.projection, valid), (), None, None)
         groups, real = token_groups(x, valid, TOKEN_GROUP)
         largest = groups if real is None else groups.masked_fill(~real, 0)
+        # The channels of largest norm over the group, as the authors choose them; pads have no say.
         channels = largest.norm(dim=3).topk(self.outliers, dim=-1).indices
         mask = self._outlier_mask(channels)
         usual = self._sketch(torch.where(mask > 0, 0, x), self.projection, valid)
+        # Outliers are few, so the first orthogonal block alone sketches them: head_dim signs.
         outlier = self._sketch(torch.where(mask > 0, x, 0), self.projection[: self.dim], valid)
         return PackedSketch(*usual, *outlier, channels.to(torch.uint8 if self.dim <= 256 else torch.int16))
 
@@ -108,6 +111,7 @@ class SignSketch(Quantizer[PackedSketch]):
         mask = self._outlier_mask(packed.outlier_channels)
         projection = self.projection[: self.dim]
         outlier = self._estimate(packed.outlier_codes, packed.outlier_norms, projection, self.outlier_scale)
+        # Each estimate is of a vector that is 0 in the other's channels, so what it has there is noise, and left out.
         return torch.where(mask > 0, outlier, x)
 
     @staticmethod

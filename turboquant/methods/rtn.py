@@ -60,8 +60,10 @@ class RoundToNearest(Quantizer[PackedRTN]):
             counts = torch.full_like(total, self.group_size)
             counts[..., -1] -= missing
             return 2 * total / counts
+        # Levels +-1/2, +-3/2 ... up to (2^b - 1) / 2: the largest magnitude lies half a step outside the outermost one.
         if self.bits < 4:
             return groups.abs().amax(dim=-1) / 2 ** (self.bits - 1)
+        # Signed: the value of largest magnitude gets code 0, the level -2^(b-1), which has no positive counterpart.
         largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
         return largest / -(2 ** (self.bits - 1))
 
@@ -75,7 +77,7 @@ class RoundToNearest(Quantizer[PackedRTN]):
         y = x.float() if self.rotation is None else self.rotation.apply(x.float())
         groups = channel_groups(y, self.group_size)
         scales = stored(self._scales(groups), valid)
-        steps = scales.float().unsqueeze(-1)
+        steps = scales.float().unsqueeze(-1)  # as stored, since that is what codes are read with
         levels = torch.where(steps == 0, 0, groups / steps)
         codes = (levels + self._offset).round().clamp(0, 2**self.bits - 1).to(torch.uint8)
         return PackedRTN(pack_bits(ungrouped(codes, self.dim), self.bits), scales)

@@ -86,6 +86,7 @@ def _shared_codebook(bits: int, dim: int, device: torch.device) -> tuple[Tensor,
     """
     levels = (lloyd_max(bits, dim) if bits else torch.zeros(1, dtype=torch.float32, device="cpu")).to(device)
     half = 2**bits // 2
+    # levels[half:] are the positive ones, ascending; of the negative ones the last has the least magnitude.
     order = torch.cat([torch.arange(half, 2**bits, device=device), torch.arange(half, device=device).flip(0)])
     return levels[order], boundaries(levels), order.argsort().to(torch.uint8)
 
@@ -159,6 +160,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         means = _mean_without_outliers(groups, real)
         tops = stored(means.abs().amax(dim=-1), smallest=0.0)
         means = _steps(means, tops.unsqueeze(-1), 127).to(torch.int8)  # 8 bits a channel, one float16 a group
+        # The mean as it is read back is subtracted, so that codes make up for its rounding.
         packed = replace(packed, means=means, mean_tops=tops)
         subtracted = packed.group_means()
         assert subtracted is not None
@@ -170,9 +172,12 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             groups, real = token_groups(norms, valid, self.group_size)
             groups = (groups if real is None else torch.where(real, groups, 0)).squeeze(-1)
             greatest, least = groups.amax(dim=3), torch.where(groups > 0, groups, torch.inf).amin(dim=3)
+            # In steps of 1/255 of the greatest scale a much smaller one would have few steps or none.
             if in_float16(greatest) and not bool((greatest > OUTLIER * least).any()):
                 tops = stored(greatest)
                 return _steps(groups, tops.unsqueeze(-1), 255).to(torch.uint8).flatten(2), tops
+        # GPU kernels multiply weights by scales in fp16, in units of a part's greatest: float32 sends the layer to the
+        # reference where that would lose most vectors (`attention.unsupported`).
         scales = norms.squeeze(-1)
         asked = scales if valid is None else torch.where(valid[:, None], scales, torch.nan)
         far = asked.nan_to_num(nan=0.0).amax(dim=2, keepdim=True) > FAR_OUTLIER * median(asked, dim=2)
@@ -225,7 +230,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
             scales = packed.vector_scales()
             output = code_combine(weights, packed.codes, self.bits, self.codebook, scales, self.dim)
         means = packed.group_means()
-        if means is not None:
+        if means is not None:  # every token of a group brings its mean along: the group's weights are added up first
             output = output + weights.unflatten(-1, (means.shape[2], -1)).sum(-1) @ means
         return output if packed.center is None else output + weights.sum(-1, keepdim=True) * packed.center.float()
 
@@ -281,6 +286,7 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         in_range = in_float16(tops) and not bool((tops >= FP16_MAX).any())
         if packed.tops is None or not in_range:
             return in_range
+        # The same limits as in `_stored_scales`, asked of the steps that the kernel wrote.
         least = packed.scales.unflatten(2, (tops.shape[2], -1)).amin(dim=3)
         means = packed.mean_tops is None or not bool((packed.mean_tops >= FP16_MAX).any())
         return means and not bool(((least < 255 // OUTLIER + 1) & (tops > 0)).any())
@@ -418,6 +424,7 @@ def _mean_without_outliers(
 ) -> Float[Tensor, "batch kv_heads groups dim"]:
     """Mean of each group's real vectors; those more than `OUTLIER` times as long as the median one are left out."""
     lengths = groups.norm(dim=-1, keepdim=True)
+    # One key of huge length (a sink, say) would move the mean, and with it the error of all others of the group.
     counted = lengths if real is None else torch.where(real, lengths, torch.nan)
     outlier = lengths > OUTLIER * median(counted, dim=3)
     if bool(outlier.any()):

@@ -96,11 +96,12 @@ class TurboQuant(BitsMethod):
         self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device
     ) -> tuple[TurboQuantMSE, TurboQuantMSE]:
         """Return the key and the value quantizer of one layer."""
+        # Keys and values of equal length share a rotation, and its memory: they are never multiplied with each other.
         key_bits, value_bits = self.layer_kind(layer_idx)
         rotation = random_rotation(self.rotation, key_dim, self.seed, layer_idx, device)
         value_rotation = random_rotation(self.rotation, value_dim, self.seed, layer_idx, device)
         keys: TurboQuantMSE
-        if self.qjl == "none":
+        if self.qjl == "none":  # Algorithm 1 for keys too; else Algorithm 2, whose bits include the sign
             keys = TurboQuantMSE(key_dim, key_bits, rotation, self.scale, self.center, self.group_size)
         else:
             kind: Literal["gaussian", "orthogonal"] = "gaussian" if self.qjl == "gaussian" else "orthogonal"
@@ -108,6 +109,7 @@ class TurboQuant(BitsMethod):
             constant = qjl_scale(kind, key_dim)
             options = (self.scale, self.center, self.group_size)
             keys = TurboQuantProd(key_dim, key_bits, rotation, projection, constant, *options)
+        # Values are not centred: that was tried and was worse (docs/recipe.md).
         values = TurboQuantMSE(value_dim, value_bits, value_rotation, self.value_scale, group_size=self.group_size)
         return keys, values
 

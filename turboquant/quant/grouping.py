@@ -53,6 +53,7 @@ def uneven(x: Float[Tensor, "batch kv_heads tokens dim"]) -> bool:
     """Return whether some vectors are much longer than others of their head or of other heads, or all far from 1."""
     lengths = x.float().norm(dim=-1)
     usual = median(lengths, dim=2)
+    # A vector far from the usual length of its head, heads far from each other, or all out of float16's range.
     apart = (lengths > 4 * usual).any() | (usual.max() > OUTLIER * usual.min())
     return bool(apart | (lengths.max() > FP16_MAX) | (usual.min() < FP16_TINY))
 

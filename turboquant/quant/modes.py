@@ -24,6 +24,7 @@ _NOTHING = nullcontext()
 
 def plain() -> AbstractContextManager[None]:
     """Return a context without inference mode, gradients and autocast; what is off already costs nothing."""
+    # Asked in every layer and step, so the usual case, nothing to switch off, enters no context at all.
     cast = [kind for kind in DEVICE_TYPES if torch.is_autocast_enabled(kind)]
     if cast or torch.is_inference_mode_enabled() or torch.is_grad_enabled():
         return _switched_off(cast)
@@ -33,7 +34,7 @@ def plain() -> AbstractContextManager[None]:
 @contextmanager
 def _switched_off(cast: Sequence[str]) -> Iterator[None]:
     with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.inference_mode(False))  # switches gradients on, so it comes before they go off
         modes.enter_context(torch.no_grad())
         for kind in cast:
             modes.enter_context(torch.autocast(kind, enabled=False))

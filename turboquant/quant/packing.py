@@ -46,7 +46,7 @@ def _unpack_plane(packed: Tensor, width: int, dim: int) -> Tensor:
     mask = (1 << width) - 1
     pieces = [packed & mask]
     pieces += [(packed >> (slot * width)) & mask for slot in range(1, slots - 1)]
-    pieces.append(packed >> (8 - width))
+    pieces.append(packed >> (8 - width))  # uint8 shifts in zeros: the highest slot needs no mask
     return torch.cat(pieces, dim=-1)[..., :dim]
 
 
@@ -63,7 +63,7 @@ def pack_bits(codes: UInt8[Tensor, "*batch dim"], bits: int) -> Planes:
     Raises:
         ValueError: If `bits` is out of range.
     """
-    planes = []
+    planes = []  # the low bits first: a plane holds what is left once those of the planes before it are shifted out
     for width in plane_widths(bits):
         planes.append(_pack_plane(codes & ((1 << width) - 1), width))
         codes = codes >> width

@@ -33,6 +33,7 @@ class PackedTensor:
     code_fields: ClassVar[tuple[str, ...]] = ("codes",)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], names: Sequence[str]) -> Self:
+        # A field is a tensor, a tuple of planes, or None where there is nothing of it.
         changes: dict[str, Any] = {}
         for name in names:
             value = getattr(self, name)
@@ -94,6 +95,7 @@ class PackedTensor:
     @property
     def tokens(self) -> int:
         """Number of tokens held."""
+        # Some field has a row a token; those of groups have fewer.
         return max(tensor.shape[2] for tensor in self.tensors(*self._token_fields()))
 
     @property
@@ -119,6 +121,7 @@ class PackedTensor:
         pairs = list(zip(self.tensors(), other.tensors(), strict=True))
         if all(own.dtype == its.dtype for own, its in pairs):
             return self, other
+        # Field by field: codes stay uint8 while scales become float32.
         types = [torch.promote_types(own.dtype, its.dtype) for own, its in pairs]
 
         def widened(packed: Self) -> Self:
@@ -295,4 +298,5 @@ class KernelView:
         return replace(self, **changes)
 
 
+# Tensors with the batch on axis 0, planes apart; codebooks, rotations and projections serve all rows.
 BATCHED = ("scales", "tops", "center", "means", "mean_tops", "signs", "error_norms")

@@ -48,6 +48,7 @@ class Rotation:
 
 def _generator(seed: int, layer_idx: int, stream: int) -> torch.Generator:
     """An independent generator for one (seed, layer, purpose)."""
+    # Fewer than 1_000_003 layers and eight purposes: no two of a seed's generators are alike.
     mixed = (seed * 1_000_003 + layer_idx) * 8 + stream
     return torch.Generator("cpu").manual_seed(mixed % 2**63)
 
@@ -55,6 +56,7 @@ def _generator(seed: int, layer_idx: int, stream: int) -> torch.Generator:
 def haar(dim: int, generator: torch.Generator) -> Float[Tensor, "dim dim"]:
     """Draw an orthogonal matrix from the Haar measure in float64 (QR with the signs of R fixed; Mezzadri, 2007)."""
     gaussian = torch.randn(dim, dim, generator=generator, **_FLOAT64)
+    # A library may return any signs on R's diagonal; with them positive the decomposition is unique, and Q is uniform.
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()
 
@@ -74,11 +76,12 @@ def hadamard(order: int) -> Float[Tensor, "order order"] | None:
     if order % 4:
         return None
     smaller = hadamard(order // 2)
-    if smaller is not None:
+    if smaller is not None:  # Sylvester: [[H, H], [H, -H]]
         return torch.cat([torch.cat([smaller, smaller], 1), torch.cat([smaller, -smaller], 1)], 0)
     q = order - 1
     if q % 4 != 3 or not _is_prime(q):
         return None
+    # Paley I: H = I + S, where S[i, j] is the quadratic character of j - i mod q, bordered by ones and minus ones.
     character = -torch.ones(q, **_FLOAT64)
     character[[x * x % q for x in range(1, q)]] = 1
     character[0] = 0
@@ -113,6 +116,7 @@ def random_rotation(kind: RotationKind, dim: int, seed: int, layer_idx: int, dev
     if kind not in ROTATIONS:
         raise ValueError(f"rotation must be one of {', '.join(ROTATIONS)}, got {kind!r}")
     generator = _generator(seed, layer_idx, stream=0)
+    # The matrix is one for all layers; a layer's own are its signs, drawn in front of it (x -> H D x / sqrt(d)).
     table = _hadamard_table(check_dim(dim), device) if kind == "hadamard" else None
     if table is None:
         return Rotation(haar(dim, generator).float().contiguous().to(device))

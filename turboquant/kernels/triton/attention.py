@@ -1,4 +1,8 @@
-"""Attention over exact and packed tokens on the GPU: `kernels.attention.attend` for few query tokens, in 3 launches."""
+"""Attention over exact and packed tokens on the GPU: `kernels.attention.attend` for few query tokens, in 3 launches.
+
+Nothing here is a kernel: this is the caller of `decode.prepare`, `decode.split` and `decode.merge`, in that order. It
+says what they can serve (`unsupported`), chooses how they are launched (`plan`), and owns what passes between them.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -87,6 +91,7 @@ def plan(keys: KernelView, heads: int, tokens: int, rows: int) -> Plan:
         tile = 64
     elif dim == 128 and keys.bits == 4 and heads * tokens <= SHORT:
         programs = 4
+    # As many parts as fill the GPU once, but none of fewer than two tiles: a part has a cost of its own in `merge`.
     wanted = _multiprocessors(keys.scales.device) * programs // heads
     return Plan(tile, warps, stages, max(1, min(wanted, -(-tokens // (2 * tile)))))
 
@@ -133,6 +138,7 @@ def attend(
     groups, device = heads // kv_heads, query.device
     rows = groups * queries
     launch = launch or plan(keys, batch * kv_heads, keys.tokens, rows)
+    # Query rows are the right operand of `mma`, which is 8 wide; dims are padded in registers only, never in memory.
     padded_rows = max(8, triton.next_power_of_2(rows))
     padded_dim, block = triton.next_power_of_2(dim), triton.next_power_of_2(dim) if dim <= 128 else 32
     group, splits, programs = keys.group_size, launch.splits, batch * kv_heads
@@ -145,6 +151,7 @@ def attend(
     exact_parts = 4 if splits >= 8 else 1
     slots = splits + exact_parts
 
+    # All that passes between the launches is one allocation, in float32.
     sizes = [programs * padded_rows * count for count in (slots, slots, biases, bases, slots * dim)]
     space = torch.empty(sum(sizes), dtype=torch.float32, device=device)
     maxima, sums, bias, base, output = space.split(sizes)
@@ -171,11 +178,13 @@ def attend(
         SKETCHED=sketched, EARLY=early, num_warps=4,
     )  # fmt: skip
 
+    # `ldmatrix` transposes 16-bit words. `mma` takes 16 dims at once, and below 4 bits 64 dims have slices of 8 words.
     words = values.bits == 4 or dim > 64
     key_planes, value_planes = (keys.planes[0], keys.planes[-1]), (values.planes[0], values.planes[-1])
     if words:
         value_planes = (value_planes[0].view(torch.int16), value_planes[1].view(torch.int16))
     late = levels.late_bytes(dim, device)
+    # Levels in tables are times sqrt(dim), shared scales are 1/255 of their top: the factors that undo both.
     key_level, value_level = (dim**-0.5 / (1 if view.tops is None else 255) for view in (keys, values))
     decode.split[splits, programs](
         query, exact_keys, exact_values, projected[0], projected[-1], base, bias,

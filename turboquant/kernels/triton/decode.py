@@ -9,6 +9,17 @@
 
 Scores are kept in base 2. A packed key is `center + mean_of_group + scale * level`; the first two enter as a bias that
 is the same for a whole group. Weights are multiplied by the value's scale before the second dot.
+
+| launch | grid | reads | writes |
+|---|---|---|---|
+| `prepare` | (head, block of dims) | queries, rotation, center | QP, QS (head, BM, D); BASE (head, block, BM) |
+| `split` | (part, head) | all of these, codes, exact tokens | O (head, slot, BM, D); M, L (head, slot, BM) |
+| `merge` | (batch, query, query head), as one number | O, M, L, rotation | the output (batch, query, query head, D) |
+
+A "head" is a KV head of one row of the batch; its BM query rows are (query head of the group, query token), padded.
+Slots are `splits` parts of packed tokens, whose sums are still rotated, then `PARTS` parts of exact ones, not rotated.
+Codes are (batch, kv_heads, tokens, bytes) as `quant.packing` lays them out; all strides are in elements, and the last
+axes are contiguous. Names in capitals are pointers or known when a kernel is compiled.
 """
 
 import triton
@@ -16,7 +27,7 @@ import triton.language as tl
 
 from turboquant.kernels.triton.levels import halves, load_table, quarters, word_halves, word_quarters
 
-FLOOR = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-1e30)  # not -inf: the maximum of a part without tokens is subtracted from itself
 LOG2_E = 1.4426950408889634
 
 
@@ -35,10 +46,17 @@ def _times(x, HIGH, LOW, first, factor, D: tl.constexpr, DP: tl.constexpr, BLOCK
 
 @triton.jit
 def prepare(
-    Q, HIGH, LOW, SKETCH_HIGH, SKETCH_LOW, CENTER, QP, QS, BIAS, scaling, factor, q_b, q_h, q_t, rest,
+    # Queries (batch, heads, TQ, D); rotation, and QJL's projection after it, as `rotations.Parts`; center of the keys.
+    Q, HIGH, LOW, SKETCH_HIGH, SKETCH_LOW, CENTER,
+    # Written: see the module's table; BIAS is `split`'s BASE.
+    QP, QS, BIAS,
+    # Factor on scores, base 2; factor of the rotation's parts; strides of Q; from QP to what fp16 leaves out of it.
+    scaling, factor, q_b, q_h, q_t, rest,
+    # Shapes as in `split`; BP: query rows as a dot needs them (16 or more); BLOCK: dims a program.
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BP: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, CENTERED: tl.constexpr,
-    SKETCHED: tl.constexpr, EARLY: tl.constexpr,
+    BP: tl.constexpr, BLOCK: tl.constexpr,
+    # Switches: the matrix needs no low part, keys have a center, keys have a QJL stage, launches may overlap.
+    EXACT: tl.constexpr, CENTERED: tl.constexpr, SKETCHED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block): a block of the rotated queries, as fp16 and what fp16 leaves out (`rest` further on)."""
     if EARLY:
@@ -47,6 +65,7 @@ def prepare(
     batch, kv_head = head // KV_HEADS, head % KV_HEADS
     rows, dims, outer = tl.arange(0, BP), tl.arange(0, DP), first + tl.arange(0, BLOCK)
     real = rows < G * TQ
+    # Products with the batch are 64 bits wide everywhere: a long cache has more elements than 2^31.
     places = batch.to(tl.int64) * q_b + (kv_head * G + rows // TQ) * q_h + (rows % TQ) * q_t
     x = tl.load(Q + places[:, None] + dims[None, :], mask=real[:, None] & (dims[None, :] < D), other=0.0)
     y = _times(x, HIGH, LOW, first, scaling * factor, D, DP, BLOCK, EXACT)
@@ -55,11 +74,11 @@ def prepare(
     high = y.to(tl.float16)
     tl.store(QP + target, high, mask=inside)
     tl.store(QP + rest + target, (y - high.to(tl.float32)).to(tl.float16), mask=inside)
-    if SKETCHED:
+    if SKETCHED:  # S q of QJL (Algorithm 2 of the paper): signs are read against it and never projected back
         sketch = _times(x, SKETCH_HIGH, SKETCH_LOW, first, scaling, D, DP, BLOCK, False)
         tl.store(QS + target, sketch.to(tl.float16), mask=inside)
     bias = tl.zeros([BP], tl.float32)
-    if CENTERED:
+    if CENTERED:  # this block's share of <q, center>, the same for every key; `split` adds the blocks up
         center = tl.load(CENTER + head * D + outer, mask=outer < D, other=0.0).to(tl.float32)
         bias = tl.sum(y * center[None, :], 1)
     tl.store(BIAS + (head * tl.num_programs(1) + tl.program_id(1)) * BM + rows, bias, mask=rows < BM)
@@ -92,9 +111,9 @@ def _biases(BIAS, tile, biases, rows, base, BM: tl.constexpr, BN: tl.constexpr, 
     """What is added to the scores of a tile's tokens, (BN or 1, BM)."""
     if not GROUP_MEANS:
         return base[None, :]
-    elif GROUP >= BN:
+    elif GROUP >= BN:  # the tile lies within one group; the one behind the last is fetched too, and clamped
         return tl.load(BIAS + rows * biases + tl.minimum(tile * BN // GROUP, biases - 1))[None, :]
-    else:
+    else:  # several groups in a tile: a load a group, for a gather of each token's bias is many more
         token = tl.arange(0, BN)
         bias = tl.zeros([BN, BM], tl.float32)
         for part in tl.static_range(BN // GROUP):
@@ -121,7 +140,7 @@ def _attend_exact(
     dims, token = tl.arange(0, DP), tl.arange(0, BE)
     within = dims < D
     x = tl.load(Q + places[None, :] + dims[:, None], mask=within[:, None] & (rows < ROWS)[None, :], other=0.0)
-    last_seen = exact_length - TQ + rows % TQ
+    last_seen = exact_length - TQ + rows % TQ  # causality: the last TQ exact tokens are the queries' own
     m = tl.full([BM], FLOOR, tl.float32)
     l = tl.zeros([BE, BM], tl.float32)
     o = tl.zeros([DP, BM], tl.float32)
@@ -151,18 +170,43 @@ def _attend_exact(
     ]
 )  # fmt: skip
 def split(
-    Q, EK, EV, QP, QS, BASE, BIAS, K, K_HIGH, KS, KT, MEANS, MEAN_TOPS, SIGN, GAIN, V, V_HIGH, VS, VT, O, M, L,
-    LENGTHS, STARTS, KEY_LUT, KEY_TABLE, VALUE_LUT, VALUE_TABLE, SIGN_LUT, SIGN_TABLE, LATE, VALUE_LATE,
-    exact_length, packed_length, biases, splits, rest, scaling, key_factor, gain_factor, value_factor,
+    # Queries (batch, heads, TQ, D) and exact tokens (batch, kv_heads, exact, D), 16 bits, not rotated.
+    Q, EK, EV,
+    # Of `prepare`: rotated and sketched queries, fp16; <q, center> by blocks. BIAS (head, BM, biases) is written here.
+    QP, QS, BASE, BIAS,
+    # Keys: low and high plane, scales (uint8, fp16 where nothing is shared), tops a group, means int8 and their tops.
+    K, K_HIGH, KS, KT, MEANS, MEAN_TOPS,
+    # QJL stage of keys: the plane of signs and the norms of errors.
+    SIGN, GAIN,
+    # Values: as keys, without means. Where WORDS, their planes are read as int16.
+    V, V_HIGH, VS, VT,
+    # Written, float32: see the module's table.
+    O, M, L,
+    # (packed, exact) tokens, int32, where ON_DEVICE; (batch,) pads in front of packed tokens, where PADDED.
+    LENGTHS, STARTS,
+    # Levels: `levels.tables` (LUT for the interpreter, TABLE for `prmt`) and `levels.late_bytes` or `late_words`.
+    KEY_LUT, KEY_TABLE, VALUE_LUT, VALUE_TABLE, SIGN_LUT, SIGN_TABLE, LATE, VALUE_LATE,
+    # Counts: exact tokens, packed tokens, groups with a mean, parts of packed tokens; elements from QP to its rest.
+    exact_length, packed_length, biases, splits, rest,
+    # Factors: on scores of exact tokens (base 2); of stored key scales, error norms and value scales.
+    scaling, key_factor, gain_factor, value_factor,
+    # Strides over the batch and KV heads (q_h: query heads, q_t: query tokens), in the order of the pointers.
     q_b, q_h, q_t, ek_b, ek_h, ev_b, ev_h,
     k_b, k_h, k1_b, k1_h, ks_b, ks_h, kt_b, kt_h, mean_b, mean_h, mt_b, mt_h, sign_b, sign_h, gain_b, gain_h,
     v_b, v_h, v1_b, v1_h, vs_b, vs_h, vt_b, vt_h,
+    # Shape: KV heads of a row, query heads a KV head, query tokens, head_dim, head_dim up to a power of two, bits.
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    # Tiles: padded query rows, packed tokens, exact tokens.
+    BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    # Tokens a group (0: none), tokens that share a scale's top (0: none), whether groups of keys have means.
     GROUP: tl.constexpr, KEY_TOPS: tl.constexpr, VALUE_TOPS: tl.constexpr, GROUP_MEANS: tl.constexpr,
+    # Switches; ASM: assembly (False under the interpreter), WORDS: values are read two bytes at a time.
     SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr,
-    STAGES: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr, BASES: tl.constexpr, NG: tl.constexpr,
-    PARTS: tl.constexpr, EARLY: tl.constexpr,
+    # Stages of the load pipeline; columns of a slice of keys, values (bytes or words) and signs, up to powers of two.
+    STAGES: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr,
+    # Blocks of BASE to add up, groups whose means are scored at once, parts that attend to exact tokens, overlap.
+    BASES: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (part, head): scores, weights and weighted values of one part of a head's tokens."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -199,6 +243,7 @@ def split(
     VUNITS: tl.constexpr = VSLICE // WIDE
     VROW: tl.constexpr = VUNITS // 2 if VALUE_BITS == 1 else VUNITS
     kj, vj, sj = tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, SW)
+    # One column of the table a token: a scalar would become a uniform register, which `prmt` cannot read.
     ta, tb, tc, td = load_table(KEY_TABLE, token)
     key_table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
     ua, ub, uc, ud = load_table(VALUE_TABLE, vj)
@@ -250,7 +295,7 @@ def split(
                 bias += _mean_scores(MEANS, QP, q3, rest, 3, group, there, kj, D, KSLICE)
             bias *= (tl.load(MEAN_TOPS + group, mask=there, other=0.0).to(tl.float32) / 127)[:, None]
             tl.store(BIAS + rows[None, :] * biases + group[:, None], bias + base[None, :], mask=there[:, None])
-        tl.debug_barrier()
+        tl.debug_barrier()  # biases go through memory to other threads of this program
     if SKETCHED:
         sign_table = load_table(SIGN_TABLE, token[:, None])
         sign_late = tl.load(LATE + sj)[None, :]
@@ -262,7 +307,8 @@ def split(
         SIGN += batch * sign_b + kv_head * sign_h
         GAIN += batch * gain_b + kv_head * gain_h
     m = tl.full([BM], FLOOR, tl.float32)
-    l = tl.zeros([BN, BM], tl.float32)
+    l = tl.zeros([BN, BM], tl.float32)  # a sum for each place of a tile; they are added up once, behind the loop
+    # One sum for each slice of the dims; with WORDS o0 and o1 (to o3 below 4 bits) are even dims, the rest odd ones.
     o0 = tl.zeros([VW, BM], tl.float32)
     o1, o2, o3, o4, o5, o6, o7 = o0, o0, o0, o0, o0, o0, o0
     n = first * BN + token
@@ -285,9 +331,10 @@ def split(
                 high_at = K_HIGH + n[:, None] * (D // 8) + (kj % (D // 8))[None, :]
                 high = _codes(high_at, inside, kj, KSLICE, KW, WHOLE, 1)
             k0, k1, k2, k3 = quarters(codes, high, key_late, KEY_LUT, key_table, KEY_BITS, ASM)
+            # Two chains of two dots: the next `mma` of a chain waits four times as long as one of another chain.
             s = tl.dot(k1, q1, tl.dot(k0, q0)) + tl.dot(k3, q3, tl.dot(k2, q2))
         s = s * key_scale[:, None] + bias
-        if SKETCHED:
+        if SKETCHED:  # + c |e| <S q, sign(S e)> (Algorithm 2, DeQuant); c is in gain_factor
             sign_at = SIGN + n[:, None] * (D // 8) + (sj % (D // 8))[None, :]
             signs = _codes(sign_at, inside, sj, D // 4, SW, WHOLE, 1)
             e0, e1, e2, e3 = quarters(signs, signs, sign_late, SIGN_LUT, sign_table, 1, ASM)
@@ -299,6 +346,7 @@ def split(
             s = tl.where(inside[:, None], s, float("-inf"))
         key_scale = _scale(KS, KT, n + BN, packed_length, key_factor, KEY_TOPS)
         bias = _biases(BIAS, tile + 1, biases, rows, base, BM, BN, GROUP, GROUP_MEANS)
+        # Softmax as it goes: what was summed so far shrinks when a greater score comes.
         top = tl.maximum(m, tl.max(s, 0))
         shrink = tl.exp2(m - top)
         p = tl.exp2(s - top[None, :])
@@ -331,6 +379,7 @@ def split(
         key_at += BN * KROW
         value_at += BN * VROW
 
+    # A part is not divided by its sum: `merge` does that once. The first bytes of words are dims 2j, the second 2j + 1.
     at = (head * (splits + PARTS) + part) * BM + rows
     tl.store(M + at, m)
     tl.store(L + at, tl.sum(l, 0))
@@ -354,7 +403,11 @@ def split(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    O, M, L, HIGH, LOW, OUT, splits, factor,
+    # What `split` wrote; the rotation of values as `rotations.Parts`; the output (batch, TQ, heads, D).
+    O, M, L, HIGH, LOW, OUT,
+    # Parts of packed tokens; factor of the rotation's parts.
+    splits, factor,
+    # Shapes as in `split`; SP: all slots up to a power of two, BS: parts read at once, BLOCK: dims rotated at once.
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
     SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
     EARLY: tl.constexpr,
@@ -366,6 +419,7 @@ def merge(
     row = (query_head % G) * TQ + query
     base = head * (splits + PARTS) * BM + row
     parts, dims, block = tl.arange(0, SP), tl.arange(0, DP), tl.arange(0, BLOCK)
+    # The first block of the matrix is no work of `split`, so it is fetched before that has ended.
     matrix = tl.load(
         HIGH + dims[:, None] * D + block[None, :], mask=(dims[:, None] < D) & (block[None, :] < D), other=0.0
     )
@@ -389,7 +443,7 @@ def merge(
         inside = (dims[:, None] < D) & (outer[None, :] < D)
         if first:
             matrix = tl.load(HIGH + dims[:, None] * D + outer[None, :], mask=inside, other=0.0)
-        whole = matrix.to(tl.float32)
+        whole = matrix.to(tl.float32)  # one row a program: a sum of products in float32, no dot
         if not EXACT:
             whole += tl.load(LOW + dims[:, None] * D + outer[None, :], mask=inside, other=0.0).to(tl.float32)
         back = tl.sum(y[:, None] * whole, 0) * factor

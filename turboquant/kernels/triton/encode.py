@@ -3,6 +3,10 @@
 A program takes one group of tokens of one KV head. The rotation is a dot with the matrix (in two 16-bit parts where one
 does not hold it exactly), levels are found by comparing with the positive boundaries, and a plane's bytes are sums of
 shifted codes, so that nothing is looked up.
+
+`encode_pair` has the grid (group of tokens, KV head times batch, keys or values) and calls `_encode`, which does what
+`TurboQuantMSE._encode` does. It reads vectors (batch, kv_heads, tokens, D) of 16 bits and writes a `KernelView`: planes
+(batch, kv_heads, tokens, bytes), scales (batch, kv_heads, tokens), tops, means and mean tops (batch, kv_heads, groups).
 """
 
 from functools import lru_cache
@@ -85,15 +89,22 @@ def _half(x):
 
 @triton.jit
 def _encode(
-    X, x_t, MATRIX, MATRIX_LOW, CENTER, BOUNDS, LEVELS, tokens, first, head, batch, kv_head,
+    # Vectors of one head and the stride of a token; rotation as `rotations.Parts`; center; positive boundaries, levels.
+    X, x_t, MATRIX, MATRIX_LOW, CENTER, BOUNDS, LEVELS,
+    # Tokens in all and where this group begins; the head, as a number and as row of the batch and KV head.
+    tokens, first, head, batch, kv_head,
+    # Written, each with its strides over batch and KV heads: planes, scales, tops, means and their tops.
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, TOPS, t_b, t_h, MEANS, m_b, m_h, MEAN_TOPS, mt_b, mt_h,
+    # Of the rotation's parts.
     factor,
+    # head_dim, tokens of this program, bits, tokens a group (0: none), a number of SCALES; then switches.
     D: tl.constexpr, T: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
     EXACT: tl.constexpr, CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n, d = first + tl.arange(0, T), tl.arange(0, D)
     there = n < tokens
     x = tl.load(X + n[:, None] * x_t + d[None, :], mask=there[:, None], other=0.0)
+    # y = Pi x (Algorithm 1, Quant)
     y = tl.dot(x, tl.load(MATRIX + d[None, :] * D + d[:, None]))
     if not EXACT:
         y += tl.dot(x, tl.load(MATRIX_LOW + d[None, :] * D + d[:, None]))
@@ -101,21 +112,23 @@ def _encode(
     if CENTERED:
         y -= tl.load(CENTER + head * D + d)[None, :].to(tl.float32)
     if GROUP_MEANS:
-        mean = tl.sum(y, 0) / T
+        mean = tl.sum(y, 0) / T  # groups are whole and without pads, as `encode` asks
         top = _half(tl.max(tl.abs(mean), 0))
         wide = top.to(tl.float32)
         steps = tl.floor(mean * tl.where(wide > 0, 127 / tl.maximum(wide, 1e-30), 0.0) + 0.5)
-        steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
+        steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)  # a top beyond fp16 was cut
         group = first // GROUP
         tl.store(MEANS + batch * m_b + kv_head * m_h + group * D + d, steps.to(tl.int8))
         tl.store(MEAN_TOPS + batch * mt_b + kv_head * mt_h + group, top)
-        y -= (steps * (wide / 127))[None, :]
+        y -= (steps * (wide / 127))[None, :]  # the mean as it is stored, so that codes make up for its rounding
     norm = tl.sqrt(tl.sum(y * y, 1))
     unit = y * (1 / tl.maximum(norm, 1e-30))[:, None]
 
+    # idx_j = argmin |y_j - c| (Algorithm 1, Quant), of the magnitude: levels are symmetric about 0
     HALF: tl.constexpr = 2 ** (BITS - 1)
     index, level = _nearest(unit, BOUNDS, LEVELS, BITS, T, D, ASM)
     code = tl.where(unit >= 0, index, HALF + index).to(tl.uint8)  # sign and magnitude
+    # Beyond the paper, which stores the norm (section 3.1): see `TurboQuantMSE`.
     if SCALE == 1:
         norm = norm / tl.sqrt(tl.sum(level * level, 1))
     elif SCALE == 2:
@@ -130,6 +143,7 @@ def _encode(
     else:
         tl.store(scales, _half(norm), mask=there)
 
+    # Layout of `quant.packing`: slice s of a row is shifted by s widths. The slices do not overlap, so a sum is an or.
     WIDTH: tl.constexpr = BITS if BITS != 3 else 2
     SLICES: tl.constexpr = 8 // WIDTH
     ROW: tl.constexpr = D // SLICES
@@ -149,10 +163,16 @@ def _encode(
 
 @triton.jit(do_not_specialize=["tokens", "kt_b", "kt_h", "kmt_b", "kmt_h", "vt_b", "vt_h"])
 def encode_pair(
+    # Vectors (batch, kv_heads, tokens, D) with their strides; rotations as `rotations.Parts`; center of the keys.
     K, V, k_b, k_h, k_t, v_b, v_h, v_t, KEY_MATRIX, KEY_LOW, VALUE_MATRIX, VALUE_LOW, CENTER,
-    KEY_BOUNDS, KEY_LEVELS, VALUE_BOUNDS, VALUE_LEVELS, tokens, key_factor, value_factor,
+    # Tuples of numbers: positive boundaries and levels.
+    KEY_BOUNDS, KEY_LEVELS, VALUE_BOUNDS, VALUE_LEVELS,
+    # Tokens in all; factors of the rotations' parts.
+    tokens, key_factor, value_factor,
+    # Written, each with its strides over batch and KV heads, as in `_encode`: keys, then values.
     K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
     V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h,
+    # As in `_encode`, for keys and values.
     KV_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
     KEY_EXACT: tl.constexpr, VALUE_EXACT: tl.constexpr,

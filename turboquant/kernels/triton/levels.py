@@ -12,6 +12,10 @@ Keys are read as bytes, because they lie in registers along the row. Values lie 
 row are read as one 16-bit word, which `ldmatrix` can transpose, and are told apart in registers.
 
 The assembly cannot run under Triton's interpreter, where `LUT` does the same by a lookup in memory.
+
+Map: `_four_bits`, `_few_bits` and `_late` write assembly, `_bytes` and `_words` put it together when the module loads.
+`halves`, `quarters`, `word_halves` and `word_quarters` are called by the kernels of `decode`, `scores` and `prefill`;
+they launch nothing. `tables`, `late_bytes` and `late_words` make what those kernels are handed.
 """
 
 import torch
@@ -24,10 +28,13 @@ from turboquant.quant.modes import shared_table
 TABLE_COLUMNS = 256
 """Columns of a table; each thread reads its own, so that the compiler keeps tables in ordinary registers."""
 _TABLES = 4
+# `prmt d, a, b, s`: byte i of d is the byte of (a, b) that the i-th hex digit of s from the right names, 0-3 of a and
+# 4-7 of b. With 8 added to the digit it is that byte's sign bit, eight times.
 _PAIR = ("0x6240", "0x7351")  # bytes 0 and 2, or 1 and 3, of the low and of the high bytes
 
 
 def _constraints(outputs: int, inputs: int) -> str:
+    # Each of the four elements that the assembly takes at once (pack=4) brings its table along, in 32-bit registers.
     return ",".join(["=r"] * outputs + ["r"] * (inputs + 4 * _TABLES))
 
 
@@ -39,6 +46,7 @@ def _names(first: int) -> list[str]:
 def _four_bits(codes: str, outputs: list[str], tables: list[str]) -> list[str]:
     """Four bytes of 4-bit codes to two slices of four levels, two registers each."""
     lo0, lo1, hi0, hi1 = tables
+    # s: the magnitudes, eight selectors; u: the low codes' sign bits moved to the top of their bytes.
     lines = [f"and.b32 s, {codes}, 0x77777777;", f"shl.b32 u, {codes}, 4;"]
     for half, signs in enumerate(("0xD9C8", "0xFBEA")):
         lines += ["shr.u32 s, s, 16;"] * half
@@ -57,8 +65,9 @@ def _few_bits(bits: int, codes: str, high: str, outputs: list[str], tables: list
     """Four bytes of 2-bit codes (1-bit ones at 1 bit; `high`: their one-bit plane at 3 bits) to four slices."""
     lo0, lo1, hi0, hi1 = tables
     width = "0x11111111" if bits == 1 else "0x33333333"
+    # A selector has four bits, so every second code of a byte is read from the register as it is, the others from t.
     lines = [f"shr.u32 t, {codes}, 2;"]
-    if bits == 3:
+    if bits == 3:  # the one-bit plane gives the selectors' third bit
         lines += [
             f"shl.b32 x, {high}, 2;",
             "and.b32 x, x, 0x44444444;",
@@ -124,7 +133,7 @@ def _words(bits: int) -> tuple[str, str]:
     elif bits == 1:
         lines += _late("w0", at[0], at[2]) + _late("w1", at[1], at[3])
         codes = ["w0", "w1"]
-    for byte, pick in enumerate(("0x6420", "0x7531")):
+    for byte, pick in enumerate(("0x6420", "0x7531")):  # the first bytes of four words in one register, then the second
         outputs = [f"${count // 2 * byte + i}" for i in range(count // 2)]
         lines.append(f"prmt.b32 p0, {codes[0]}, {codes[1]}, {pick};")
         if bits == 3:
@@ -254,11 +263,12 @@ def tables(codebook: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     The words hold the first eight levels: all of them below 4 bits, the magnitudes at 4 bits.
     """
-    levels = (codebook.float() * dim**0.5).half().cpu()
+    levels = (codebook.float() * dim**0.5).half().cpu()  # about 1 in size: fp16 keeps all digits at any dim
     lut = torch.zeros(16, dtype=torch.float16, device="cpu")
     lut[: len(levels)] = levels
     patterns = [int(pattern) & 0xFFFF for pattern in levels[:8].view(torch.int16)]
     words = [*_table_words([p & 255 for p in patterns]), *_table_words([p >> 8 for p in patterns])]
+    # The same 32 bits as a signed number, which is what torch can hold.
     signed = torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32, device="cpu")
     table = signed[:, None].expand(-1, TABLE_COLUMNS).contiguous()
     return lut.to(codebook.device), table.to(codebook.device)

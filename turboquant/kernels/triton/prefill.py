@@ -5,6 +5,11 @@ of packed keys and values are dequantized there, and the exact tokens before the
 mask is needed for it. The call's own tokens are a square with a causal mask. All are joined by their log-sum-exps, and
 the sum of values is rotated back in the same step. The workspace does not grow with the context: `WORKSPACE` bytes of
 keys and as many of values, on top of what attention takes.
+
+`attend` launches, in this order: torch's attention of the call to itself (causal); `rotate_rows` for the queries; for
+each part of the prefix `dequantize_tile` for keys and for values, at the first also `rotate_rows` for the exact tokens,
+then torch's attention; `join_rows`. `dequantize_tile` has the grid (tile of tokens, KV head times batch), reads what a
+`KernelView` shows and writes OUT (batch, kv_heads, room, D). The last axes of all tensors are contiguous.
 """
 
 import torch
@@ -38,8 +43,13 @@ def _offset(M, MT, CENTER, group, d, inside, D: tl.constexpr, CENTERED: tl.const
 
 @triton.jit(do_not_specialize=["first", "count", "t_b", "t_h", "mt_b", "mt_h"])
 def dequantize_tile(
+    # Each with its strides over batch and KV heads: planes, scales, tops, means and their tops. Then the center.
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER,
-    LUT, TABLE, LATE, OUT, o_b, o_h, first, count, factor,
+    # `levels.tables` and `levels.late_bytes`; the output.
+    LUT, TABLE, LATE, OUT, o_b, o_h,
+    # The first token to read, how many, and the factor on stored scales.
+    first, count, factor,
+    # SHARED: tokens that share a top (0: none); BN: tokens a tile; KW: bytes of a slice up to a power of two.
     KV_HEADS: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     CENTERED: tl.constexpr, GROUP_MEANS: tl.constexpr, BN: tl.constexpr, KW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +66,7 @@ def dequantize_tile(
     scale = tl.load(S + batch * s_b + kv_head * s_h + n, mask=there, other=0).to(tl.float32) * factor
     if SHARED:
         scale *= tl.load(T + batch * t_b + kv_head * t_h + n // SHARED, mask=there, other=0.0).to(tl.float32)
-    column = tl.zeros([BN], tl.int32)
+    column = tl.zeros([BN], tl.int32)  # loaded a token, as in `decode.split`, though all read the same column
     ta, tb, tc, td = load_table(TABLE, column)
     table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
     M += batch * m_b + kv_head * m_h
@@ -78,6 +88,7 @@ def dequantize_tile(
             at = P1 + batch * p1_b + kv_head * p1_h + n[:, None] * (D // 8) + (j % (D // 8))[None, :]
             high = tl.load(at, mask=inside, other=0)
         k0, k1, k2, k3 = quarters(codes, high, tl.load(LATE + j)[None, :], LUT, table, BITS, ASM)
+    # x~ = scale * level + what was subtracted, slice by slice of the dims; still rotated.
     x = k0.to(tl.float32) * scale[:, None] + _offset(M, MT, CENTER, group, j, known, D, CENTERED, GROUP_MEANS)
     target = OUT + place[:, None].to(tl.int64) * D + j[None, :]
     dtype = OUT.dtype.element_ty
@@ -169,9 +180,11 @@ def _attend(
     """Attend to the packed tokens from `start` on, and to the exact ones."""
     batch, _, count, dim = query.shape
     kv_heads, before = exact_keys.shape[1], exact_keys.shape[2] - count
+    # The call's own tokens are the last of the exact ones, and the only ones for which causality says anything.
     own, own_lse = _attention(query, exact_keys[:, :, before:], exact_values[:, :, before:], True, scaling)
     rotated = rotate(query, keys.rotation, torch.empty_like(query, memory_format=torch.contiguous_format))
     unit = keys.group_size or 1
+    # Parts are whole tiles and whole groups; 2 bytes a number.
     part = max(1024, WORKSPACE // (2 * batch * kv_heads * dim)) // TILE * TILE // unit * unit
     spaces = query.new_empty(2, batch, kv_heads, min(part, keys.tokens) + before, dim)
     joined: Tensor | None = None
@@ -185,13 +198,14 @@ def _attend(
             rotate(exact_keys[:, :, :before], keys.rotation, spaces[0][:, :, tokens : tokens + before])
             rotate(exact_values[:, :, :before], values.rotation, spaces[1][:, :, tokens : tokens + before])
             tokens += before
-        if skipped == tokens:
+        if skipped == tokens:  # nothing but pads, and no exact token before the call
             return own
         read = spaces[:, :, :, skipped:tokens]
         output, lse = _attention(rotated, read[0], read[1], False, scaling)
         if joined is None:
             joined, joined_lse = output, lse
         else:
+            # Each part's weight is its share of the sum of exponentials of all scores so far.
             both = torch.logaddexp(joined_lse, lse)
             joined = joined.float() * (joined_lse - both).exp().unsqueeze(-1)
             joined += output * (lse - both).exp().unsqueeze(-1)

@@ -1,4 +1,11 @@
-"""Rotations of many vectors, and the last step of a prefill: rotate back, weigh, add."""
+"""Rotations of many vectors, and the last step of a prefill: rotate back, weigh, add.
+
+Both kernels take vectors (batch, heads, tokens, D), BR a program, and a rotation as `rotations.Parts`. `rotate_rows`
+writes OUT in the same shape. `join_rows` reads attention over rotated values (Y) and over exact ones (EXACT_OUT) with
+the log-sum-exps of their scores (batch, heads, tokens), and writes what attention over both gives.
+
+`prefill` launches `rotate_rows` in front of attention and `join_rows` behind it; `scores` launches the first alone.
+"""
 
 import torch
 import triton
@@ -14,7 +21,9 @@ ROWS = 32
 
 @triton.jit
 def rotate_rows(
+    # Vectors, the rotation, where they go; vectors in all, heads and tokens of a row; factor of the parts; strides.
     X, HIGH, LOW, OUT, count, heads, tokens, factor, x_b, x_h, x_t, o_b, o_h,
+    # head_dim, the same up to a power of two, vectors a program, dims rotated at once; no low part, overlap.
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (rows): vectors in the order batch, head, token."""
@@ -42,7 +51,10 @@ def rotate_rows(
 
 @triton.jit
 def join_rows(
-    Y, EXACT_OUT, Y_LSE, EXACT_LSE, HIGH, LOW, OUT, count, heads, tokens, factor,
+    # Attention over rotated values and over exact ones, their log-sum-exps, the values' rotation, the output.
+    Y, EXACT_OUT, Y_LSE, EXACT_LSE, HIGH, LOW, OUT,
+    # As in `rotate_rows`.
+    count, heads, tokens, factor,
     y_b, y_h, y_t, e_b, e_h, e_t, o_b, o_h, o_t,
     D: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -54,10 +66,11 @@ def join_rows(
     at = (batch * y_b + head * y_h + token * y_t)[:, None] + dims[None, :]
     y = tl.load(Y + at, mask=real[:, None] & (dims[None, :] < D), other=0.0)
     dtype = OUT.dtype.element_ty
+    # A dot takes 16 bits; where several parts were joined, y is float32 and goes in as two of them.
     high = y.to(dtype)
     low = (y.to(tl.float32) - high.to(tl.float32)).to(dtype)
     ahead = tl.load(EXACT_LSE + row, mask=real, other=0.0) - tl.load(Y_LSE + row, mask=real, other=0.0)
-    share = 1 / (1 + tl.exp(tl.minimum(ahead, 80.0)))
+    share = 1 / (1 + tl.exp(tl.minimum(ahead, 80.0)))  # e^89 is infinite in float32
     exact_at = batch * e_b + head * e_h + token * e_t
     target = batch * o_b + head * o_h + token * o_t
     for first in tl.static_range(0, DP, BLOCK):

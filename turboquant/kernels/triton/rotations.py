@@ -24,11 +24,12 @@ def _split(matrix: Tensor, signs: Tensor | None, dtype: torch.dtype) -> Parts:
 
     A Hadamard matrix is +1 and -1 times a factor, which 16 bits hold exactly.
     """
-    matrix = matrix if signs is None else matrix * signs
+    matrix = matrix if signs is None else matrix * signs  # signs act on x first: they belong to columns
     whole = matrix * matrix.shape[0] ** 0.5
     if bool((whole.abs() - 1).abs().max() < 1e-5):
         signs = whole.round().to(dtype)
         return Parts(signs, signs, matrix.shape[0] ** -0.5, True)
+    # What 16 bits leave of a Haar matrix, in 16 bits: together 16 (bfloat16) or 22 bits of its digits.
     high = matrix.to(dtype)
     return Parts(high, (matrix - high.float()).to(dtype), 1.0, False)
 

@@ -1,7 +1,10 @@
 """Attention scores alone, straight from packed keys: what a metric or a sparse attention asks, without the values.
 
-One launch: each program reads `SPAN` tokens of one KV head for all its query rows. The means of the span's groups are
-scored first, by one small dot, and stay in registers.
+Behind `rotate_rows`, one launch: each program reads `SPAN` tokens of one KV head for all its query rows. The means of
+the span's groups are scored first, by one small dot, and stay in registers.
+
+`score_keys` has the grid (span, KV head times batch), reads rotated queries (KV heads times batch, ROWS, D) in float32
+and what a `KernelView` shows of the keys, and writes OUT (KV heads times batch, ROWS, tokens).
 """
 
 import torch
@@ -23,8 +26,11 @@ REGISTERS, PROGRAMS = 128, 16
 
 @triton.jit(do_not_specialize=["tokens", "t_b", "t_h", "mt_b", "mt_h"])
 def score_keys(
+    # Rotated queries; planes, scales, tops, means and their tops, each with its strides; center; the output.
     Q, K, k_b, k_h, K1, k1_b, k1_h, S, s_b, s_h, T, t_b, t_h, M, m_b, m_h, MT, mt_b, mt_h, CENTER, OUT,
+    # `levels.tables` and `levels.late_bytes`; tokens; factors on stored scales (scaling included) and on the rest.
     LUT, TABLE, LATE, tokens, factor, scaling,
+    # BM: query rows padded, BN: tokens a tile, SHARED: tokens that share a top, GROUPS: means scored at once.
     KV_HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
     GROUP_MEANS: tl.constexpr, CENTERED: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr, KW: tl.constexpr,
@@ -40,7 +46,7 @@ def score_keys(
     ta, tb, tc, td = load_table(TABLE, token)
     table = (ta[:, None], tb[:, None], tc[:, None], td[:, None])
     late = tl.load(LATE + j)[None, :]
-    if EARLY:
+    if EARLY:  # tables are no work of the rotation in front; the queries are
         tl.extra.cuda.gdc_wait()
     Q += head * ROWS * D + rows[None, :] * D
     within = (j[:, None] < SLICE) & real[None, :]
@@ -69,6 +75,7 @@ def score_keys(
             tl.float16
         )
         q_high = q.to(tl.float16)
+        # Means are large beside what is left of a key, so queries go in as fp16 and what that leaves out.
         offsets = tl.dot(means, q_high) + tl.dot(means, (q - q_high.to(tl.float32)).to(tl.float16))
         offsets *= (tl.load(MT + group, mask=there, other=0.0).to(tl.float32) / 127)[:, None]
     OUT += head.to(tl.int64) * ROWS * tokens
@@ -98,6 +105,7 @@ def score_keys(
         if CENTERED:
             s += bias[None, :]
         if GROUP_MEANS:
+            # Registers cannot be indexed: the group's row is picked by a sum over all with the others at 0.
             which = tl.arange(0, GROUPS) == (start - first) // GROUP
             s += tl.sum(tl.where(which[:, None], offsets, 0.0), 0)[None, :]
         place = OUT + rows[None, :].to(tl.int64) * tokens + n[:, None]
@@ -134,6 +142,7 @@ def scores(query: Tensor, keys: KernelView, scaling: float) -> Tensor:
 
     tile, group = 32, keys.group_size
     size = group or 64
+    # Spans are as long as they can be while programs fill the GPU.
     share = batch * kv_heads * count // (size * PROGRAMS * attention._multiprocessors(query.device))
     span = size * min(MAX_GROUPS, max(1, share))
     score_keys[-(-count // span), batch * kv_heads](
