@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from turboquant.run.chat import Turn
 
 _UNIT = 2**20
+BASELINE_16 = metric("full_precision_bytes").title
 
 
 def growth(turns: "tuple[Turn, ...]") -> Chart:
@@ -24,7 +25,7 @@ def growth(turns: "tuple[Turn, ...]") -> Chart:
     figure = go.Figure()
     for name, values, color, dash, symbol in (
         ("Original, as held", original, ORIGINAL, "solid", "circle"),
-        ("16-bit baseline", baseline, BASELINE, "dot", "square"),
+        (BASELINE_16, baseline, BASELINE, "dot", "square"),
         ("Compressed, as held", compressed, COMPRESSED, "dash", "diamond"),
     ):
         figure.add_trace(line(name, x, [value / _UNIT for value in values], color, dash=dash, symbol=symbol))
@@ -35,7 +36,7 @@ def growth(turns: "tuple[Turn, ...]") -> Chart:
         f"After turn {x[-1]} the compressed cache holds {human_bytes(compressed[-1])}; its tokens take "
         f"{human_bytes(baseline[-1])} at 16 bit. The original holds {human_bytes(original[-1])} in {last.model.dtype}."
     )
-    table = {"turn": x, "original bytes": original, "compressed bytes": compressed, "16-bit baseline bytes": baseline}
+    table = {"turn": x, "original bytes": original, "compressed bytes": compressed, f"{BASELINE_16} bytes": baseline}
     return Chart(figure, alt, pd.DataFrame(table))
 
 

@@ -195,7 +195,7 @@ METRICS: dict[str, Metric] = {
         "16-bit baseline", BYTES, definition="What the same tokens take at 2 bytes a value, whatever the run's dtype."
     ),
     "estimated_bytes": Metric(
-        "estimated",
+        "estimated size",
         BYTES,
         better="lower",
         definition="Bytes the cache would hold at the context where sizes are compared.",
@@ -391,8 +391,8 @@ METRICS: dict[str, Metric] = {
     # counts
     "prompt_tokens": Metric("prompt tokens", digits=",.0f", definition="Tokens of the prompt."),
     "answer_tokens": Metric("answer tokens", digits=",.0f", definition="Tokens of the answer."),
-    "compressed_tokens": Metric("packed tokens", digits=",.0f", definition="Tokens that are held as codes."),
-    "measured_tokens": Metric("measured tokens", digits=",.0f", definition="Tokens whose prediction is compared."),
+    "compressed_tokens": Metric("tokens packed", digits=",.0f", definition="Tokens that are held as codes."),
+    "measured_tokens": Metric("tokens measured", digits=",.0f", definition="Tokens whose prediction is compared."),
     "repetitions": Metric("prompts", digits=",.0f", definition="Prompts at one length and depth."),
 }
 METRICS["cosine_similarity"] = METRICS["cosine_scores"]
