@@ -47,7 +47,7 @@ def kl_of_both(first: Run, second: Run) -> Chart:
         tokens = run.comparison.tokens
         curves[name] = list(tokens.kl) if tokens else []
         figure.add_trace(line(name, list(range(len(curves[name]))), curves[name], color, dash=dash, symbol=symbol))
-    figure.update_traces(hovertemplate="%{y:.4f} nats")
+    figure.update_traces(hovertemplate=metric("kl").hover())
     layout(figure, xaxis_title="token of the original answer", yaxis_title=metric("kl").axis)
     length = max(len(curve) for curve in curves.values())
     table = pd.DataFrame(

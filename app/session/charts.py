@@ -46,7 +46,7 @@ def kl(turns: "tuple[Turn, ...]") -> Chart:
     values = [turn.comparison.tokens.mean_kl if turn.comparison.tokens else None for turn in turns]
     shown = metric("mean_kl")
     figure = go.Figure(line(f"{shown.title}(full ‖ compressed)", x, values, COMPRESSED, dash="dash", symbol="diamond"))
-    figure.update_traces(hovertemplate="%{y:.4f} nats")
+    figure.update_traces(hovertemplate=shown.hover())
     _turns(layout(figure, xaxis_title="turn", yaxis_title=shown.axis, yaxis_rangemode="tozero"))
     known = [(value, number) for value, number in zip(values, x, strict=True) if value is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."
@@ -69,7 +69,7 @@ def shares(turns: "tuple[Turn, ...]") -> Chart:
     at_risk = metric("heads_at_risk_pct")
     figure.add_trace(line(at_risk.title, x, risk, RISK, dash="dash", symbol="x"))
     figure.add_trace(line("another top token", x, top, COMPRESSED, symbol="diamond"))
-    figure.update_traces(hovertemplate="%{y:.1f} %")
+    figure.update_traces(hovertemplate=at_risk.hover())
     _turns(layout(figure, xaxis_title="turn", yaxis_title="% (lower is better)", yaxis_rangemode="tozero"))
     known = [i for i in range(len(x)) if top[i] is not None or risk[i] is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."

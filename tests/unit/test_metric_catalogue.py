@@ -180,6 +180,7 @@ def test_the_catalogue_says_which_of_two_values_is_the_better_one() -> None:
     assert metric("kl_mean").axis == "KL, nats (lower is better)"
     assert metric("same_top_pct").help.endswith("Higher is better.")
     assert metric("gain").axis == "gain"
+    assert metric("same_top_pct").hover() == "%{y:.1f} %"
     with pytest.raises(ValueError, match="gain has no better direction"):
         metric("gain").loss(1.0)
 
