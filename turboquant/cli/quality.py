@@ -116,7 +116,7 @@ def describe(record: "ExperimentRecord") -> None:
     settings = record.cell.settings
     typer.echo(
         f"{record.model.name} {record.model.dtype} on {record.environment.device}; {', '.join(settings['texts'])}: "
-        f"{record.metrics['measured_tokens']:.0f} tokens behind {settings['prefill']}; "
+        f"{metric('measured_tokens').text(record.metrics['measured_tokens'])} tokens behind {settings['prefill']}; "
         f"{metric('ppl_full').title} {metric('ppl_full').text(record.metrics['ppl_full'])}"
     )
 

@@ -174,8 +174,9 @@ def _list(cells: "list[Cell]", output: Path, overwrite: bool) -> None:
 
 
 def _show(record: "ExperimentRecord") -> None:
+    from turboquant.records.metrics import metric
     from turboquant.report.tables import COLUMNS
 
     names = COLUMNS.get(record.cell.experiment, tuple(record.metrics))
-    numbers = [f"{name}={value:.4g}" for name in names if (value := record.metrics.get(name)) is not None]
-    say(f"{record.cell}: {' '.join(numbers)}")
+    known = {metric(name): value for name in names if (value := record.metrics.get(name)) is not None}
+    say(f"{record.cell}: {', '.join(f'{one.title} {one.said(value)}' for one, value in known.items())}")

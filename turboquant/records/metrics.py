@@ -82,6 +82,11 @@ class Metric:
         """At the axis of a chart: the label, and which way is better."""
         return self.label + (f" ({self.better} is better)" if self.better else "")
 
+    def hover(self, place: str = "y") -> str:
+        """Under the pointer in a chart: a value of plotly's `place` with its unit."""
+        digits = {SMALL: ".3g", SPEED: ",.3g"}.get(self.digits, self.digits)
+        return f"%{{{place}:{digits}}} {self.unit}".rstrip()
+
     @property
     def help(self) -> str:
         """The definition, and which way is better."""
@@ -142,7 +147,7 @@ _FOUND = "In how many of the prompts the answer held the hidden fact."
 _NEW_TOKENS = (
     "New tokens of all rows a second, the first of each row left out; a median where there are several rounds."
 )
-_COSINE = "it can look fine while the most attended token changes, so read it next to the top-1 match and the KL."
+_COSINE = "It can look fine while the most attended token changes, so read it next to the top-1 match and the KL."
 _ENCODE = "Time spent packing keys and values"
 _ATTENTION = "Time spent on scores, softmax and weighted values in all layers"
 _BY_SIDE = "From one extra run with instruments."
@@ -195,7 +200,7 @@ METRICS: dict[str, Metric] = {
         "16-bit baseline", BYTES, definition="What the same tokens take at 2 bytes a value, whatever the run's dtype."
     ),
     "estimated_bytes": Metric(
-        "estimated",
+        "estimated size",
         BYTES,
         better="lower",
         definition="Bytes the cache would hold at the context where sizes are compared.",
@@ -224,13 +229,13 @@ METRICS: dict[str, Metric] = {
         "cosine of scores",
         digits=".4f",
         better="higher",
-        definition=f"How alike a head's scores are under full and compressed keys; 1 is the same. Alone {_COSINE}",
+        definition=f"How alike a head's scores are under full and compressed keys; 1 is the same. {_COSINE}",
     ),
     "cosine_weights": Metric(
         "cosine of weights",
         digits=".4f",
         better="higher",
-        definition=f"The same of its softmax weights, which are what a head attends with; {_COSINE}",
+        definition=f"How alike a head's softmax weights are under full and compressed keys; 1 is the same. {_COSINE}",
     ),
     "top1_match_pct": Metric(
         "top-1 match",
@@ -391,8 +396,8 @@ METRICS: dict[str, Metric] = {
     # counts
     "prompt_tokens": Metric("prompt tokens", digits=",.0f", definition="Tokens of the prompt."),
     "answer_tokens": Metric("answer tokens", digits=",.0f", definition="Tokens of the answer."),
-    "compressed_tokens": Metric("packed tokens", digits=",.0f", definition="Tokens that are held as codes."),
-    "measured_tokens": Metric("measured tokens", digits=",.0f", definition="Tokens whose prediction is compared."),
+    "compressed_tokens": Metric("tokens packed", digits=",.0f", definition="Tokens that are held as codes."),
+    "measured_tokens": Metric("tokens measured", digits=",.0f", definition="Tokens whose prediction is compared."),
     "repetitions": Metric("prompts", digits=",.0f", definition="Prompts at one length and depth."),
 }
 METRICS["cosine_similarity"] = METRICS["cosine_scores"]
