@@ -47,8 +47,7 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
         ignore_eos=True,
         measure_bytes=False,
     )
-    while generation.finish is None:
-        generation.step()
+    generation.run()
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize()
     assert generation.tokens_per_second is not None

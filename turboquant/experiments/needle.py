@@ -137,8 +137,7 @@ def answer(loaded: LoadedModel, captured: Captured, cache: Cache, max_new_tokens
         QueryRecorder(watch.cancelled, keep=False),
         measure_bytes=False,
     )
-    while generation.finish is None:
-        generation.step()
+    generation.run()
     return generation.text
 
 
