@@ -86,7 +86,7 @@ class Captured:
         """
         cache = build_cache(loaded.model.config, method)
         for layer_idx in self.layer_indices:
-            if method.name == "full":
+            if not method.compresses:
                 twin: Any = copy.copy(self.cache.layers[layer_idx])
                 twin.crop(-self.last)
                 cache.layers[layer_idx] = twin

@@ -99,7 +99,7 @@ def bench_decode(
                 if repeat:
                     kept.append(run)
     report = runs[1][-1].report
-    if method.name != "full" and not report.compressed_tokens:
+    if method.compresses and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )

@@ -139,7 +139,7 @@ def packed_segment(
     Raises:
         ValueError: If the method stores plain tensors or is one of Hugging Face's caches.
     """
-    quantizers = None if method.foreign else method.quantizers(shape.head_dim, shape.head_dim, 0, device)
+    quantizers = method.quantizers(shape.head_dim, shape.head_dim, 0, device)
     if quantizers is None:
         raise ValueError(f"{method} has no packed tokens to attend to")
     keys, values = TokenBuffer(), TokenBuffer()
@@ -218,7 +218,7 @@ def bench_attention(
     heads, device = _shape(shape, batch, context, query_tokens, repeats), _device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for method in methods:
-        if not method.packed_length(context - query_tokens):
+        if method.compresses and not method.packs(context - query_tokens):
             raise ValueError(f"{method} packs nothing of {context - query_tokens} tokens: give a longer context")
     copy = copy_bandwidth(device)
     query = torch.randn(batch, heads.query_heads, query_tokens, heads.head_dim, dtype=dtype, device=device)

@@ -338,7 +338,7 @@ def run(
         NothingCompressedError: If a method has packed nothing before the last position; the others come first.
         CancelledError: If the caller asked to stop.
     """
-    idle = [one for one in methods if one.name != "full" and not one.packed_length(settings.context - 1)]
+    idle = [one for one in methods if one.compresses and not one.packs(settings.context - 1)]
     wanted = [one for one in methods if one not in idle]
     if wanted:
         full = full or read_full(loaded, settings, watch.part(0, 1 / (len(wanted) + 1)))
@@ -358,7 +358,7 @@ def _measured(
             return
         part = watch.part(share * (i + 1), share * (i + 2))
         began = time.perf_counter()
-        if method.name == "full":
+        if not method.compresses:
             results, report = [_unchanged(one) for one in full.references], full.references[-1].report
         else:
             results, report = _all_windows(loaded, full, method, part)

@@ -202,7 +202,7 @@ def run(
         if settings.seed is not None:
             watch.progress(0.1 + 0.9 * i / len(methods), f"answers with {method}")
         parted = first_divergences(loaded, ids, answers, method, settings.sampling, watch)
-        if method.name != "full" and not parted.report.compressed_tokens:
+        if method.compresses and not parted.report.compressed_tokens:
             raise NothingCompressedError(
                 f"{method} packs none of {parted.report.tokens} tokens: give longer prompts or a smaller window"
             )

@@ -20,10 +20,18 @@ Runs = Sequence[tuple[int, int]]
 
 
 def packing_runs(method: Method, held: int, count: int) -> list[tuple[int, int]]:
-    """Split `count` tokens behind `held` others into runs (start, stop) during which the cache packs nothing."""
+    """Split `count` tokens behind `held` others into runs (start, stop) during which the cache packs nothing.
+
+    A cache that never packs is fed in blocks all the same, so that it is computed as those that pack block by block.
+    """
+
+    def due(place: int) -> int:
+        tokens = held + place
+        return method.packed_length(tokens) if method.compresses else tokens // method.block_length
+
     runs: list[tuple[int, int]] = []
     for place in range(count):
-        if runs and method.packed_length(held + place) == method.packed_length(held + runs[-1][0]):
+        if runs and due(place) == due(runs[-1][0]):
             runs[-1] = (runs[-1][0], place + 1)
         else:
             runs.append((place, place + 1))
