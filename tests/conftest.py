@@ -30,9 +30,10 @@ FIRST = ("tests/e2e/test_actions.py", "tests/unit/", "tests/e2e/", "tests/refere
 # Unit tests that take seconds, by file: they load models, start commands, compile kernels. Not in `make check`.
 SLOW = (
     *("attention", "attention_options", "cache", "cli", "command_errors", "compare_command", "compare_methods"),
-    *("comparison", "evaluate", "failed_calls", "generate", "golden", "graphs", "hf_generate", "hf_layers", "hub"),
-    *("identity", "kernel_bench", "kernels", "models", "modes", "needle", "perplexity", "probe", "quality_commands"),
-    *("recommend", "report", "sass", "session", "sizing", "sweep", "threads", "validate", "variance"),
+    *("comparison", "evaluate", "failed_calls", "feed", "generate", "golden", "graphs", "hf_generate", "hf_layers"),
+    *("hub", "identity", "kernel_bench", "kernels", "models", "modes", "needle", "perplexity", "probe"),
+    *("quality_commands", "recommend", "report", "sass", "session", "sizing", "sweep", "threads"),
+    *("validate", "variance"),
 )
 
 

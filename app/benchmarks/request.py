@@ -45,7 +45,7 @@ def cells(own: BenchChoices, choices: Choices, config: AppConfig) -> tuple[Cell,
     contexts = _check_contexts(own.contexts, tokens, batch, config)
     parsed = [parse_method(method) for method in dict.fromkeys(method_texts(choices))]
     for method in parsed:
-        if not method.foreign and not method.packed_length(contexts[0] - 1):
+        if method.compresses and not method.packs(contexts[0] - 1):
             raise RequestError(
                 f"{method} packs none of {contexts[0]} tokens: choose longer contexts or a smaller exact window."
             )

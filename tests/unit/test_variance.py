@@ -121,8 +121,7 @@ def test_full_answers_are_those_of_the_generation_loop(loaded, seed: int | None)
         generation = Generation(
             loaded, row[None], build_cache(loaded.model.config, METHODS["full"]()), settings.sampling, RECORDER, **LOOP
         )
-        while generation.finish is None:
-            generation.step()
+        generation.run()
         assert generation.tokens == answer.tolist()
     again = full_answers(loaded, ids, settings.sampling, Watch())
     assert torch.equal(answers, again)

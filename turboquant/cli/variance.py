@@ -115,7 +115,7 @@ def _cells(
     check_texts(settings.texts, output)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):
-            if one.name != "full" and not one.foreign and not one.packed_length(tokens - 1):
+            if one.compresses and not one.packs(tokens - 1):
                 fail(f"{one} packs none of {tokens} tokens of {what}: give more, or a smaller window", 2)
     turned = [one for method in methods for one in with_seeds(method, rotations)]
     every = [settings.model_copy(update={"seed": seed}) for seed in (None, *samplings)]

@@ -46,8 +46,7 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
         ignore_eos=True,
         measure_bytes=False,
     )
-    while generation.finish is None:
-        generation.step()
+    generation.run()
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize()
     assert generation.tokens_per_second is not None
@@ -109,7 +108,7 @@ def _decode(loaded: LoadedModel, ids: Tensor, method: Method, settings: DecodeSe
                 if repeat:
                     kept.append(run)
     report = runs[1][-1].report
-    if method.name != "full" and not report.compressed_tokens:
+    if method.compresses and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )

@@ -134,7 +134,7 @@ def _head_metrics(prefix: str, scores: HeadScores) -> dict[str, float | None]:
 
 
 def _check_packed(method: Method, report: CacheReport) -> None:
-    if method.name != "full" and not report.compressed_tokens:
+    if method.compresses and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of the {report.tokens:,} tokens before the last ones: give a longer context, fewer "
             "queries or a smaller window"

@@ -32,6 +32,7 @@ from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport
 from turboquant.records.settings import GenerationSettings
+from turboquant.run.feed import step
 from turboquant.run.generate import PromptError
 from turboquant.run.memory import cache_shape, check_context, tokens_that_fit, trim
 from turboquant.texts import read_text
@@ -210,19 +211,18 @@ def generate_batch(
     positions = None if mask is None else (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     _wait(ids.device)
     clock = [time.perf_counter()]
-    for step in range(new_tokens):
+    for done in range(new_tokens):
         watch.check()
         if notes is not None:
             notes.begin_call()
         options = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions}
-        logits = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
-        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        ids = step(model, cache, ids, **options).argmax(dim=-1, keepdim=True)
         chosen.append(ids)
         if mask is not None and positions is not None:
             mask, positions = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1), positions[:, -1:] + 1
         if notes is not None:
             notes.cache_bytes.append(cache_bytes(cache))
-        if step == 0 or step == new_tokens - 1:
+        if done in (0, new_tokens - 1):
             _wait(ids.device)
             clock.append(time.perf_counter())
     first, rest = 1e3 * (clock[1] - clock[0]), 1e3 * (clock[2] - clock[1])

@@ -61,8 +61,10 @@ class Method(ABC):
     """Settings that are offered to choose from, without the name: `bits=4`; "" for the defaults."""
     grid: ClassVar[tuple[str, ...]] = ()
     """Settings that `turboquant methods` measures."""
+    compresses: ClassVar[bool] = True
+    """Is anything ever packed? Not by `full`."""
     foreign: ClassVar[bool] = False
-    """Do the layers belong to another library (`foreign_layer`)? Then there are no quantizers."""
+    """Do the layers belong to another library? Then there are no quantizers."""
     residual_length = 0  # not annotated, so not an option: methods that have a window declare the field
     sink_length = 0
     block_length: ClassVar[int] = 32
@@ -93,6 +95,15 @@ class Method(ABC):
         """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
         ready = tokens - self.sink_length - self.residual_length
         return max(0, ready // self.block_length * self.block_length)
+
+    def packs(self, tokens: int) -> bool:
+        """Return whether a cache of `tokens` tokens holds any that are packed (rows without padding)."""
+        return self.packed_length(tokens) > 0
+
+    @property
+    def has_quantizers(self) -> bool:
+        """Whether `quantizers` say how tokens are packed; without them there are no head figures and no estimates."""
+        return self.compresses and not self.foreign
 
     def layer_kind(self, layer_idx: int) -> object:
         """Return what tells layers apart that are packed differently: equal for layers of equal bits."""

@@ -19,7 +19,12 @@ class Full(Method):
     color: ClassVar[str] = "#808080"
     sign: ClassVar[str] = "x"
     grid: ClassVar[tuple[str, ...]] = ("",)
+    compresses: ClassVar[bool] = False
 
     def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
         """Return None: nothing is quantized."""
         return None
+
+    def packed_length(self, tokens: int) -> int:
+        """Return 0."""
+        return 0
