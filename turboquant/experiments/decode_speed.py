@@ -70,7 +70,7 @@ def check_packs(methods: Sequence[Method], settings: DecodeSettings) -> None:
     """Raise ValueError where a method packs nothing of prompt and answer, so that its speed would say nothing."""
     tokens = settings.prompt_tokens + settings.new_tokens - 1
     for method in methods:
-        if method.name != "full" and not method.foreign and not method.packed_length(tokens):
+        if method.compresses and not method.packs(tokens):
             raise ValueError(f"{method} packs none of {tokens} tokens: give a longer prompt or a smaller window")
 
 

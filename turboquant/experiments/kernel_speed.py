@@ -342,7 +342,7 @@ def run_scores(_: None, methods: Sequence[Method], settings: KernelScoresSetting
                     "speed_ratio": float(np.median(times["full"])) / float(np.median(times["own"])),
                     "cache_bytes": float(segments[0].keys.nbytes),
                     "full_cache_bytes": float(full_bytes),
-                    "packed_tokens": float(tokens),
+                    "compressed_tokens": float(tokens),
                     "copy_gb_per_second": copy / 1e9,
                 },
                 detail={**_detail(heads, device, dtype, len(segments)), "full": fastest, "full_all_us": medians},
