@@ -373,7 +373,7 @@ METRICS: dict[str, Metric] = {
     "worst_step_ms": Metric("longest step", "ms", ",.0f", "lower", "The longest single step of all rounds."),
     # kernels and shapes alone
     "us": Metric("one call", "us", ",.1f", "lower", "The median of timed rounds; sides take turns."),
-    "floor_us": Metric("time of the byte floor", "us", ",.1f", None, "What a copy of this machine takes to move the bytes held."),
+    "floor_us": Metric("time of the byte floor", "us", ",.1f", None, "What a copy here takes to move the bytes held."),
     "floor_fraction": Metric("share of the byte floor", better="higher", definition="The byte floor over the time."),
     "moved_bytes": Metric("moved", BYTES, definition="What is read and written at least."),
     "gb_per_second": Metric("bandwidth", "GB/s", ",.0f", "higher", "Bytes moved at least, by the time it took."),
@@ -381,7 +381,7 @@ METRICS: dict[str, Metric] = {
     "copy_fraction": Metric("share of a copy's bandwidth", better="higher", definition="Against a large copy here."),
     "vectors": Metric("vectors packed", digits=",.0f", definition="Keys and values of all heads."),
     "exact_tokens": Metric("tokens held exactly", digits=",.0f", definition="Sinks, window and the query tokens."),
-    "longest_context": Metric("longest context reached", "tokens", ",.0f", "higher", "The last that fitted and decoded."),
+    "longest_context": Metric("longest context reached", "tokens", ",.0f", "higher", "The last that decoded."),
     "weight_bytes": Metric("weights held", BYTES, definition="What the model's weights take on the GPU."),
     "vectorised_ms": Metric("all heads at once", "ms", ",.1f", "lower", "As the lab compares them."),
     "loop_ms": Metric("head by head", "ms", ",.1f", None, "The obvious loop over heads and queries."),
