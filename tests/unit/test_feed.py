@@ -32,7 +32,7 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def usable(spec: str) -> Method:
     method = parse_method(spec)
     try:
-        method.foreign_layer()
+        method.check_available()
     except ImportError as error:
         pytest.skip(str(error))
     return method

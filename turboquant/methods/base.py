@@ -84,12 +84,27 @@ class Method(ABC):
     ) -> tuple[Quantizer[Any], Quantizer[Any]] | None:
         """Return the key and the value quantizer of one layer.
 
-        None where the method stores plain tensors, or where its layers quantize by themselves (`foreign_layer`).
+        None where the method stores plain tensors, or where its layers quantize by themselves.
         """
 
-    def foreign_layer(self) -> Any:
-        """Return a new cache layer (`cache.foreign.ForeignLayer`) where the method is `foreign`, else None."""
-        return None
+    def layer(self, plain: Any, layer_idx: int, last_reader: int | None = None, config: Any = None) -> Any:
+        """Return a new cache layer that takes the place of a plain one.
+
+        Args:
+            plain: Hugging Face's own layer, which keeps the keys and values of all tokens.
+            layer_idx: Its index in the model.
+            last_reader: See `turboquant.cache.layer.QuantizedLayer`.
+            config: The model's.
+
+        Raises:
+            ImportError: As `check_available`.
+        """
+        from turboquant.cache.layer import QuantizedLayer  # brings transformers along
+
+        return QuantizedLayer(self, layer_idx, last_reader, config)
+
+    def check_available(self) -> None:  # noqa: B027
+        """Raise ImportError where a package that the method needs is missing here."""
 
     def packed_length(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
