@@ -156,7 +156,7 @@ def test_too_much_is_refused_in_words(page: AppTest) -> None:
 
 
 def test_the_cells_are_those_of_the_command_line() -> None:
-    from turboquant.cli.variance import _cells
+    from turboquant.cli.seeds import _cells
 
     own = SeedsChoices(bits=3, against="4", rotations=3, samplings=2, context=512)
     cells = measure.cells(own, Choices(weights="fp32"), AppConfig())

@@ -16,6 +16,7 @@ from turboquant.experiments.model_speed import MODELS
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.quant.rotation import ROTATIONS
 from turboquant.records import settings
+from turboquant.records.names import COMMANDS, RECORDED, recorded, word
 from turboquant.records.settings import ModelShape, NeedleSettings, Shape, SyntheticSettings
 
 
@@ -103,3 +104,20 @@ def test_what_a_command_offers_stands_in_the_settings_alone() -> None:
     assert {"context", "prefill", "windows", "texts", "chunk_tokens"} <= named
     signature = inspect.signature(inspect.unwrap(commands["perplexity"].callback.__wrapped__))
     assert not set(signature.parameters) & set(settings.PerplexitySettings.model_fields)
+
+
+@pytest.mark.parametrize(("old", "now"), COMMANDS.items())
+def test_older_names_of_commands_work_and_are_not_listed(old: str, now: str) -> None:
+    wide = CliRunner(env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
+    first, second = (wide.invoke(cli.app, [name, "--help"]) for name in (old, now))
+    assert first.exit_code == second.exit_code == 0
+    assert first.output.splitlines()[2:] == second.output.splitlines()[2:]
+    listed = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert now in listed
+    assert old not in listed
+
+
+def test_words_stand_for_the_names_in_records() -> None:
+    assert {recorded(one) for one in RECORDED} <= set(EXPERIMENTS)
+    assert [word(recorded(one)) for one in (*RECORDED, "needle")] == [*RECORDED, "needle"]
+    assert all(recorded(one) == one for one in EXPERIMENTS)

@@ -19,7 +19,7 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import (
+from turboquant.cli.perplexity import (
     PERPLEXITY,
     TEXTS,
     describe,

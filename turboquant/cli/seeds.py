@@ -1,4 +1,4 @@
-"""`turboquant variance`: how far results move with rotation and sampling seeds, and whether a difference is real."""
+"""`turboquant seeds`: how far results move with rotation and sampling seeds, and whether a difference is real."""
 
 import time
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import TEXTS, check_texts
+from turboquant.cli.perplexity import TEXTS, check_texts
 from turboquant.cli.tables import interval, print_table
 from turboquant.records.metrics import metric
 from turboquant.records.settings import MOST_RUNS, VarianceSettings
@@ -51,7 +51,7 @@ SHOWN = (
 
 @app.command()
 @takes(VarianceSettings, flags=TEXTS, without=("seed",))
-def variance(
+def seeds(
     *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
@@ -75,7 +75,7 @@ def variance(
     check_writable(output)
     cells, experiment = _cells(model, methods, asked, range(rotation_seeds), range(sampling_seeds), weights, output)
     try:
-        records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
+        records = run_recorded("seeds", cells, {experiment.name: experiment}, output, overwrite)
     except typer.Exit as stopped:
         if stopped.exit_code == 1:
             _show_partial(cells, methods, reference, output)

@@ -1,4 +1,4 @@
-"""`evaluate`: attention under compressed caches over long contexts with a hidden needle."""
+"""`turboquant heads` (in the methodology: `evaluate`): attention under compressed caches over long contexts."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import check_texts
+from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import cells as figures
 from turboquant.cli.tables import explain, heads, print_table
 from turboquant.records.settings import AttentionSettings
@@ -49,7 +49,7 @@ COLUMNS = (
 )
 
 
-@app.command()
+@app.command("heads")
 @takes(
     AttentionSettings,
     several={"context": CONTEXTS},
