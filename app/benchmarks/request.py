@@ -192,8 +192,10 @@ def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
 
 
 def recorded_decode(records: Iterable[ExperimentRecord]) -> list[ExperimentRecord]:
-    """Of recorded runs those of `decode` on an idle machine."""
-    return [record for record in records if record.cell.experiment == "decode" and not record.cell.settings["busy"]]
+    """Of recorded runs those of `decode`, but for cases that were also measured on a busy machine."""
+    from turboquant.report.tables import decoded
+
+    return decoded(list(records), busy=False)
 
 
 def recorded_tables(records: Sequence[ExperimentRecord]) -> list[tuple[str, str, list[dict[str, str]]]]:

@@ -124,8 +124,10 @@ def _metrics(run: Run, letter: str) -> None:
         _card("bytes", found, f"{human_bytes(report.full_precision_bytes)} at 16 bit"),
         ratio,
         _card("bits_per_value", found, "16 uncompressed"),
-        _card("tokens_per_second", found, other="original"),
-        _card("time_to_first_token_ms", found, other="original"),
+        *(
+            _card(name, found, f"{metric(name).said(found[f'original_{name}'])} full")
+            for name in ("tokens_per_second", "time_to_first_token_ms")
+        ),
     ]
     _row(cards, f"memory{letter}")
     if larger:
