@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.conftest import IN_A_BROWSER, SECONDS, main, serve, shot, visit, wait_until
-from tests.helpers import tiny_loaded
+from tests.support.models import tiny_loaded
 
 pytestmark = IN_A_BROWSER
 LONG = "The tide table says when the boats can leave the harbour of Arnsey. " * 12
