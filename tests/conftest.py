@@ -28,19 +28,61 @@ FIRST = ("tests/e2e/test_actions.py", "tests/unit/", "tests/e2e/", "tests/refere
 
 
 # Unit tests that take seconds, by file: they load models, start commands, compile kernels. Not in `make check`.
-SLOW = (
-    *("attention", "attention_options", "cache", "cli", "command_errors", "compare_command", "compare_methods"),
-    *("comparison", "evaluate", "failed_calls", "feed", "generate", "golden", "graphs", "hf_generate", "hf_layers"),
-    *("hub", "identity", "kernel_bench", "kernels", "models", "modes", "needle", "perplexity", "probe"),
-    *("quality_commands", "recommend", "report", "sass", "session", "sizing", "sweep", "threads"),
-    *("validate", "variance"),
-)
+SLOW = {
+    "cache": (
+        "cache",
+        "failed_calls",
+        "foreign",
+        "graph",
+        "hf_generate",
+    ),
+    "cli": (
+        "app",
+        "compare",
+        "errors",
+        "heads",
+        "identity",
+        "perplexity",
+        "theory",
+    ),
+    "experiments": (
+        "heads",
+        "kernel_speed",
+        "needle",
+        "perplexity",
+        "recommend",
+        "seeds",
+        "sweep",
+    ),
+    "hf_attention": ("options",),
+    "kernels": (
+        "sass",
+        "triton",
+    ),
+    "models": (
+        "hub",
+        "load",
+    ),
+    "quant": ("modes",),
+    "records": ("metrics", "settings"),
+    "report": ("report",),
+    "run": (
+        "chat",
+        "compare",
+        "compare_methods",
+        "feed",
+        "generate",
+        "heads",
+        "threads",
+    ),
+    "sizing": ("sizing",),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow files, and put long ones first; within a file tests keep their order."""
     for item in items:
-        if item.path.parent.name == "unit" and item.path.stem.removeprefix("test_") in SLOW:
+        if "unit" in item.path.parts and item.path.stem.removeprefix("test_") in SLOW.get(item.path.parent.name, ()):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 

@@ -108,6 +108,12 @@ def test_every_folder_is_a_floor() -> None:
     assert folders == set(ROW), "the table in turboquant/README.md is the plan"
 
 
+def test_unit_tests_follow_the_floors() -> None:
+    """`tests/unit/<package>/test_<module>.py`; what is about no single module is named for its subject."""
+    unit = ROOT / "tests" / "unit"
+    assert {path.relative_to(unit).parts[0] for path in unit.rglob("*.py")} <= set(ROW) - {"__main__"}
+
+
 def test_nothing_lies_flat() -> None:
     assert {path.name for path in (ROOT / "turboquant").glob("*.py")} == {"__init__.py", "__main__.py"}
 

@@ -18,8 +18,8 @@ from app.engine.contract import Progress
 from app.engine.engine import Engine
 from app.engine.job import Job
 from app.tab import state
-from tests.app.cells import Cells
-from tests.app.factory import comparison
+from tests.support.cells import Cells
+from tests.support.factory import comparison
 from turboquant.records.comparison import Comparison
 from turboquant.run.compare import Event
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from tests.app.conftest import MAIN
-from tests.server.process import ROOT
+from tests.support.process import ROOT
 
 PAGES = sorted(path.stem for path in (ROOT / "pages").glob("*.py"))
 SOURCES = [*(ROOT / "app").rglob("*.py"), *(ROOT / "pages").glob("*.py")]

@@ -11,7 +11,7 @@ from app.compare import token_charts as tokens
 from app.heads import charts as heads
 from app.ui import style
 from app.ui.style import Chart
-from tests.app.factory import HEADS, LAYERS, comparison
+from tests.support.factory import HEADS, LAYERS, comparison
 
 CONFIG = Path(__file__).resolve().parents[2] / ".streamlit" / "config.toml"
 CHARTS = {

@@ -9,10 +9,12 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 # Caches, attention, generation, loading, probes, tasks and the command line; no pages, no kernels, no figures.
-tests="tests/unit/test_cache.py tests/unit/test_hf_layers.py tests/unit/test_hf_generate.py tests/unit/test_generate.py
-    tests/unit/test_attention.py tests/unit/test_models.py tests/unit/test_hub.py tests/unit/test_probe.py
-    tests/unit/test_session.py tests/unit/test_comparison.py tests/unit/test_scoring.py tests/unit/test_sizing_config.py
-    tests/unit/test_graphs.py tests/unit/test_perplexity.py tests/reference/test_smollm2.py tests/reference/test_docs.py"
+tests="tests/unit/cache/test_cache.py tests/unit/cache/test_foreign.py tests/unit/cache/test_hf_generate.py
+    tests/unit/run/test_generate.py tests/unit/experiments/test_heads.py tests/unit/models/test_load.py
+    tests/unit/models/test_hub.py tests/unit/run/test_heads.py tests/unit/run/test_chat.py
+    tests/unit/run/test_compare.py tests/unit/run/test_scoring.py tests/unit/sizing/test_config.py
+    tests/unit/cache/test_graph.py tests/unit/experiments/test_perplexity.py tests/reference/test_smollm2.py
+    tests/reference/test_docs.py"
 
 if [ $# = 0 ]; then
     # "transformers>=A,<B": the newest release of series A, and the newest below B that there is.

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -73,9 +73,14 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def visit(browser: Browser, url: str, width: int = 1440, heading: str = "", **options: Any) -> Page:
-    """Open an address and wait for the page's heading."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+def visit(
+    browser: Browser, url: str, width: int = 1440, heading: str = "", color_scheme: Literal["light", "dark"] = "light"
+) -> Page:
+    """Open an address and wait for the page's heading. Tabs share what the browser has fetched of the app's code."""
+    context = browser.contexts[0] if browser.contexts else browser.new_context()
+    page = context.new_page()
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=color_scheme)
     page.set_default_timeout(60 * SECONDS)
     page.goto(url)
     expect(page.get_by_role("heading", level=1, name=heading or None).first).to_be_visible(timeout=30 * SECONDS)
@@ -111,7 +116,9 @@ def wait_until_still(page: Page, milliseconds: int = 300) -> None:
 
 
 def shot(page: Page, name: str, *, whole: bool = True) -> None:
-    """A screenshot of the whole page, whose height the window takes for it."""
+    """With SCREENSHOTS=1 a screenshot of the whole page, whose height the window takes for it; no test reads it."""
+    if not os.environ.get("SCREENSHOTS"):
+        return
     ARTIFACTS.mkdir(exist_ok=True)
     size = page.viewport_size
     assert size is not None

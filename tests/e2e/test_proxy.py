@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from tests.e2e.conftest import ENVIRONMENT, IN_A_BROWSER, SECONDS, main, visit
-from tests.server.process import ROOT, Server, free_port
+from tests.support.process import ROOT, Server, free_port
 
 pytestmark = [
     *IN_A_BROWSER,

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from tests.e2e.conftest import ENVIRONMENT, IN_A_BROWSER, SECONDS, main, visit
-from tests.server.process import Server
+from tests.support.process import Server
 
 pytestmark = [*IN_A_BROWSER, pytest.mark.nightly]
 PROMPT = "When does the tide turn, and when can the boats leave the harbour of Arnsey? " * 6

@@ -101,7 +101,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def _small_run() -> bytes:
-    from tests.app.attention_factory import explained
+    from tests.support.attention_factory import explained
 
     return json.dumps({"comparison": explained().model_dump(mode="json")}).encode()
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tests.helpers import save_tiny
+from tests.support.models import save_tiny
 from turboquant import cli
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"

@@ -15,7 +15,7 @@ bench() { "$python" -m turboquant bench "$@"; }
 case $part in
 check)
     "$python" -m pytest -q -o addopts= -o filterwarnings=default --import-mode=importlib \
-        tests/unit/test_kernels.py tests/unit/test_graphs.py
+        tests/unit/kernels/test_triton.py tests/unit/cache/test_graph.py
     ;;
 kernels)
     to=$out/bench-attention.jsonl

@@ -14,7 +14,7 @@ from app.config import AppConfig
 from app.engine.shutdown import CLOSE_S, SHOW_S
 from tests.image import check
 from tests.image.check import ImageBench
-from tests.server.process import ROOT
+from tests.support.process import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 TOOLS = ("buildah", "debootstrap", "chromium")

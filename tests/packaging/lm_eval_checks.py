@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.helpers import HF_FP8, tiny_loaded
+from tests.support.models import HF_FP8, tiny_loaded
 from turboquant.cache.build import NothingCompressedError
 from turboquant.integrations.lm_eval import ModelArgumentError, TurboQuantLM
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from tests.helpers import reachable_storages
+from tests.support.models import reachable_storages
 from turboquant.cache.buffer import round_up
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import attention_forward

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.property.cache_machine import CacheMachine, ForeignMachine
-from tests.unit.test_hf_layers import HAVE_FP8, HAVE_HQQ, HAVE_QUANTO
+from tests.unit.cache.test_foreign import HAVE_FP8, HAVE_HQQ, HAVE_QUANTO
 
 FEW = settings(max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=[*HealthCheck])
 MANY = settings(FEW, max_examples=900, stateful_step_count=30, derandomize=False, database=None, print_blob=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tests.helpers import Lossless, tokens
+from tests.support.models import Lossless, tokens
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report, fill_cache, layer_states
 from turboquant.hf_attention import _visible, attend, attention_forward

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import HF_FP8, Lossless
+from tests.support.models import HF_FP8, Lossless
 from turboquant.cache.build import build_cache, cache_report, fill_cache
 from turboquant.methods import Method, parse_method
 

@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import turboquant
-from tests.pages import LANGUAGES, PAGES, ROOT, Block, anchors, blocks, command_of, links, name_of, prose
+from tests.support.pages import LANGUAGES, PAGES, ROOT, Block, anchors, blocks, command_of, links, name_of, prose
 from turboquant import cli
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import load_model

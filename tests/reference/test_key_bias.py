@@ -8,7 +8,7 @@ perplexities in the thousands under one scale a vector.
 import pytest
 import torch
 
-from tests.helpers import tiny_loaded, tokens
+from tests.support.models import tiny_loaded, tokens
 from turboquant.cache.build import build_cache, fill_cache, layer_states
 from turboquant.methods import parse_method
 from turboquant.models.load import LoadedModel

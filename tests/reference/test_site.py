@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import turboquant
-from tests.pages import PAGES, ROOT
+from tests.support.pages import PAGES, ROOT
 
 BY_ITSELF = {"img": "src", "script": "src", "iframe": "src", "source": "src"}
 """Elements with the attribute that a browser fetches unasked."""

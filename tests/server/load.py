@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tests.server.process import Server
-from tests.server.tab import Tab
+from tests.support.process import Server
+from tests.support.tab import Tab
 from turboquant.records.base import Record
 from turboquant.records.environment import Environment, environment
 from turboquant.records.files import append_record

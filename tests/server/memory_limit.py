@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from tests.server.process import Server
-from tests.server.tab import Tab
+from tests.support.process import Server
+from tests.support.tab import Tab
 from turboquant.records.base import Record
 from turboquant.records.environment import Environment, environment
 from turboquant.records.files import append_record

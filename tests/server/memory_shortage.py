@@ -21,7 +21,7 @@ from app.config import AppConfig
 from app.engine import backend, logs
 from app.engine.engine import Engine
 from app.engine.job import Job
-from tests.app.asked import compare_asked
+from tests.support.asked import compare_asked
 from turboquant.records.comparison import Settings
 
 MODEL = "smollm2-135m"

@@ -17,10 +17,10 @@ import pytest
 
 from app.engine.backend import run as run_job
 from app.engine.engine import Engine
-from tests.app.asked import compare_asked
-from tests.helpers import enlarge, file_system, tiny_loaded
-from tests.server.process import ROOT, Server
-from tests.server.tab import Tab
+from tests.support.asked import compare_asked
+from tests.support.models import enlarge, file_system, tiny_loaded
+from tests.support.process import ROOT, Server
+from tests.support.tab import Tab
 from turboquant.records.comparison import Settings
 from turboquant.records.faults import UNMEASURED, out_of_disk, out_of_memory
 

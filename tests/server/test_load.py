@@ -3,7 +3,7 @@
 import pytest
 
 from tests.server.load import LoadBench, latency, measure, table
-from tests.server.process import ROOT
+from tests.support.process import ROOT
 
 RECORDS = ROOT / "results" / "load.jsonl"
 MAX_GROWTH_MIB = 30

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.server.memory_limit import MemoryLimit, MemoryLimitBench, measure, table
-from tests.server.process import ROOT
+from tests.support.process import ROOT
 
 GUIDE = ROOT / "docs" / "operator.md"
 FILL = "room = bytearray(300 * 2**20)\nroom[::4096] = bytes([1]) * len(room[::4096])\nprint('it fits')"

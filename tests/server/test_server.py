@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import tiny_loaded
-from tests.server.process import Server
-from tests.server.tab import Tab
+from tests.support.models import tiny_loaded
+from tests.support.process import Server
+from tests.support.tab import Tab
 
 MARKER = "Zanzibar-4711"
 PROMPT = f"{MARKER} asks when the tide turns at the harbour. " * 4

@@ -28,7 +28,7 @@ from turboquant.cli.options import Asked, takes
 from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import cells as figures
 from turboquant.cli.tables import explain, heads, print_table
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
@@ -51,7 +51,7 @@ COLUMNS = (
 
 @app.command("heads")
 @takes(
-    AttentionSettings,
+    HeadsSettings,
     several={"context": CONTEXTS},
     flags={"context": "--contexts"},
     without=("chat",),

@@ -27,7 +27,7 @@ from turboquant.cli.options import Asked, takes
 from turboquant.cli.perplexity import TEXTS, check_texts
 from turboquant.cli.tables import interval, print_table
 from turboquant.records.metrics import metric
-from turboquant.records.settings import MOST_RUNS, VarianceSettings
+from turboquant.records.settings import MOST_RUNS, SeedsSettings
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -50,7 +50,7 @@ SHOWN = (
 
 
 @app.command()
-@takes(VarianceSettings, flags=TEXTS, without=("seed",))
+@takes(SeedsSettings, flags=TEXTS, without=("seed",))
 def seeds(
     *,
     model: ModelOption = "smollm2-135m",

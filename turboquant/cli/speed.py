@@ -23,7 +23,7 @@ from turboquant.cli.options import Asked, takes
 from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import Column, heads, print_table
 from turboquant.cli.tables import cells as figures
-from turboquant.records.settings import GenerationSettings
+from turboquant.records.settings import SpeedSettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
@@ -45,7 +45,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 @app.command()
-@takes(GenerationSettings, several={"batch": (1, 4)}, without=("context",))
+@takes(SpeedSettings, several={"batch": (1, 4)}, without=("context",))
 def speed(
     *,
     model: ModelOption = "smollm2-135m",

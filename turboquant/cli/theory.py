@@ -21,7 +21,7 @@ from turboquant.cli.app import (
 from turboquant.cli.options import Asked, takes
 from turboquant.cli.tables import cells as figures
 from turboquant.cli.tables import explain, heads, print_table
-from turboquant.records.settings import MOST_RUNS, SyntheticSettings
+from turboquant.records.settings import MOST_RUNS, TheorySettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
@@ -52,7 +52,7 @@ EXPLAINED = ("inner_product", "gain", "recall_pct", "largest_z")
 
 @app.command()
 @takes(
-    SyntheticSettings,
+    TheorySettings,
     several={"dim": DIMS, "bits": BITS},
     flags={"dim": "--dims"},
     without=("seeds",),

@@ -28,7 +28,7 @@ from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport, Settings
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.settings import PerplexitySettings, VarianceSettings
+from turboquant.records.settings import PerplexitySettings, SeedsSettings
 from turboquant.records.spread import Difference, Spread95, paired_difference, spread
 from turboquant.run.feed import answer_logits, packing_runs, step
 from turboquant.run.generate import QueryRecorder, logits_processors
@@ -40,7 +40,7 @@ SHARES = {"same_top_pct": (0.0, 100.0), "identical_pct": (0.0, 100.0)}
 """Metrics that cannot leave these bounds, so neither can their intervals."""
 
 
-def prompts(loaded: LoadedModel, settings: VarianceSettings) -> Int[Tensor, "prompts tokens"]:
+def prompts(loaded: LoadedModel, settings: SeedsSettings) -> Int[Tensor, "prompts tokens"]:
     """Return the prompts, stretches of the texts behind what perplexity reads.
 
     Raises:
@@ -133,14 +133,14 @@ def first_divergences(
     return Divergences(first, answers.shape[1], cache_report(cache))
 
 
-def check(loaded: LoadedModel, settings: VarianceSettings) -> None:
+def check(loaded: LoadedModel, settings: SeedsSettings) -> None:
     """Raise ValueError where the texts or the model do not serve the settings."""
     perplexity.check(loaded, settings.perplexity)
     prompts(loaded, settings)
 
 
 def run(
-    loaded: LoadedModel, methods: Sequence[Method], settings: VarianceSettings, watch: Watch
+    loaded: LoadedModel, methods: Sequence[Method], settings: SeedsSettings, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
     """Measure methods, rotation seeds among them; the full cache's answers are shared.
 
@@ -174,7 +174,7 @@ def run(
         )
 
 
-EXPERIMENT = Experiment("variance", VarianceSettings, run, check)
+EXPERIMENT = Experiment("variance", SeedsSettings, run, check)
 
 
 def with_seeds(method: Method, seeds: Sequence[int]) -> list[Method]:

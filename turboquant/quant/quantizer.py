@@ -67,22 +67,16 @@ class PackedTensor:
         group = self.token_group
         if start % group or length % group:
             raise ValueError(f"packed tokens are cut in whole groups of {group}, got {length} tokens from {start}")
-        tokens = self.tokens
-
-        def part(tensor: Tensor) -> Tensor:
-            size = _tokens_a_row(tokens, tensor)
-            return tensor.narrow(2, start // size, length // size)
-
-        return self.map_tokens(part)
+        return self._map_rows(lambda tensor, size: tensor.narrow(2, start // size, length // size))
 
     def empty(self: Self, tokens: int) -> Self:
         """Return storage like this one for `tokens` tokens, not filled; shared fields are kept."""
-        held = self.tokens
+        return self._map_rows(lambda x, size: x.new_empty(*x.shape[:2], tokens // size, *x.shape[3:]))
 
-        def room(tensor: Tensor) -> Tensor:
-            return tensor.new_empty(*tensor.shape[:2], tokens // _tokens_a_row(held, tensor), *tensor.shape[3:])
-
-        return self.map_tokens(room)
+    def _map_rows(self: Self, fn: Callable[[Tensor, int], Tensor]) -> Self:
+        """`map_tokens` where `fn` takes the number of tokens that share a row too."""
+        tokens = self.tokens
+        return self.map_tokens(lambda tensor: fn(tensor, _tokens_a_row(tokens, tensor)))
 
     def tensors(self, *names: str) -> list[Tensor]:
         """Return the tensors of the named fields (of all fields when none is named)."""

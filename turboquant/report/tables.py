@@ -241,7 +241,7 @@ def failures_table(failed: Sequence[Any]) -> Table:
     return Table("Cells that failed", ("cell", "error", "when"), rows)
 
 
-def variance_table(records: Sequence[ExperimentRecord]) -> Table:
+def seeds_table(records: Sequence[ExperimentRecord]) -> Table:
     """Return how far figures spread: mean and standard deviation over rotation seeds, for sampled answers over all.
 
     Args:
