@@ -63,9 +63,12 @@ Call = Callable[[], Any]
 
 
 class _Side:
-    """Calls over several sets of tensors, timed together; a GPU's are captured once and replayed."""
+    """Calls over several sets of tensors, timed together; a GPU's are captured once and replayed.
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+    Calls that ask the GPU for a value meanwhile cannot be captured (`captured=False`): their launches are timed too.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: torch.device, captured: bool = True) -> None:
         self.calls, self.device = list(calls), device
         if device.type == "cuda":  # the time to launch a graph is shared by several calls
             self.calls *= -(-CALLS // len(calls))
@@ -74,10 +77,11 @@ class _Side:
             call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                for call in self.calls:
-                    call()
+            if captured:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    for call in self.calls:
+                        call()
             self.microseconds()
 
     def microseconds(self) -> float:
@@ -86,6 +90,8 @@ class _Side:
             started = time.perf_counter()
             for call in self.calls:
                 call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
             return 1e6 * (time.perf_counter() - started) / len(self.calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -354,6 +360,8 @@ def run_scores(_: None, methods: Sequence[Method], settings: KernelScoresSetting
 def run_encode(_: None, methods: Sequence[Method], settings: KernelEncodeSettings, watch: Watch) -> Found:
     """Time quantizing the keys and values of `tokens` tokens a row (whole groups of them), all heads of one layer.
 
+    As a cache does it: with its launches, and the question whether the kernel's format could hold what was there.
+
     Raises:
         ValueError: If the settings are of another device.
     """
@@ -381,7 +389,7 @@ def run_encode(_: None, methods: Sequence[Method], settings: KernelEncodeSetting
                 encode((quantizers[0], pair[0], buffers[0]), (quantizers[1], pair[1], buffers[1]), None)
 
             calls.append(call)
-        spent = _timed({"own": _Side(calls, device)}, repeats)["own"]
+        spent = _timed({"own": _Side(calls, device, captured=False)}, repeats)["own"]
         speed = size / (1e-6 * float(np.median(spent)))
         yield (
             method,

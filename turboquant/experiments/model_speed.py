@@ -74,7 +74,8 @@ def random_model(name: ModelShape, weights: str = "bf16") -> Any:
         value = torch.randn(parameter[1].shape, device="cuda", dtype=torch.bfloat16) * 0.02 if value is None else value
         setattr(model.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
     rotary: Any = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config=config, device=torch.device("cuda"))
+    with torch.device("cuda"):
+        model.model.rotary_emb = type(rotary)(config=config)
     return model.eval().requires_grad_(False)
 
 
