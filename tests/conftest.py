@@ -1,21 +1,27 @@
-"""Shared fixtures. One thread a process: tests run side by side with servers and browsers on two cores."""
+"""Shared fixtures. One thread a process: tests run side by side with servers and browsers on two cores.
 
+PyTorch is imported by those tests and fixtures that need it: one file of others is collected in a moment.
+"""
+
+import contextlib
+import ctypes
 import gc
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import sys
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU kernels are tested on CPUs too, interpreted
-
 from hypothesis import HealthCheck, settings
 
-from turboquant.models.load import tiny_model
+if TYPE_CHECKING:
+    import torch
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU kernels are tested on CPUs too, interpreted
+
 settings.register_profile(
     "ci", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -94,15 +100,22 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def llama():
     """A tiny Llama with grouped queries; its attention is "turboquant", which runs plain caches as SDPA does."""
+    from turboquant.models.load import tiny_model
+
     return tiny_model("llama")
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
+def generator() -> "torch.Generator":
+    import torch
+
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
+def _one_thread_without_gradients():
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+    with torch.no_grad() if torch is not None else contextlib.nullcontext():
         yield

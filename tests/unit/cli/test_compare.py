@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.models import at_terminal, file_system, save_tiny
+from tests.support.models import save_tiny
+from tests.support.system import at_terminal, file_system
 from turboquant import cli
 from turboquant.cli.compare import _spaced
 from turboquant.records.comparison import Comparison

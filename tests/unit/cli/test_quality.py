@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.support.models import at_terminal, save_tiny
+from tests.support.models import save_tiny
+from tests.support.system import at_terminal
 from turboquant import cli
 from turboquant.cli.methods import usable
 from turboquant.methods import parse_method, settings_of
