@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -63,3 +64,23 @@ def at_terminal(words: list[str]) -> tuple[int, str]:
         reader.join()
         os.close(ours)
     return code, found.decode().replace("\r\n", "\n")
+
+
+@contextmanager
+def interrupted(output: Path, records: int = 1) -> Iterator[None]:
+    """While the block runs, send this process Ctrl-C's signal as soon as a file has that many lines."""
+    left = threading.Event()
+
+    def press() -> None:
+        while not left.wait(0.002):
+            if output.exists() and output.read_bytes().count(b"\n") >= records:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    watch = threading.Thread(target=press)
+    watch.start()
+    try:
+        yield
+    finally:
+        left.set()
+        watch.join()
