@@ -68,7 +68,7 @@ theory.price(setting)
 st.header("The recorded validation", anchor="validation")
 st.markdown(
     "The same measurements with more vectors, held against exact theory and the paper's theorems at every number of "
-    "bits (`turboquant validate`). A check passes if the measured value lies within four standard errors of its theory "
+    "bits (`turboquant theory`). A check passes if the measured value lies within four standard errors of its theory "
     "and those are small enough to tell."
 )
 theory.recorded()

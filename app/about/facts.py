@@ -213,7 +213,7 @@ _NAMES = {
     "SEED_GAPS": "Is the difference real",
     "DIVERGENCE_HISTOGRAM": "Where answers first differ",
     "BENCH_SPEED": "Tokens a second",
-    "NEEDLE_FOUND": "Found",
+    "NEEDLE_FOUND": "Map of needles found",
     "NEEDLE_CHANGE": "Less full cache",
     "NEEDLE_TOTAL": "All places together",
     "PARETO": "Quality against memory",

@@ -45,7 +45,7 @@ def cells(own: BenchChoices, choices: Choices, config: AppConfig) -> tuple[Cell,
     contexts = _check_contexts(own.contexts, tokens, batch, config)
     parsed = [parse_method(method) for method in dict.fromkeys(method_texts(choices))]
     for method in parsed:
-        if not method.foreign and not method.packed_length(contexts[0] - 1):
+        if method.compresses and not method.packs(contexts[0] - 1):
             raise RequestError(
                 f"{method} packs none of {contexts[0]} tokens: choose longer contexts or a smaller exact window."
             )
@@ -192,8 +192,10 @@ def rows(records: Iterable[ExperimentRecord]) -> list[Row]:
 
 
 def recorded_decode(records: Iterable[ExperimentRecord]) -> list[ExperimentRecord]:
-    """Of recorded runs those of `decode` on an idle machine."""
-    return [record for record in records if record.cell.experiment == "decode" and not record.cell.settings["busy"]]
+    """Of recorded runs those of `decode`, but for cases that were also measured on a busy machine."""
+    from turboquant.report.tables import decoded
+
+    return decoded(list(records), busy=False)
 
 
 def recorded_tables(records: Sequence[ExperimentRecord]) -> list[tuple[str, str, list[dict[str, str]]]]:

@@ -9,9 +9,11 @@ import plotly.graph_objects as go
 from app.tab.verdict import cache_size, human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, PARTS, Chart, layout, line
 from turboquant.records.comparison import CacheReport, Comparison
+from turboquant.records.metrics import metric
 from turboquant.sizing import KVBytes
 
 _UNIT = 2**20
+BASELINE_16 = metric("full_precision_bytes").title
 _PATTERNS = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+"}
 PART_WORDS = {
     "keys": "key codes",
@@ -36,14 +38,14 @@ def bytes_per_step(c: Comparison) -> Chart:
             "token": x,
             "original bytes": pd.array(_padded(c.original.cache_bytes, steps), dtype="Int64"),
             "compressed bytes": pd.array(_padded(c.compressed.cache_bytes, steps), dtype="Int64"),
-            "16-bit baseline bytes": pd.array([round(value) for value in baseline], dtype="Int64"),
+            f"{BASELINE_16} bytes": pd.array([round(value) for value in baseline], dtype="Int64"),
         }
     )
     figure = go.Figure()
     original = [value / _UNIT for value in c.original.cache_bytes]
     compressed = [value / _UNIT for value in c.compressed.cache_bytes]
     figure.add_trace(line("Original, as held", x[: len(original)], original, ORIGINAL))
-    figure.add_trace(line("16-bit baseline", x, [value / _UNIT for value in baseline], BASELINE, dash="dot"))
+    figure.add_trace(line(BASELINE_16, x, [value / _UNIT for value in baseline], BASELINE, dash="dot"))
     figure.add_trace(line("Compressed, as held", x[: len(compressed)], compressed, COMPRESSED, dash="dash"))
     figure.update_traces(hovertemplate="%{y:.3f} MiB")
     layout(figure, xaxis_title="generated token", yaxis_title="MiB", yaxis_rangemode="tozero")
@@ -95,7 +97,7 @@ def bytes_by_part(c: Comparison) -> Chart:
         go.Bar(
             y=["16-bit"],
             x=[report.full_precision_bytes / _UNIT],
-            name="16-bit baseline",
+            name=BASELINE_16,
             orientation="h",
             marker={"color": BASELINE},
             hovertemplate="%{x:.3f} MiB",
@@ -104,7 +106,7 @@ def bytes_by_part(c: Comparison) -> Chart:
     layout(figure, barmode="stack", hovermode="closest", xaxis_title="MiB", height=280)
     figure.update_yaxes(categoryorder="array", categoryarray=["Compressed", "16-bit"])
     rows = [(PART_WORDS[name], held) for name, held in parts(report)]
-    rows += [("everything held", report.bytes), ("16-bit baseline", report.full_precision_bytes)]
+    rows += [("everything held", report.bytes), (BASELINE_16, report.full_precision_bytes)]
     table = pd.DataFrame(rows, columns=["part", "bytes"])
     name, most = max(parts(report), key=lambda part: part[1])
     total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)

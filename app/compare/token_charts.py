@@ -31,7 +31,9 @@ def kl_per_token(c: Comparison) -> Chart:
     x = list(range(len(t.kl)))
     figure = go.Figure()
     figure.add_trace(
-        go.Bar(x=x, y=t.kl, name="KL(full ‖ compressed)", marker={"color": COMPRESSED}, hovertemplate="%{y:.4f} nats")
+        go.Bar(
+            x=x, y=t.kl, name="KL(full ‖ compressed)", marker={"color": COMPRESSED}, hovertemplate=metric("kl").hover()
+        )
     )
     changed = [i for i in x if not t.same_top[i]]
     figure.add_trace(

@@ -117,12 +117,17 @@ def _metrics(run: Run, letter: str) -> None:
     c = run.comparison
     report, found = c.compressed.report, measured(c)
     larger = report.bytes > report.full_precision_bytes
+    ratio = _card("compression_ratio", found, f"{metric('payload_ratio').said(report.payload_ratio)} payload")
+    if larger:
+        ratio = ("Larger than 16 bit", human_bytes(report.bytes - report.full_precision_bytes), *ratio[2:])
     cards = [
         _card("bytes", found, f"{human_bytes(report.full_precision_bytes)} at 16 bit"),
-        _card("compression_ratio", found, f"{metric('payload_ratio').said(report.payload_ratio)} payload"),
+        ratio,
         _card("bits_per_value", found, "16 uncompressed"),
-        _card("tokens_per_second", found, other="original"),
-        _card("time_to_first_token_ms", found, other="original"),
+        *(
+            _card(name, found, f"{metric(name).said(found[f'original_{name}'])} full")
+            for name in ("tokens_per_second", "time_to_first_token_ms")
+        ),
     ]
     _row(cards, f"memory{letter}")
     if larger:

@@ -103,7 +103,6 @@ def head_map(
     lowest = 0.0 if shown.miss or known.empty else float(known[shown.column].min())
     suffix = " %" if shown.miss else ""
     title = shown.column.replace(" at ", "<br>at ").replace(" of ", " of<br>")
-    value = "%{z:.1f} %" if shown.miss else "%{z:.4f}"
     figure = go.Figure(
         go.Heatmap(
             x=[str(layer) for layer in heads.layer_indices],
@@ -120,7 +119,7 @@ def head_map(
                 "ticksuffix": suffix,
                 "thickness": 12,
             },
-            hovertemplate=f"layer %{{x}}, head %{{y}}: {shown.column} {value}<extra></extra>",
+            hovertemplate=f"layer %{{x}}, head %{{y}}: {shown.column} {shown.figure.hover('z')}<extra></extra>",
         )
     )
     worst = known.head(_MARKED)
@@ -185,8 +184,8 @@ def risk_per_step(c: Comparison) -> Chart:
     figure = go.Figure()
     figure.add_trace(line("packed positions only", x, packed, RISK, symbol="diamond"))
     figure.add_trace(line("as served (with the exact window)", x, served, COMPRESSED, dash="dash"))
-    figure.update_traces(hovertemplate="%{y:.1f} %")
     risk = metric("heads_at_risk_pct")
+    figure.update_traces(hovertemplate=risk.hover())
     layout(figure, xaxis_title="generated token (0 is the end of the prompt)", yaxis_title=risk.axis)
     figure.update_yaxes(ticksuffix=" %", rangemode="tozero")
     known = [(value, i) for i, value in enumerate(packed) if value is not None]
@@ -243,7 +242,7 @@ def margins(c: Comparison, chosen: tuple[int, int] | None = None) -> Chart:
                 marker={**marker, "opacity": 0.85},
                 hovertemplate=(
                     "layer %{customdata[0]}, head %{customdata[1]}: margin %{x:.3f}, error %{y:.3f}, "
-                    "at risk in %{customdata[2]:.1f} %<extra></extra>"
+                    f"at risk in {METRICS['top1'].figure.hover('customdata[2]')}<extra></extra>"
                 ),
             )
         )

@@ -9,6 +9,7 @@ from app.compare.memory_charts import PART_WORDS, part_bar, parts
 from app.memory.request import GIB, MOST_TOKENS, Measured, Plan, Row, grid, lines, rows, tokens_short, tokens_text
 from app.tab.verdict import human_bytes
 from app.ui.style import BASELINE, COMPRESSED, ORIGINAL, RISK, SECOND, Chart, layout
+from turboquant.records.metrics import metric
 
 _DASHES = {4: "solid", 3: "dash", 2: "dot"}
 _SYMBOLS = {"full": "circle", 4: "square", 3: "diamond", 2: "triangle-up"}
@@ -150,7 +151,7 @@ def by_part(plan: Plan) -> Chart:
     figure.update_yaxes(autorange="reversed")
     table = pd.DataFrame(
         [(name, *(size for _, size in parts(one)), one.bytes, one.full_precision_bytes) for name, one in held],
-        columns=["cache", *PART_WORDS.values(), "everything held", "16-bit baseline"],
+        columns=["cache", *PART_WORDS.values(), "everything held", metric("full_precision_bytes").title],
     )
     name, shown = held[-1] if plan.refusal is not None else ("The chosen cache", plan.held(plan.method))
     largest, size = max(parts(shown), key=lambda part: part[1])

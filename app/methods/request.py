@@ -72,7 +72,7 @@ def check_method(text: str) -> Method:
         raise RequestError(f"A method has at most {MAX_METHOD_CHARS} characters, got {len(text)}.")
     try:
         method = parse_method(text.strip())
-        method.foreign_layer()  # another library's package may be missing
+        method.check_available()
     except (ValueError, ImportError) as error:
         raise RequestError(f"{text[:60]} cannot be used: {error}.") from None
     return method

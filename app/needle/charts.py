@@ -138,7 +138,7 @@ def _found_sentence(known: Sequence[tuple[Place, Share]], name: str) -> str:
     said = f"With {name} the model finds {hits} of {asked} needles"
     if hits == asked:
         return f"{said}."
-    place, worst = min(known, key=lambda one: one[1].pct)
+    place, worst = max(known, key=lambda one: _FOUND_PCT.loss(one[1].pct))
     return f"{said}; fewest at {place.context:,} tokens, depth {place.depth:g}: {_FOUND_PCT.said(worst.pct)}."
 
 
@@ -168,7 +168,7 @@ def _change_sentence(values: Mapping[Spot, float], method: str) -> str:
     if not worse and not better:
         return f"{method} finds as many needles as the full cache at every measured place ({len(values)})."
     more = f", more at {better}" if better else ""
-    spot, least = min(values.items(), key=lambda one: one[1])
+    spot, least = max(values.items(), key=lambda one: _FOUND_PCT.loss(one[1]))
     where = (
         f"; the largest loss is {_FOUND_PCT.text(-least)} points at {spot[0]:,} tokens, depth {spot[1]:g}"
         if worse

@@ -32,7 +32,7 @@ def kl_per_prompt(found: Sequence[PromptRow]) -> Chart:
                         "solidity": 0.2,
                     },
                 },
-                hovertemplate="%{y:.4f} nats",
+                hovertemplate=metric("mean_kl").hover(),
             )
         )
     layout(figure, xaxis_title="prompt, the most damaged first", yaxis_title=metric("mean_kl").axis)

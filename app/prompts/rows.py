@@ -62,7 +62,10 @@ def rows(job: Job, runs: Sequence[Run]) -> list[PromptRow]:
         if run is not None:
             left.remove(run)
         found.append(PromptRow(item + 1, prompt, run, _reason(job, item, run)))
-    return sorted(found, key=lambda row: (row.mean_kl is None, -(row.mean_kl or 0.0), row.run is None, row.number))
+    damage = metric("mean_kl").loss
+    return sorted(
+        found, key=lambda row: (row.mean_kl is None, -damage(row.mean_kl or 0.0), row.run is None, row.number)
+    )
 
 
 def _reason(job: Job, item: int, run: Run | None) -> str:

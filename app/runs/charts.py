@@ -47,7 +47,7 @@ def kl_of_both(first: Run, second: Run) -> Chart:
         tokens = run.comparison.tokens
         curves[name] = list(tokens.kl) if tokens else []
         figure.add_trace(line(name, list(range(len(curves[name]))), curves[name], color, dash=dash, symbol=symbol))
-    figure.update_traces(hovertemplate="%{y:.4f} nats")
+    figure.update_traces(hovertemplate=metric("kl").hover())
     layout(figure, xaxis_title="token of the original answer", yaxis_title=metric("kl").axis)
     length = max(len(curve) for curve in curves.values())
     table = pd.DataFrame(
@@ -64,7 +64,7 @@ def _sentence(first: Run, second: Run) -> str:
     if len(known) < 2:
         return "KL was not measured in both runs."
     kl = metric("mean_kl")
-    words = f"{kl.heading} is {kl.said(known[0])} in A and {kl.said(known[1])} in B."
+    words = f"{kl.heading} is {kl.said(known[0])} in A and {kl.text(known[1])} in B."
     if first.comparison.original.token_ids == second.comparison.original.token_ids:
         return words + " Both read the same original answer."
     return words + " Their original answers differ, so a token of one is not the same token of the other."

@@ -54,7 +54,7 @@ class SeedsChoices:
 
 def check_packs(method: Method, tokens: int, what: str) -> None:
     """Raise RequestError where a method would pack none of so many tokens."""
-    if not method.packed_length(tokens - 1):
+    if method.compresses and not method.packs(tokens - 1):
         raise RequestError(
             f"{method} packs none of the {tokens} tokens of {what}: choose a longer context or a smaller exact window."
         )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from turboquant.run.chat import Turn
 
 _UNIT = 2**20
+BASELINE_16 = metric("full_precision_bytes").title
 
 
 def growth(turns: "tuple[Turn, ...]") -> Chart:
@@ -24,7 +25,7 @@ def growth(turns: "tuple[Turn, ...]") -> Chart:
     figure = go.Figure()
     for name, values, color, dash, symbol in (
         ("Original, as held", original, ORIGINAL, "solid", "circle"),
-        ("16-bit baseline", baseline, BASELINE, "dot", "square"),
+        (BASELINE_16, baseline, BASELINE, "dot", "square"),
         ("Compressed, as held", compressed, COMPRESSED, "dash", "diamond"),
     ):
         figure.add_trace(line(name, x, [value / _UNIT for value in values], color, dash=dash, symbol=symbol))
@@ -35,7 +36,7 @@ def growth(turns: "tuple[Turn, ...]") -> Chart:
         f"After turn {x[-1]} the compressed cache holds {human_bytes(compressed[-1])}; its tokens take "
         f"{human_bytes(baseline[-1])} at 16 bit. The original holds {human_bytes(original[-1])} in {last.model.dtype}."
     )
-    table = {"turn": x, "original bytes": original, "compressed bytes": compressed, "16-bit baseline bytes": baseline}
+    table = {"turn": x, "original bytes": original, "compressed bytes": compressed, f"{BASELINE_16} bytes": baseline}
     return Chart(figure, alt, pd.DataFrame(table))
 
 
@@ -45,7 +46,7 @@ def kl(turns: "tuple[Turn, ...]") -> Chart:
     values = [turn.comparison.tokens.mean_kl if turn.comparison.tokens else None for turn in turns]
     shown = metric("mean_kl")
     figure = go.Figure(line(f"{shown.title}(full ‖ compressed)", x, values, COMPRESSED, dash="dash", symbol="diamond"))
-    figure.update_traces(hovertemplate="%{y:.4f} nats")
+    figure.update_traces(hovertemplate=shown.hover())
     _turns(layout(figure, xaxis_title="turn", yaxis_title=shown.axis, yaxis_rangemode="tozero"))
     known = [(value, number) for value, number in zip(values, x, strict=True) if value is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."
@@ -68,7 +69,7 @@ def shares(turns: "tuple[Turn, ...]") -> Chart:
     at_risk = metric("heads_at_risk_pct")
     figure.add_trace(line(at_risk.title, x, risk, RISK, dash="dash", symbol="x"))
     figure.add_trace(line("another top token", x, top, COMPRESSED, symbol="diamond"))
-    figure.update_traces(hovertemplate="%{y:.1f} %")
+    figure.update_traces(hovertemplate=at_risk.hover())
     _turns(layout(figure, xaxis_title="turn", yaxis_title="% (lower is better)", yaxis_rangemode="tozero"))
     known = [i for i in range(len(x)) if top[i] is not None or risk[i] is not None]
     alt = "Not measured in any turn yet: nothing was packed, or the turns were stopped."

@@ -93,10 +93,10 @@ def _row(turn: "Turn", forked: SideName | None) -> dict[str, Any]:
         metric("mean_kl").spelled: c.tokens.mean_kl if c.tokens else None,
         metric("same_top_pct").spelled: c.tokens.same_top_pct if c.tokens else None,
         metric("heads_at_risk_pct").spelled: c.heads.packed.heads_at_risk_pct if c.heads else None,
-        "tokens packed": c.compressed.report.compressed_tokens,
+        metric("compressed_tokens").title: c.compressed.report.compressed_tokens,
         "original bytes": c.original.report.bytes,
         "compressed bytes": c.compressed.report.bytes,
-        "16-bit baseline bytes": c.compressed.report.full_precision_bytes,
+        f"{metric('full_precision_bytes').title} bytes": c.compressed.report.full_precision_bytes,
     }
     for side in SIDES:
         context: Context = getattr(turn, side)

@@ -14,7 +14,7 @@ def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
     """What one answer was made with, measured in that run."""
     result, model = getattr(c, side), c.model
     r = result.report
-    exact = f"{r.compressed_tokens:,} tokens packed, {r.exact_tokens:,} exact"
+    exact = f"{r.compressed_tokens:,} {metric('compressed_tokens').title}, {r.exact_tokens:,} exact"
     layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
     speed = metric("tokens_per_second").said(result.tokens_per_second)
     held = f" · {human_bytes(r.bytes)} held" if c.compressed.report.compressed_tokens else ""

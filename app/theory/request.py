@@ -29,7 +29,7 @@ from turboquant.methods.scalar import TurboQuantMSE
 from turboquant.quant.codebook import MAX_BITS, boundaries, coordinate_density, expected_mse, lloyd_max
 from turboquant.quant.rotation import Rotation, RotationKind, random_rotation
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.settings import SyntheticSettings
+from turboquant.records.settings import TheorySettings
 from turboquant.records.spread import Estimate
 
 DIMS = (8, 16, 32, 64, 80, 96, 128, 256, 512)
@@ -223,12 +223,12 @@ def measured_bits(dim: int, bits: int) -> tuple[int, ...]:
 
 def distortion(dim: int, bits: int, vectors: int, seed: int, seeds: int = SEEDS) -> Distortion:
     """Measure errors and gains of every quantizer at one bit width (sections 3.1 and 3.2)."""
-    return measure_distortion(SyntheticSettings(dim=dim, bits=bits, vectors=vectors, seeds=seeds, seed=seed))
+    return measure_distortion(TheorySettings(dim=dim, bits=bits, vectors=vectors, seeds=seeds, seed=seed))
 
 
 def recall(dim: int, bits: int, seed: int) -> dict[str, Estimate]:
     """Measure how often the best key stays the best, by quantizer; `full` is full precision."""
-    return measure_recall(SyntheticSettings(dim=dim, bits=bits, seeds=SEEDS, seed=seed))
+    return measure_recall(TheorySettings(dim=dim, bits=bits, seeds=SEEDS, seed=seed))
 
 
 def expectations(dim: int) -> dict[int, Theory]:
@@ -259,7 +259,7 @@ def inner_products(setting: Setting, names: tuple[str, ...]) -> InnerProducts:
     near = partial(beside, generator=generator)
     queries = torch.cat([near(part, cosine) for part, cosine in zip(keys.split(each), COSINES, strict=True)])
     true = (queries * keys).sum(-1)
-    made = quantizers(SyntheticSettings(dim=setting.dim, bits=setting.bits), setting.seed)
+    made = quantizers(TheorySettings(dim=setting.dim, bits=setting.bits), setting.seed)
     found: dict[str, torch.Tensor] = {}
     for name in names:
         restored = made[name].dequantize(made[name].quantize(keys.float()[None, None]))[0, 0].double()

@@ -186,7 +186,7 @@ def recorded() -> None:
     """The recorded validation: how many of its checks passed, by dimension and bits."""
     checks = _recorded()
     if not checks:
-        page.empty("No recorded validation ships with this copy. `turboquant validate` makes one.")
+        page.empty("No recorded validation ships with this copy. `turboquant theory` makes one.")
         return
     passed, total = sum(check.passed for check in checks), sum(check.total for check in checks)
     worst = max(check.largest_z for check in checks)

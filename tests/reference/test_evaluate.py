@@ -10,11 +10,11 @@ from turboquant.experiments.heads import EXPERIMENT, build_prompt
 from turboquant.methods import parse_method
 from turboquant.models.embedded import is_available
 from turboquant.models.load import LoadedModel, load_model
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
 
-SETTINGS = AttentionSettings(context=1024)
+SETTINGS = HeadsSettings(context=1024)
 LAYERS, HEADS = 30, 9
 
 

@@ -21,13 +21,13 @@ from turboquant.experiments.theory import (
 )
 from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
 from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
-from turboquant.records.settings import SyntheticSettings
+from turboquant.records.settings import TheorySettings
 from turboquant.records.spread import Estimate
 
 CPU = torch.device("cpu")
 
 
-def failed(settings: SyntheticSettings, exact=None) -> set[str]:
+def failed(settings: TheorySettings, exact=None) -> set[str]:
     exact = exact or theory(settings.bits, settings.dim)
     return {check.name for check in distortion_checks(exact, measure_distortion(settings)) if not check.passed}
 
@@ -35,13 +35,13 @@ def failed(settings: SyntheticSettings, exact=None) -> set[str]:
 @pytest.mark.parametrize("rotation", ["qr", "hadamard"])
 @pytest.mark.parametrize(("dim", "bits"), [(64, 1), (80, 2), (128, 3), (96, 8)])
 def test_every_check_passes_on_the_real_code(rotation, dim: int, bits: int) -> None:
-    assert not failed(SyntheticSettings(dim=dim, bits=bits, seeds=24, vectors=128, rotation=rotation))
+    assert not failed(TheorySettings(dim=dim, bits=bits, seeds=24, vectors=128, rotation=rotation))
 
 
 @pytest.mark.parametrize(("dim", "bits"), [(5, 1), (16, 3), (8, 2)])
 def test_theory_is_exact_in_few_dimensions_too(dim: int, bits: int) -> None:
     """No Gaussian limit: at d = 5 that would be off by tens of per cent."""
-    assert not failed(SyntheticSettings(dim=dim, bits=bits, seeds=64, vectors=256))
+    assert not failed(TheorySettings(dim=dim, bits=bits, seeds=64, vectors=256))
 
 
 @pytest.mark.parametrize("dim", [3, 64, 128])
@@ -68,7 +68,7 @@ def test_the_papers_rounded_values_are_near() -> None:
     assert found[3] == pytest.approx(0.0543, rel=5e-3)
 
 
-def wrong_quantizers(settings: SyntheticSettings, seed: int):
+def wrong_quantizers(settings: TheorySettings, seed: int):
     """The orthogonal projection with the Gaussian one's constant (a fault of public code), and shifted levels."""
     found = RIGHT(settings, seed)
     rotation = random_rotation(settings.rotation, settings.dim, seed, 0, CPU)
@@ -85,7 +85,7 @@ RIGHT = synthetic.quantizers
 
 
 def test_faults_are_found(monkeypatch) -> None:
-    settings = SyntheticSettings(dim=64, bits=1, seeds=24, vectors=256)
+    settings = TheorySettings(dim=64, bits=1, seeds=24, vectors=256)
     assert not failed(settings)
     monkeypatch.setattr(synthetic, "quantizers", wrong_quantizers)
     found = failed(settings)
@@ -104,7 +104,7 @@ def test_an_imprecise_measurement_does_not_pass() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_vectors_have_nothing_to_do_with_the_rotation_of_their_seed(seed: int) -> None:
     """Drawn from the same numbers the vectors would be rows of the rotation, and the first seed would stand out."""
-    found = measure_distortion(SyntheticSettings(dim=256, bits=8, seeds=3, vectors=64, seed=seed))
+    found = measure_distortion(TheorySettings(dim=256, bits=8, seeds=3, vectors=64, seed=seed))
     assert found.mse["mse"].standard_error < 0.02 * found.mse["mse"].mean
 
 
@@ -130,7 +130,7 @@ def test_a_query_beside_a_key_has_exactly_that_cosine(dim: int, cosine: float, s
 
 
 def test_needles_are_found_in_full_keys_lost_at_two_bits_and_found_again_at_eight() -> None:
-    low, high = (measure_recall(SyntheticSettings(dim=64, bits=bits, seeds=12)) for bits in (2, 8))
+    low, high = (measure_recall(TheorySettings(dim=64, bits=bits, seeds=12)) for bits in (2, 8))
     assert low["full"].mean > 0.98
     assert low["mse"].mean < 0.6 < 0.7 < low["matched"].mean < low["full"].mean
     assert high["mse"].mean > 0.97
@@ -138,7 +138,7 @@ def test_needles_are_found_in_full_keys_lost_at_two_bits_and_found_again_at_eigh
 
 
 def test_validation_gathers_everything_and_is_repeatable() -> None:
-    settings = SyntheticSettings(dim=64, bits=2, seeds=4, vectors=32)
+    settings = TheorySettings(dim=64, bits=2, seeds=4, vectors=32)
     steps: list[float] = []
     first, second = validate(settings, steps.append), validate(settings)
     assert first.distortion == second.distortion
@@ -155,4 +155,4 @@ def test_progress_may_end_the_work() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        validate(SyntheticSettings(dim=64, bits=2, seeds=4, vectors=32), stop)
+        validate(TheorySettings(dim=64, bits=2, seeds=4, vectors=32), stop)

@@ -1,6 +1,5 @@
 """The compressed cache: a Hugging Face `Cache` whose full-attention layers hold packed codes, and what it holds."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from turboquant.cache.foreign import ForeignLayer
+from turboquant.cache.count import CompressedLayer, Count, count_layer
 from turboquant.cache.layer import CachedStates, QuantizedLayer
 from turboquant.records.comparison import CacheReport
 
@@ -33,11 +32,8 @@ class NothingCompressedError(RuntimeError):
     """A quality or memory figure was asked of a run in which no token was packed."""
 
 
-_COMPRESSED = (QuantizedLayer, ForeignLayer)
-
-
 class CompressedCache(Cache):
-    """A cache in which every full-attention layer is a `QuantizedLayer`; other layers are Hugging Face's own."""
+    """A cache in which every full-attention layer is a `CompressedLayer`; other layers are Hugging Face's own."""
 
     def __init__(self, method: "Method", layers: list[Any]) -> None:
         super().__init__(layers=layers)
@@ -65,12 +61,12 @@ class CompressedCache(Cache):
         """
         layers: list[Any] = self.layers
         own = layers[layer_idx]
-        if not isinstance(own, _COMPRESSED) or getattr(own, "lengths", None) is not None:  # there `graphs` counts
+        if not isinstance(own, CompressedLayer) or getattr(own, "lengths", None) is not None:  # there `graphs` counts
             return
-        first = next(i for i, layer in enumerate(layers) if isinstance(layer, _COMPRESSED))
+        first = next(i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer))
         before = own.get_seq_length()
         for other in range(len(layers)) if layer_idx == first else [first]:
-            if other == layer_idx or not isinstance(layers[other], (*_COMPRESSED, DynamicSlidingWindowLayer)):
+            if other == layer_idx or not isinstance(layers[other], (CompressedLayer, DynamicSlidingWindowLayer)):
                 continue
             held = layers[other].get_seq_length()
             if held and held != (due := before + (added if other < layer_idx else 0)):
@@ -87,7 +83,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and not isinstance(layer, ForeignLayer):
+            if isinstance(layer, DynamicLayer) and not isinstance(layer, CompressedLayer):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         super().reset()
@@ -110,15 +106,13 @@ def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
         'CompressedCache'
     """
     plain = DynamicCache(config=config)
-    if method.name == "full":
-        return plain
     compressed = [i for i, layer in enumerate(plain.layers) if type(layer) is DynamicLayer]
     method.check_layers(len(plain.layers), compressed)
     readers = last_readers(config)
     layers = list(plain.layers)
     for i in compressed:
-        layers[i] = method.foreign_layer() if method.foreign else QuantizedLayer(method, i, readers.get(i), config)
-    return CompressedCache(method, layers)
+        layers[i] = method.layer(layers[i], i, readers.get(i), config)
+    return CompressedCache(method, layers) if method.compresses else plain
 
 
 def last_readers(config: PreTrainedConfig) -> dict[int, int]:
@@ -179,73 +173,14 @@ def layer_states(cache: Cache, layer_idx: int) -> tuple[Tensor, Tensor]:
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if layer is None or not layer.get_seq_length():
         raise ValueError(f"layer {layer_idx} of the cache holds no tokens")
-    return layer.dense() if isinstance(layer, (QuantizedLayer, ForeignLayer)) else (layer.keys, layer.values)
+    return layer.dense() if isinstance(layer, CompressedLayer) else (layer.keys, layer.values)
 
 
-@dataclass
-class _Bytes:
-    """Bytes by purpose; each storage is counted once."""
-
-    key: int = 0
-    value: int = 0
-    scale: int = 0
-    exact: int = 0
-    spare: int = 0
-    shared: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.key + self.value + self.scale + self.exact + self.spare + self.shared
-
-
-def _layer_bytes(layer: QuantizedLayer, count: _Bytes, seen: set[int]) -> None:
-    for buffer, part in ((layer.packed_keys, "key"), (layer.packed_values, "value")):
-        if buffer.storage is None:
-            continue
-        used = buffer.view()
-        codes = sum(t.nbytes for t in used.tensors(*used.code_fields))
-        setattr(count, part, getattr(count, part) + codes)
-        count.scale += used.nbytes - codes
-        count.spare += sum(_new_storage(t, seen) for t in buffer.storage.tensors()) - used.nbytes
-    if layer.exact_keys is not None and layer.exact_values is not None:
-        exact = sum(t.nbytes for t in layer.exact())
-        count.exact += exact
-        count.spare += _new_storage(layer.exact_keys, seen) + _new_storage(layer.exact_values, seen) - exact
-    for notes in (layer.padding, layer.seen):
-        count.scale += 0 if notes is None else _new_storage(notes, seen)
-    if hasattr(layer, "key_quantizer"):  # an emptied layer keeps its tables
-        tables = (*layer.key_quantizer.tables(), *layer.value_quantizer.tables())
-        count.shared += sum(_new_storage(t, seen) for t in tables)
-
-
-def _add(count: _Bytes, part: str, tensors: list[Tensor], seen: set[int]) -> None:
-    """Count tensors under one purpose, and what their storages hold beyond them as spare."""
-    held = sum(t.nbytes for t in tensors)
-    setattr(count, part, getattr(count, part) + held)
-    count.spare += sum(_new_storage(t, seen) for t in tensors) - held
-
-
-def _plain_bytes(layer: Any, count: _Bytes, seen: set[int]) -> int:
-    """Count a layer of plain tensors as exact; return how many values it holds."""
-    states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-    _add(count, "exact", states, seen)
-    count.spare += sum(_new_storage(t, seen) for t in vars(layer).values() if isinstance(t, Tensor))
-    return sum(t.numel() for t in states)
-
-
-def _new_storage(tensor: Tensor, seen: set[int]) -> int:
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() in seen or not storage.nbytes():
-        return 0
-    seen.add(storage.data_ptr())
-    return storage.nbytes()
-
-
-def _payload_bits(method: "Method | None", count: _Bytes, packed_values: int) -> float | None:
+def _payload_bits(method: "Method | None", count: Count) -> float | None:
     """Return the bits of a code by the method's formula, or as held where its layers differ."""
-    if method is None or not packed_values:
+    if method is None or not count.packed_values:
         return None
-    return method.payload_bits or 8 * (count.key + count.value) / packed_values
+    return method.payload_bits or 8 * (count.key + count.value) / count.packed_values
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -260,31 +195,18 @@ def cache_report(cache: Cache) -> CacheReport:
     are counted once. `payload_ratio` is the methodology's formula (16 bits against the bits of codes and signs,
     without norms, windows or tables) and stands beside the measured ratio, never in its place.
     """
-    count, seen = _Bytes(), set[int]()
-    values = packed_values = compressed_layers = compressed = 0
+    count = Count()
     for layer in cache.layers:
-        if not isinstance(layer, (QuantizedLayer, ForeignLayer)):
-            values += _plain_bytes(layer, count, seen)
-            continue
-        if isinstance(layer, QuantizedLayer):
-            _layer_bytes(layer, count, seen)
-        else:
-            for part, tensors in layer.held().items():
-                _add(count, part, tensors, seen)
-        compressed_layers += 1
-        compressed = max(compressed, layer.packed_length)
-        values += layer.held_values
-        if layer.packed_length:
-            packed_values += layer.held_values * layer.packed_length // layer.get_seq_length()
-    payload = _payload_bits(getattr(cache, "method", None), count, packed_values)
+        count_layer(layer, count)
+    payload = _payload_bits(getattr(cache, "method", None), count)
     tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
     return CacheReport(
         cache_class=type(cache).__name__,
         tokens=tokens,
-        compressed_tokens=compressed,
-        exact_tokens=tokens - compressed,
+        compressed_tokens=count.packed_tokens,
+        exact_tokens=tokens - count.packed_tokens,
         layers=len(cache.layers),
-        compressed_layers=compressed_layers,
+        compressed_layers=count.compressed_layers,
         bytes=count.total,
         key_bytes=count.key,
         value_bytes=count.value,
@@ -292,9 +214,9 @@ def cache_report(cache: Cache) -> CacheReport:
         exact_bytes=count.exact,
         spare_bytes=count.spare,
         shared_bytes=count.shared,
-        full_precision_bytes=2 * values,
-        bits_per_value=8 * count.total / values if values else 0.0,
-        compression_ratio=2 * values / count.total if count.total else 1.0,
+        full_precision_bytes=2 * count.values,
+        bits_per_value=8 * count.total / count.values if count.values else 0.0,
+        compression_ratio=2 * count.values / count.total if count.total else 1.0,
         payload_ratio=16 / payload if payload else None,
-        misread_vectors=sum(getattr(layer, "misread_vectors", 0) for layer in cache.layers),
+        misread_vectors=count.misread_vectors,
     )

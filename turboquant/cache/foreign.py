@@ -25,6 +25,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import cache_utils
 
+from turboquant.cache.count import CompressedLayer, Count
 from turboquant.quant.grouping import misread, uneven
 from turboquant.quant.modes import gradients_wanted, plain, without_gradients
 
@@ -48,7 +49,7 @@ def _parts(stored: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [parts["_data"]], [tensor for name, tensor in parts.items() if name != "_data"]
 
 
-class ForeignLayer(cache_utils.DynamicLayer):
+class ForeignLayer(CompressedLayer, cache_utils.DynamicLayer):
     """What the classes below share; a mixin in front of a quantized layer of Hugging Face."""
 
     cumulative_length: int
@@ -92,13 +93,14 @@ class ForeignLayer(cache_utils.DynamicLayer):
         """Key and value numbers held, of rows in use."""
         return self.batch * self.heads * self.dims * self.cumulative_length if self.is_initialized else 0
 
-    def held(self) -> dict[str, list[Tensor]]:
-        """Return the tensors held, by purpose: key, value, scale and exact."""
-        if not self.is_initialized:
-            return {}
-        (key, key_scale), (value, value_scale) = _parts(self._quantized_keys), _parts(self._quantized_values)
-        exact = [t for t in (self.keys, self.values) if t is not None]
-        return {"key": key, "value": value, "scale": key_scale + value_scale, "exact": exact}
+    def count_bytes(self, count: Count) -> None:
+        """Add the bytes of codes, scales and the exact window."""
+        if self.is_initialized:
+            (keys, key_scales), (values, value_scales) = _parts(self._quantized_keys), _parts(self._quantized_values)
+            count.add("key", keys)
+            count.add("value", values)
+            count.add("scale", key_scales + value_scales)
+            count.add("exact", (t for t in (self.keys, self.values) if t is not None))
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, dequantized."""
@@ -195,12 +197,11 @@ class GroupWiseLayer(ForeignLayer):
                 raise ValueError(f"group_size {self.q_group_size} must divide head_dim, got {states.shape[-1]}")
         super().lazy_initialization(key_states, value_states)
 
-    def held(self) -> dict[str, list[Tensor]]:
-        """Return the tensors held, by purpose; the order of the rows counts as scales do."""
-        held = super().held()
+    def count_bytes(self, count: Count) -> None:
+        """Add the order of the rows too; it counts as scales do."""
+        super().count_bytes(count)
         if self._rows is not None:
-            held["scale"].append(self._rows)
-        return held
+            count.add("scale", [self._rows])
 
     def _quantize(self, tensor: Tensor, axis: int) -> Any:
         self._rows = None  # by now both keys and values have been read, in the order of the rows

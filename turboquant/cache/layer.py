@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from turboquant.cache.buffer import TokenBuffer, round_up
+from turboquant.cache.count import CompressedLayer, Count, Purpose
 from turboquant.kernels.encode import encode
 from turboquant.quant.grouping import misread
 from turboquant.quant.modes import gradients_wanted, in_plain_modes
@@ -110,7 +110,7 @@ def _why_unread(config: PreTrainedConfig | None, name: str) -> str:
     )
 
 
-class QuantizedLayer(CacheLayerMixin):
+class QuantizedLayer(CompressedLayer):
     """One layer of a compressed cache (see the module's notes).
 
     Args:
@@ -197,6 +197,21 @@ class QuantizedLayer(CacheLayerMixin):
             return 0
         rows, heads, _, dim = self.exact_keys.shape
         return rows * heads * self.get_seq_length() * (dim + self.exact_values.shape[3])
+
+    def count_bytes(self, count: Count) -> None:
+        """Add the bytes of codes, scales, exact tokens and tables, which an emptied layer keeps."""
+        sides: tuple[tuple[Purpose, TokenBuffer], ...] = ("key", self.packed_keys), ("value", self.packed_values)
+        for purpose, buffer in sides:
+            if buffer.storage is not None:
+                used = buffer.view()
+                codes = used.tensors(*used.code_fields)
+                count.add(purpose, codes)
+                count.add("scale", (tensor for tensor in used.tensors() if not any(tensor is code for code in codes)))
+        if self.exact_keys is not None:
+            count.add("exact", self.exact())
+        count.add_storages("scale", (notes for notes in (self.padding, self.seen) if notes is not None))
+        if hasattr(self, "key_quantizer"):
+            count.add_storages("shared", (*self.key_quantizer.tables(), *self.value_quantizer.tables()))
 
     # -- growing -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from turboquant.records.names import COMMANDS
+
 INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
 LONGEST = 650
@@ -32,6 +34,10 @@ def fail(error: Exception | str, code: int) -> NoReturn:
 
 class Program(TyperGroup):
     """The whole command line: what the user or the machine does wrong ends it with one line."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by its name, or by one that it had before."""
+        return super().get_command(ctx, COMMANDS.get(cmd_name, cmd_name))
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any

@@ -19,7 +19,7 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import (
+from turboquant.cli.perplexity import (
     PERPLEXITY,
     TEXTS,
     describe,
@@ -42,7 +42,7 @@ def usable(grid: Sequence[str]) -> "tuple[list[Method], dict[str, str]]":
     for spec in grid:
         try:
             method = parse_method(spec)
-            method.foreign_layer()  # another library's package may be missing
+            method.check_available()
             methods.append(method)
         except (ValueError, ImportError) as error:
             skipped[spec] = str(error)

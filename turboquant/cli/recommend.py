@@ -22,7 +22,7 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import read_settings
-from turboquant.cli.quality import check_texts
+from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import heads, interval, print_table
 from turboquant.records.metrics import human_bytes, metric
 from turboquant.texts import reading

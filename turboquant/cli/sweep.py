@@ -23,6 +23,7 @@ from turboquant.cli.app import (
     run_recorded,
     say,
 )
+from turboquant.records.names import recorded, word
 from turboquant.records.settings import MOST_RUNS
 
 if TYPE_CHECKING:
@@ -120,8 +121,9 @@ def _grid(
     from turboquant.models.load import WEIGHTS, ModelError
     from turboquant.models.registry import find_spec
 
+    names = [recorded(name) for name in names]
     if unknown := [name for name in names if name not in EXPERIMENTS]:
-        fail(f"unknown experiment {unknown[0]!r}: choose from {', '.join(sorted(EXPERIMENTS))}", 2)
+        fail(f"unknown experiment {unknown[0]!r}: choose from {', '.join(sorted(map(word, EXPERIMENTS)))}", 2)
     if weights not in WEIGHTS:
         fail(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}", 2)
     try:
@@ -174,8 +176,9 @@ def _list(cells: "list[Cell]", output: Path, overwrite: bool) -> None:
 
 
 def _show(record: "ExperimentRecord") -> None:
+    from turboquant.records.metrics import metric
     from turboquant.report.tables import COLUMNS
 
     names = COLUMNS.get(record.cell.experiment, tuple(record.metrics))
-    numbers = [f"{name}={value:.4g}" for name in names if (value := record.metrics.get(name)) is not None]
-    say(f"{record.cell}: {' '.join(numbers)}")
+    known = {metric(name): value for name in names if (value := record.metrics.get(name)) is not None}
+    say(f"{record.cell}: {', '.join(f'{one.title} {one.said(value)}' for one, value in known.items())}")

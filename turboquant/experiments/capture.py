@@ -20,6 +20,7 @@ from turboquant.experiments.base import Watch
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
+from turboquant.run.feed import feed, step
 from turboquant.run.generate import QueryRecorder
 from turboquant.run.memory import trim
 
@@ -85,7 +86,7 @@ class Captured:
         """
         cache = build_cache(loaded.model.config, method)
         for layer_idx in self.layer_indices:
-            if method.name == "full":
+            if not method.compresses:
                 twin: Any = copy.copy(self.cache.layers[layer_idx])
                 twin.crop(-self.last)
                 cache.layers[layer_idx] = twin
@@ -101,8 +102,8 @@ class Captured:
     def replay(self, loaded: LoadedModel, cache: Cache, watch: Watch) -> Float[Tensor, "last vocabulary"]:
         """Read the last chunk with a filled cache and return its logits."""
         with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
-            output = loaded.model(self.ids[:, self.before :], past_key_values=cache, logits_to_keep=self.last)
-        return output.logits[0]
+            [(_, logits)] = feed(loaded.model, cache, self.ids, [(self.before, self.ids.shape[1])])
+        return logits[0]
 
 
 @torch.no_grad()
@@ -132,13 +133,13 @@ def capture(
         for start in range(0, before, chunk_tokens):
             stop = min(start + chunk_tokens, before)
             watch.progress(start / tokens, f"Reading {tokens:,} tokens")
-            model(ids[:, start:stop], past_key_values=cache, logits_to_keep=1)
+            step(model, cache, ids[:, start:stop])
             trim()
     kept = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, RoomyLayer)}
     windows = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if i not in kept}
     recorder = QueryRecorder(watch.cancelled, last=last)
     with observe_queries(recorder):
-        logits = model(ids[:, before:], past_key_values=cache, logits_to_keep=last).logits[0]
+        [(_, logits)] = feed(model, cache, ids, [(before, tokens)])
     layer_indices = [i for i, layer in kept.items() if layer.is_initialized]
     return Captured(
         ids=ids,
@@ -148,5 +149,5 @@ def capture(
         windows=windows,
         queries={i: recorder.queries[i][0] for i in layer_indices},
         scaling={i: recorder.scaling[i] for i in layer_indices},
-        logits=logits,
+        logits=logits[0],
     )

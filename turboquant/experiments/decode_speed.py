@@ -46,8 +46,7 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
         ignore_eos=True,
         measure_bytes=False,
     )
-    while generation.finish is None:
-        generation.step()
+    generation.run()
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize()
     assert generation.tokens_per_second is not None
@@ -71,7 +70,7 @@ def check_packs(methods: Sequence[Method], settings: DecodeSettings) -> None:
     """Raise ValueError where a method packs nothing of prompt and answer, so that its speed would say nothing."""
     tokens = settings.prompt_tokens + settings.new_tokens - 1
     for method in methods:
-        if method.name != "full" and not method.foreign and not method.packed_length(tokens):
+        if method.compresses and not method.packs(tokens):
             raise ValueError(f"{method} packs none of {tokens} tokens: give a longer prompt or a smaller window")
 
 
@@ -109,7 +108,7 @@ def _decode(loaded: LoadedModel, ids: Tensor, method: Method, settings: DecodeSe
                 if repeat:
                     kept.append(run)
     report = runs[1][-1].report
-    if method.name != "full" and not report.compressed_tokens:
+    if method.compresses and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of {report.tokens} tokens: give a longer prompt or a smaller window"
         )

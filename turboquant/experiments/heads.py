@@ -26,7 +26,7 @@ from turboquant.methods import Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport, HeadScores
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 from turboquant.run.generate import PromptError
 from turboquant.run.heads import head_scores, mean_of, row_of
 from turboquant.run.memory import check_context, trim
@@ -134,7 +134,7 @@ def _head_metrics(prefix: str, scores: HeadScores) -> dict[str, float | None]:
 
 
 def _check_packed(method: Method, report: CacheReport) -> None:
-    if method.name != "full" and not report.compressed_tokens:
+    if method.compresses and not report.compressed_tokens:
         raise NothingCompressedError(
             f"{method} packed none of the {report.tokens:,} tokens before the last ones: give a longer context, fewer "
             "queries or a smaller window"
@@ -186,7 +186,7 @@ def measure(loaded: LoadedModel, method: Method, captured: Captured, prompt: Nee
     )
 
 
-def build_prompt(loaded: LoadedModel, settings: AttentionSettings) -> NeedlePrompt:
+def build_prompt(loaded: LoadedModel, settings: HeadsSettings) -> NeedlePrompt:
     """Return the prompt of some settings.
 
     Raises:
@@ -200,7 +200,7 @@ def build_prompt(loaded: LoadedModel, settings: AttentionSettings) -> NeedleProm
     return needle_prompt(loaded.tokenizer, *where, chat=settings.chat)
 
 
-def check(loaded: LoadedModel, settings: AttentionSettings) -> None:
+def check(loaded: LoadedModel, settings: HeadsSettings) -> None:
     """Refuse what cannot be measured.
 
     Raises:
@@ -213,7 +213,7 @@ def check(loaded: LoadedModel, settings: AttentionSettings) -> None:
 
 
 def run(
-    loaded: LoadedModel, methods: Sequence[Method], settings: AttentionSettings, watch: Watch
+    loaded: LoadedModel, methods: Sequence[Method], settings: HeadsSettings, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
     """Read the context once, then measure one method after the other."""
     check(loaded, settings)
@@ -229,4 +229,4 @@ def run(
         yield method, measure(loaded, method, captured, prompt, part)
 
 
-EXPERIMENT = Experiment("attention", AttentionSettings, run, check)
+EXPERIMENT = Experiment("attention", HeadsSettings, run, check)

@@ -144,7 +144,7 @@ def packed_segment(
     Raises:
         ValueError: If the method stores plain tensors or is one of Hugging Face's caches.
     """
-    quantizers = None if method.foreign else method.quantizers(heads.head_dim, heads.head_dim, 0, device)
+    quantizers = method.quantizers(heads.head_dim, heads.head_dim, 0, device)
     if quantizers is None:
         raise ValueError(f"{method} has no packed tokens to attend to")
     keys, values = TokenBuffer(), TokenBuffer()
@@ -224,7 +224,7 @@ def check_attention(methods: Sequence[Method], settings: KernelAttentionSettings
     """Raise ValueError where a method packs nothing of the context, or holds nothing packed."""
     tokens = settings.context - settings.query_tokens
     for method in methods:
-        if not method.packed_length(tokens):
+        if method.compresses and not method.packs(tokens):
             raise ValueError(f"{method} packs nothing of {tokens} tokens: give a longer context")
     check_packed(methods, settings)
 
@@ -232,7 +232,7 @@ def check_attention(methods: Sequence[Method], settings: KernelAttentionSettings
 def check_packed(methods: Sequence[Method], settings: TimedSettings) -> None:
     """Raise ValueError where a method holds no packed tokens of its own."""
     for method in methods:
-        if method.foreign or method.quantizers(64, 64, 0, torch.device("cpu")) is None:
+        if method.quantizers(64, 64, 0, torch.device("cpu")) is None:
             raise ValueError(f"{method} has no packed tokens to attend to")
 
 
@@ -342,7 +342,7 @@ def run_scores(_: None, methods: Sequence[Method], settings: KernelScoresSetting
                     "speed_ratio": float(np.median(times["full"])) / float(np.median(times["own"])),
                     "cache_bytes": float(segments[0].keys.nbytes),
                     "full_cache_bytes": float(full_bytes),
-                    "packed_tokens": float(tokens),
+                    "compressed_tokens": float(tokens),
                     "copy_gb_per_second": copy / 1e9,
                 },
                 detail={**_detail(heads, device, dtype, len(segments)), "full": fastest, "full_all_us": medians},

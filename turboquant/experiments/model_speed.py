@@ -195,7 +195,7 @@ def run_model(
 def _steps(model: Any, method: Method, settings: ModelSpeedSettings) -> Measurement:
     batch, context, steps = settings.batch, settings.context, settings.repeats
     graph = settings.run == "graph"
-    exact = graph and method.name == "full"
+    exact = graph and not method.compresses
     cache: Any
     if exact:
         cache = Cache(layers=[_HeldLayer() for _ in range(model.config.num_hidden_layers)])

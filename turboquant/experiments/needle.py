@@ -76,8 +76,7 @@ def answer(loaded: LoadedModel, captured: Captured, cache: Cache, max_new_tokens
         QueryRecorder(watch.cancelled, keep=False),
         measure_bytes=False,
     )
-    while generation.finish is None:
-        generation.step()
+    generation.run()
     return generation.text
 
 
@@ -135,7 +134,7 @@ def _repetition(
     for i, (method, so_far) in enumerate(answers.items(), start=1):
         watch.progress(i / (len(answers) + 1), f"{settings.context:,} tokens, depth {settings.depth:g}: {method}")
         cache = captured.filled(loaded, method)
-        if method.name == "full" or cache_report(cache).compressed_tokens:
+        if not method.compresses or cache_report(cache).compressed_tokens:
             so_far.add(answer(loaded, captured, cache, settings.max_new_tokens, watch), prompt)
             so_far.report = cache_report(cache)
         so_far.seconds += time.perf_counter() - began
@@ -155,7 +154,7 @@ def run(
     check(loaded, settings)
     full = METHODS["full"]()
     read = build_prompt(loaded, settings, 0).question_start
-    asked = [method for method in methods if method == full or method.packed_length(read)]
+    asked = [method for method in methods if not method.compresses or method.packs(read)]
     answers = {method: _Answers() for method in ((full, *asked) if asked else ())}
     prompts = []
     for repetition in range(settings.repetitions if asked else 0):

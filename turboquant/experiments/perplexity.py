@@ -30,8 +30,8 @@ from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport
 from turboquant.records.settings import CHUNK, PerplexitySettings
 from turboquant.records.spread import block_interval
+from turboquant.run.feed import feed, packing_runs, step
 from turboquant.run.generate import PromptError, QueryRecorder
-from turboquant.run.heads import packing_runs
 from turboquant.run.memory import check_context
 from turboquant.run.metrics import token_agreement
 from turboquant.texts import read_text, read_texts, reading
@@ -114,7 +114,8 @@ class _OutputInputs:
     """Notes what goes into the model's output layer, and lets rows of an earlier run go through it as well.
 
     So the full cache's logits are made again chunk by chunk by the model itself (with all that it does to logits),
-    beside those of the compressed cache, and never have to be kept.
+    beside those of the compressed cache, and never have to be kept. Each call takes as many of the rows in `more`,
+    from the first on, as it has rows itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -127,7 +128,8 @@ class _OutputInputs:
         (self.seen, *rest) = args
         if self.more is None:
             return args
-        return (torch.cat([self.seen, self.more[None]], dim=1), *rest)
+        rows, self.more = self.more.tensor_split([self.seen.shape[1]])
+        return (torch.cat([self.seen, rows[None]], dim=1), *rest)
 
     def __enter__(self) -> "_OutputInputs":
         return self
@@ -139,25 +141,16 @@ class _OutputInputs:
 @torch.no_grad()
 def _reference(loaded: LoadedModel, window: Window, prefill: int, watch: Watch) -> _Reference:
     """Run a window with the full cache."""
-    model, ids = loaded.model, window.ids
+    model, ids, targets = loaded.model, window.ids, window.ids[0, 1:]
     cache = build_cache(model.config, METHODS["full"]())
     hidden, nll = [], []
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)), _OutputInputs(model) as inputs:
-        model(ids[:, :prefill], past_key_values=cache, logits_to_keep=1)
-        for piece, targets in _pieces(ids, [(prefill, ids.shape[1] - 1)]):
-            logits = model(piece, past_key_values=cache).logits[0]
+        step(model, cache, ids[:, :prefill])
+        for part, (logits,) in feed(model, cache, ids, [(prefill, len(targets))], CHUNK):
             assert inputs.seen is not None
             hidden.append(inputs.seen[0].clone())
-            nll.append(_losses(logits, targets))
+            nll.append(_losses(logits, targets[part]))
     return _Reference(torch.cat(hidden), torch.cat(nll).double().cpu(), cache_report(cache))
-
-
-def _pieces(ids: Tensor, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the tokens (1, n) of each run in calls of at most `CHUNK`, with the tokens that follow them (n)."""
-    for start, stop in runs:
-        for first in range(start, stop, CHUNK):
-            last = min(first + CHUNK, stop)
-            yield ids[:, first:last], ids[0, first + 1 : last + 1]
 
 
 def feeding_runs(method: Method, settings: PerplexitySettings) -> list[tuple[int, int]]:
@@ -182,20 +175,18 @@ def _through_cache(
     watch: Watch,
 ) -> tuple[dict[str, Tensor], CacheReport]:
     """Run a window with a method's cache; return agreement with the full cache at each position."""
-    model, ids = loaded.model, window.ids
+    model, ids, targets = loaded.model, window.ids, window.ids[0, 1:]
     cache = build_cache(model.config, method)
     parts: list[dict[str, Tensor]] = []
-    done, total = 0, settings.context - settings.prefill
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)), _OutputInputs(model) as inputs:
-        model(ids[:, : settings.prefill], past_key_values=cache, logits_to_keep=1)
-        for piece, targets in _pieces(ids, feeding_runs(method, settings)):
-            count = len(targets)
-            inputs.more = reference.hidden[done : done + count]
-            own, full = model(piece, past_key_values=cache).logits[0].split(count)
-            agreement = token_agreement(full, own, targets)
-            parts.append({"kl": agreement["kl"], "same_top": agreement["same_top"], "nll": _losses(own, targets)})
-            done += count
-            watch.progress(done / total, f"{method}: {window.text}")
+        step(model, cache, ids[:, : settings.prefill])
+        inputs.more = reference.hidden
+        for part, (logits,) in feed(model, cache, ids, feeding_runs(method, settings), CHUNK):
+            own, full = logits.chunk(2)
+            agreement = token_agreement(full, own, targets[part])
+            parts.append({"kl": agreement["kl"], "same_top": agreement["same_top"], "nll": _losses(own, targets[part])})
+            done = (part.stop - settings.prefill) / (settings.context - settings.prefill)
+            watch.progress(done, f"{method}: {window.text}")
     return {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}, cache_report(cache)
 
 
@@ -316,7 +307,7 @@ def run(
         NothingCompressedError: If a method has packed nothing before the last position; the others come first.
         CancelledError: If the caller asked to stop.
     """
-    idle = [one for one in methods if one.name != "full" and not one.packed_length(settings.context - 1)]
+    idle = [one for one in methods if one.compresses and not one.packs(settings.context - 1)]
     wanted = [one for one in methods if one not in idle]
     if wanted:
         full = full or read_full(loaded, settings, watch.part(0, 1 / (len(wanted) + 1)))
@@ -336,7 +327,7 @@ def _measured(
             return
         part = watch.part(share * (i + 1), share * (i + 2))
         began = time.perf_counter()
-        if method.name == "full":
+        if not method.compresses:
             results, report = [_unchanged(one) for one in full.references], full.references[-1].report
         else:
             results, report = _all_windows(loaded, full, method, part)

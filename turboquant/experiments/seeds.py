@@ -28,10 +28,10 @@ from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport, Settings
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.settings import PerplexitySettings, VarianceSettings
+from turboquant.records.settings import PerplexitySettings, SeedsSettings
 from turboquant.records.spread import Difference, Spread95, paired_difference, spread
+from turboquant.run.feed import answer_logits, packing_runs, step
 from turboquant.run.generate import QueryRecorder, logits_processors
-from turboquant.run.heads import packing_runs
 
 COMPARED = ("kl_mean", "delta_ppl_pct", "same_top_pct", "agreed_tokens")
 """Metrics of the cells without a sampling seed that are compared rotation seed by rotation seed."""
@@ -40,7 +40,7 @@ SHARES = {"same_top_pct": (0.0, 100.0), "identical_pct": (0.0, 100.0)}
 """Metrics that cannot leave these bounds, so neither can their intervals."""
 
 
-def prompts(loaded: LoadedModel, settings: VarianceSettings) -> Int[Tensor, "prompts tokens"]:
+def prompts(loaded: LoadedModel, settings: SeedsSettings) -> Int[Tensor, "prompts tokens"]:
     """Return the prompts, stretches of the texts behind what perplexity reads.
 
     Raises:
@@ -86,11 +86,9 @@ def full_answers(
     choose = _Choice(settings, len(ids), ids.device)
     answers: list[Tensor] = []
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
-        for step in range(settings.max_new_tokens):
-            fed = ids if step == 0 else answers[-1][:, None]
-            logits = loaded.model(fed, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            answers.append(choose(logits))
-            watch.progress((step + 1) / settings.max_new_tokens, "answers with the full cache")
+        for _ in range(settings.max_new_tokens):
+            answers.append(choose(step(loaded.model, cache, answers[-1][:, None] if answers else ids)))
+            watch.progress(len(answers) / settings.max_new_tokens, "answers with the full cache")
     return torch.stack(answers, dim=1)
 
 
@@ -126,30 +124,23 @@ def first_divergences(
     cache = build_cache(loaded.model.config, method)
     choose = _Choice(settings, len(ids), ids.device)
     first: list[int | None] = [None] * len(ids)
-    fed = answers[:, :-1]
-    pieces = [fed[:, start:stop] for start, stop in packing_runs(method, ids.shape[1], fed.shape[1])]
-    place = 0
+    runs = packing_runs(method, ids.shape[1], answers.shape[1] - 1)
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
-        for piece in (ids, *pieces):
-            kept = 1 if piece is ids else piece.shape[1]
-            logits = loaded.model(piece, past_key_values=cache, logits_to_keep=kept).logits
-            for position in range(kept):
-                differs = choose(logits[:, position]) != answers[:, place]
-                first = [
-                    place if one is None and other else one for one, other in zip(first, differs.tolist(), strict=True)
-                ]
-                place += 1
+        for part, logits in answer_logits(loaded.model, cache, ids, answers, runs):
+            for place in range(part.start, part.stop):
+                differs = (choose(logits[:, place - part.start]) != answers[:, place]).tolist()
+                first = [place if one is None and other else one for one, other in zip(first, differs, strict=True)]
     return Divergences(first, answers.shape[1], cache_report(cache))
 
 
-def check(loaded: LoadedModel, settings: VarianceSettings) -> None:
+def check(loaded: LoadedModel, settings: SeedsSettings) -> None:
     """Raise ValueError where the texts or the model do not serve the settings."""
     perplexity.check(loaded, settings.perplexity)
     prompts(loaded, settings)
 
 
 def run(
-    loaded: LoadedModel, methods: Sequence[Method], settings: VarianceSettings, watch: Watch
+    loaded: LoadedModel, methods: Sequence[Method], settings: SeedsSettings, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
     """Measure methods, rotation seeds among them; the full cache's answers are shared.
 
@@ -168,7 +159,7 @@ def run(
         if settings.seed is not None:
             watch.progress(0.1 + 0.9 * i / len(methods), f"answers with {method}")
         parted = first_divergences(loaded, ids, answers, method, settings.sampling, watch)
-        if method.name != "full" and not parted.report.compressed_tokens:
+        if method.compresses and not parted.report.compressed_tokens:
             raise NothingCompressedError(
                 f"{method} packs none of {parted.report.tokens} tokens: give longer prompts or a smaller window"
             )
@@ -183,7 +174,7 @@ def run(
         )
 
 
-EXPERIMENT = Experiment("variance", VarianceSettings, run, check)
+EXPERIMENT = Experiment("variance", SeedsSettings, run, check)
 
 
 def with_seeds(method: Method, seeds: Sequence[int]) -> list[Method]:

@@ -31,7 +31,8 @@ from turboquant.methods import METHODS, Method
 from turboquant.models.checks import free_bytes
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport
-from turboquant.records.settings import GenerationSettings
+from turboquant.records.settings import SpeedSettings
+from turboquant.run.feed import step
 from turboquant.run.generate import PromptError
 from turboquant.run.memory import cache_shape, check_context, tokens_that_fit, trim
 from turboquant.texts import read_text
@@ -155,7 +156,7 @@ def _wait(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def build_prompts(loaded: LoadedModel, settings: GenerationSettings) -> Prompts:
+def build_prompts(loaded: LoadedModel, settings: SpeedSettings) -> Prompts:
     """Return one prompt a row, cut from successive places of the text; shorter ones are padded on the left."""
     tokenizer: Any = loaded.tokenizer
     count = settings.context - settings.new_tokens
@@ -171,7 +172,7 @@ def build_prompts(loaded: LoadedModel, settings: GenerationSettings) -> Prompts:
     return Prompts(ids.masked_fill(~mask, tokenizer.pad_token_id or 0), mask)
 
 
-def check(loaded: LoadedModel, settings: GenerationSettings) -> None:
+def check(loaded: LoadedModel, settings: SpeedSettings) -> None:
     """Raise ValueError where model or machine have no room for the batch, or the text cannot be read."""
     read_text(settings.text)
     config, free = loaded.model.config, free_bytes(torch.device(loaded.device))
@@ -210,19 +211,18 @@ def generate_batch(
     positions = None if mask is None else (mask.long().cumsum(dim=1) - 1).clamp_min(0)
     _wait(ids.device)
     clock = [time.perf_counter()]
-    for step in range(new_tokens):
+    for done in range(new_tokens):
         watch.check()
         if notes is not None:
             notes.begin_call()
         options = {} if mask is None else {"attention_mask": mask.long(), "position_ids": positions}
-        logits = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
-        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        ids = step(model, cache, ids, **options).argmax(dim=-1, keepdim=True)
         chosen.append(ids)
         if mask is not None and positions is not None:
             mask, positions = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1), positions[:, -1:] + 1
         if notes is not None:
             notes.cache_bytes.append(cache_bytes(cache))
-        if step == 0 or step == new_tokens - 1:
+        if done in (0, new_tokens - 1):
             _wait(ids.device)
             clock.append(time.perf_counter())
     first, rest = 1e3 * (clock[1] - clock[0]), 1e3 * (clock[2] - clock[1])
@@ -230,7 +230,7 @@ def generate_batch(
 
 
 def _instrumented(
-    loaded: LoadedModel, prompts: Prompts, method: Method, settings: GenerationSettings, watch: Watch
+    loaded: LoadedModel, prompts: Prompts, method: Method, settings: SpeedSettings, watch: Watch
 ) -> _Side:
     side = _Side()
     cache = build_cache(loaded.model.config, method)
@@ -270,7 +270,7 @@ def _by_call(name: str, spent: Sequence[float]) -> dict[str, float | None]:
     return {f"{name}_prompt_ms": spent[0], f"{name}_step_ms": statistics.mean(spent[1:])}
 
 
-def _measurement(method: Method, own: _Side, full: _Side, settings: GenerationSettings, device: str) -> Measurement:
+def _measurement(method: Method, own: _Side, full: _Side, settings: SpeedSettings, device: str) -> Measurement:
     assert own.warm is not None
     assert full.warm is not None
     report = own.warm.report
@@ -300,7 +300,7 @@ def _measurement(method: Method, own: _Side, full: _Side, settings: GenerationSe
 
 
 def run(
-    loaded: LoadedModel, methods: Sequence[Method], settings: GenerationSettings, watch: Watch
+    loaded: LoadedModel, methods: Sequence[Method], settings: SpeedSettings, watch: Watch
 ) -> Iterator[tuple[Method, Measurement]]:
     """Time all methods against one full cache, in turn.
 
@@ -342,4 +342,4 @@ def run(
         )
 
 
-EXPERIMENT = Experiment("generation", GenerationSettings, run, check)
+EXPERIMENT = Experiment("generation", SpeedSettings, run, check)

@@ -23,7 +23,7 @@ from turboquant.quant.quantizer import Quantizer
 from turboquant.quant.rotation import qjl_projection, qjl_scale, random_rotation
 from turboquant.records.base import Record
 from turboquant.records.experiment import Spread
-from turboquant.records.settings import SyntheticSettings
+from turboquant.records.settings import TheorySettings
 from turboquant.records.spread import Estimate, estimate, timing_spread
 
 TOLERANCE = 4.0
@@ -123,7 +123,7 @@ class Throughput(Record):
 class Validation(Record):
     """Everything about one (dim, bits): theory, measurements and checks. `recall` is recall@1 by quantizer."""
 
-    settings: SyntheticSettings
+    settings: TheorySettings
     theory: Theory
     distortion: Distortion
     recall: dict[str, Estimate]
@@ -158,7 +158,7 @@ def beside(x: Float[Tensor, "count dim"], cosine: float, generator: torch.Genera
     return cosine * x + math.sqrt(1 - cosine**2) * other / other.norm(dim=-1, keepdim=True)
 
 
-def quantizers(settings: SyntheticSettings, seed: int) -> dict[str, TurboQuantMSE]:
+def quantizers(settings: TheorySettings, seed: int) -> dict[str, TurboQuantMSE]:
     """Return the quantizers of `QUANTIZERS` with the rotation and projections of one seed."""
     dim, bits, device = check_dim(settings.dim), check_bits(settings.bits), torch.device(settings.device)
     rotation = random_rotation(settings.rotation, dim, seed, 0, device)
@@ -178,16 +178,16 @@ def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(8 * seed + stream)
 
 
-def _states(x: Tensor, settings: SyntheticSettings) -> Tensor:
+def _states(x: Tensor, settings: TheorySettings) -> Tensor:
     return x.float().to(settings.device)[None, None]
 
 
-def _scores(quantizer: Quantizer[Any], queries: Tensor, packed: Any, settings: SyntheticSettings) -> Tensor:
+def _scores(quantizer: Quantizer[Any], queries: Tensor, packed: Any, settings: TheorySettings) -> Tensor:
     """Inner products of queries (queries, dim) and packed keys, by the code that attention runs."""
     return quantizer.scores(quantizer.project(_states(queries, settings)), packed)[0, 0].cpu().double()
 
 
-def _distortion_of_seed(settings: SyntheticSettings, seed: int) -> dict[str, dict[str, float]]:
+def _distortion_of_seed(settings: TheorySettings, seed: int) -> dict[str, dict[str, float]]:
     generator = _generator(seed, 5)
     x = unit_vectors(settings.vectors, settings.dim, generator)
     queries = unit_vectors(QUERIES, settings.dim, generator)
@@ -205,7 +205,7 @@ def _distortion_of_seed(settings: SyntheticSettings, seed: int) -> dict[str, dic
     return found
 
 
-def measure_distortion(settings: SyntheticSettings, progress: Progress = lambda _: None) -> Distortion:
+def measure_distortion(settings: TheorySettings, progress: Progress = lambda _: None) -> Distortion:
     """Measure MSE, inner-product errors and bias over the seeds (sections 3.1 and 3.2).
 
     Args:
@@ -229,7 +229,7 @@ def measure_distortion(settings: SyntheticSettings, progress: Progress = lambda 
     )
 
 
-def measure_recall(settings: SyntheticSettings, progress: Progress = lambda _: None) -> dict[str, Estimate]:
+def measure_recall(settings: TheorySettings, progress: Progress = lambda _: None) -> dict[str, Estimate]:
     """Measure how often the key nearest to a query is found among compressed keys (recall@1), and among full ones.
 
     A seed holds `NEEDLES` needles. Each has a query at cosine 0.9, and neighbours at cosine 0.9 to the needle, which
@@ -254,7 +254,7 @@ def measure_recall(settings: SyntheticSettings, progress: Progress = lambda _: N
 
 
 def measure_throughput(
-    settings: SyntheticSettings, vectors: int | None = None, repeats: int = 5, progress: Progress = lambda _: None
+    settings: TheorySettings, vectors: int | None = None, repeats: int = 5, progress: Progress = lambda _: None
 ) -> tuple[dict[str, Throughput], dict[str, Throughput]]:
     """Time quantizing and dequantizing `vectors` vectors, one warm-up and `repeats` measured runs each.
 
@@ -344,7 +344,7 @@ def recall_checks(bits: int, found: dict[str, Estimate]) -> list[Check]:
     return checks
 
 
-def validate(settings: SyntheticSettings, progress: Progress = lambda _: None) -> Validation:
+def validate(settings: TheorySettings, progress: Progress = lambda _: None) -> Validation:
     """Measure one (dim, bits) in full and check it.
 
     Args:
@@ -366,14 +366,14 @@ def validate(settings: SyntheticSettings, progress: Progress = lambda _: None) -
     )
 
 
-def check_device(_: Sequence[Method], settings: SyntheticSettings) -> None:
+def check_device(_: Sequence[Method], settings: TheorySettings) -> None:
     """Raise ValueError where the device is a GPU and there is none."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but no CUDA device is to be had")
 
 
 def run(
-    _: None, methods: Sequence[Method], settings: SyntheticSettings, watch: Watch
+    _: None, methods: Sequence[Method], settings: TheorySettings, watch: Watch
 ) -> Iterator[tuple[None, Measurement]]:
     """Measure and check one (dim, bits) as an experiment."""
 
@@ -385,4 +385,4 @@ def run(
     yield None, Measurement(metrics=found.metrics(), detail=found.model_dump(mode="json", exclude={"settings"}))
 
 
-THEORY = Experiment("validate", SyntheticSettings, run, check_methods=check_device, model=False, methods=False)
+THEORY = Experiment("validate", TheorySettings, run, check_methods=check_device, model=False, methods=False)

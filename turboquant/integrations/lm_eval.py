@@ -200,7 +200,7 @@ class TurboQuantLM(HFLM):
             places.setdefault(request.task_name or "", []).append(i)
         for task, found in places.items():
             longest = max(min(length(*requests[i].args), self.max_length - 1) for i in found)
-            if self._compresses and not self.method.packed_length(longest):
+            if self.method.compresses and not self.method.packs(longest):
                 self._nothing_packed(task, f"packs none of the {longest:,} tokens of its longest request")
         answers: dict[int, Answer] = {}
         for task, found in places.items():
@@ -222,7 +222,7 @@ class TurboQuantLM(HFLM):
     def _check_use(self, task: str) -> None:
         """Say so where part of a task, or all of it, had nothing to do with packed tokens."""
         use = self._use
-        if not self._compresses or use.requests_on_packed == use.requests:
+        if not self.method.compresses or use.requests_on_packed == use.requests:
             return
         if not use.requests_on_packed:
             self._nothing_packed(
@@ -243,10 +243,6 @@ class TurboQuantLM(HFLM):
         if not self.allow_unpacked:
             raise NothingCompressedError(f"{text} (more shots, longer texts or a smaller residual_length would help)")
         logger.warning(text)
-
-    @property
-    def _compresses(self) -> bool:
-        return self.method.name != "full"
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -314,7 +310,7 @@ class TurboQuantLM(HFLM):
         if packed_before or not cache_report(cache).compressed_tokens:
             on_packed = count if packed_before else 0
         else:
-            on_packed = sum(self.method.packed_length(read + step) > 0 for step in range(count))
+            on_packed = sum(self.method.packs(read + step) for step in range(count))
         self._use.add(cache, count, on_packed)
         return answer
 

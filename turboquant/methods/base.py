@@ -61,8 +61,10 @@ class Method(ABC):
     """Settings that are offered to choose from, without the name: `bits=4`; "" for the defaults."""
     grid: ClassVar[tuple[str, ...]] = ()
     """Settings that `turboquant methods` measures."""
+    compresses: ClassVar[bool] = True
+    """Is anything ever packed? Not by `full`."""
     foreign: ClassVar[bool] = False
-    """Do the layers belong to another library (`foreign_layer`)? Then there are no quantizers."""
+    """Do the layers belong to another library? Then there are no quantizers."""
     residual_length = 0  # not annotated, so not an option: methods that have a window declare the field
     sink_length = 0
     block_length: ClassVar[int] = 32
@@ -82,17 +84,41 @@ class Method(ABC):
     ) -> tuple[Quantizer[Any], Quantizer[Any]] | None:
         """Return the key and the value quantizer of one layer.
 
-        None where the method stores plain tensors, or where its layers quantize by themselves (`foreign_layer`).
+        None where the method stores plain tensors, or where its layers quantize by themselves.
         """
 
-    def foreign_layer(self) -> Any:
-        """Return a new cache layer (`cache.foreign.ForeignLayer`) where the method is `foreign`, else None."""
-        return None
+    def layer(self, plain: Any, layer_idx: int, last_reader: int | None = None, config: Any = None) -> Any:
+        """Return a new cache layer that takes the place of a plain one.
+
+        Args:
+            plain: Hugging Face's own layer, which keeps the keys and values of all tokens.
+            layer_idx: Its index in the model.
+            last_reader: See `turboquant.cache.layer.QuantizedLayer`.
+            config: The model's.
+
+        Raises:
+            ImportError: As `check_available`.
+        """
+        from turboquant.cache.layer import QuantizedLayer  # brings transformers along
+
+        return QuantizedLayer(self, layer_idx, last_reader, config)
+
+    def check_available(self) -> None:  # noqa: B027
+        """Raise ImportError where a package that the method needs is missing here."""
 
     def packed_length(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are packed once they have been processed (rows without padding)."""
         ready = tokens - self.sink_length - self.residual_length
         return max(0, ready // self.block_length * self.block_length)
+
+    def packs(self, tokens: int) -> bool:
+        """Return whether a cache of `tokens` tokens holds any that are packed (rows without padding)."""
+        return self.packed_length(tokens) > 0
+
+    @property
+    def has_quantizers(self) -> bool:
+        """Whether `quantizers` say how tokens are packed; without them there are no head figures and no estimates."""
+        return self.compresses and not self.foreign
 
     def layer_kind(self, layer_idx: int) -> object:
         """Return what tells layers apart that are packed differently: equal for layers of equal bits."""

@@ -1,7 +1,7 @@
 """No compression: the model's own cache."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,7 +19,16 @@ class Full(Method):
     color: ClassVar[str] = "#808080"
     sign: ClassVar[str] = "x"
     grid: ClassVar[tuple[str, ...]] = ("",)
+    compresses: ClassVar[bool] = False
 
     def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
         """Return None: nothing is quantized."""
         return None
+
+    def layer(self, plain: Any, layer_idx: int, last_reader: int | None = None, config: Any = None) -> Any:
+        """Return the plain layer."""
+        return plain
+
+    def packed_length(self, tokens: int) -> int:
+        """Return 0."""
+        return 0

@@ -20,6 +20,25 @@ class HFMethod(Method, ABC):
     """A method whose layers are Hugging Face's."""
 
     foreign: ClassVar[bool] = True
+    backend: ClassVar[str]
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Hugging Face's layer takes, by its names."""
+        return {}
+
+    def layer(self, plain: Any, layer_idx: int, last_reader: int | None = None, config: Any = None) -> Any:
+        """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
+        return self._new_layer()
+
+    def check_available(self) -> None:
+        """Raise ImportError where the backend's package is missing, or transformers has no such layer."""
+        self._new_layer()
+
+    def _new_layer(self) -> Any:
+        from turboquant.cache.foreign import foreign_layer
+
+        return foreign_layer(self.backend, **self.options)
 
     def quantizers(self, key_dim: int, value_dim: int, layer_idx: int, device: torch.device) -> None:
         """Return None: the layers quantize by themselves."""
@@ -42,7 +61,6 @@ class _GroupWise(HFMethod, ABC):
     axis_key: int = 0
     axis_value: int = 0
     residual_length: int = 128
-    backend: ClassVar[str]
     widths: ClassVar[tuple[int, ...]]
     axes: ClassVar[tuple[int, ...]]
 
@@ -59,18 +77,16 @@ class _GroupWise(HFMethod, ABC):
         """Bits of a code."""
         return float(self.bits)
 
-    def foreign_layer(self) -> Any:
-        """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
-        from turboquant.cache.foreign import foreign_layer
-
-        return foreign_layer(
-            self.backend,
-            nbits=self.bits,
-            axis_key=self.axis_key,
-            axis_value=self.axis_value,
-            q_group_size=self.group_size,
-            residual_length=self.residual_length,
-        )
+    @property
+    def options(self) -> dict[str, int]:
+        """What Hugging Face's layer takes, by its names."""
+        return {
+            "nbits": self.bits,
+            "axis_key": self.axis_key,
+            "axis_value": self.axis_value,
+            "q_group_size": self.group_size,
+            "residual_length": self.residual_length,
+        }
 
 
 @dataclass(frozen=True)
@@ -131,14 +147,9 @@ class HFFp8(HFMethod):
     color: ClassVar[str] = "#44aa99"
     sign: ClassVar[str] = "triangle-up-open"
     grid: ClassVar[tuple[str, ...]] = ("",)
+    backend: ClassVar[str] = "fp8"
 
     @property
     def payload_bits(self) -> float:
         """Bits of a code."""
         return 8.0
-
-    def foreign_layer(self) -> Any:
-        """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
-        from turboquant.cache.foreign import foreign_layer
-
-        return foreign_layer("fp8")

@@ -82,6 +82,11 @@ class Metric:
         """At the axis of a chart: the label, and which way is better."""
         return self.label + (f" ({self.better} is better)" if self.better else "")
 
+    def hover(self, place: str = "y") -> str:
+        """Under the pointer in a chart: a value of plotly's `place` with its unit."""
+        digits = {SMALL: ".3g", SPEED: ",.3g"}.get(self.digits, self.digits)
+        return f"%{{{place}:{digits}}} {self.unit}".rstrip()
+
     @property
     def help(self) -> str:
         """The definition, and which way is better."""
@@ -142,7 +147,7 @@ _FOUND = "In how many of the prompts the answer held the hidden fact."
 _NEW_TOKENS = (
     "New tokens of all rows a second, the first of each row left out; a median where there are several rounds."
 )
-_COSINE = "it can look fine while the most attended token changes, so read it next to the top-1 match and the KL."
+_COSINE = "It can look fine while the most attended token changes, so read it next to the top-1 match and the KL."
 _ENCODE = "Time spent packing keys and values"
 _ATTENTION = "Time spent on scores, softmax and weighted values in all layers"
 _BY_SIDE = "From one extra run with instruments."
@@ -195,7 +200,7 @@ METRICS: dict[str, Metric] = {
         "16-bit baseline", BYTES, definition="What the same tokens take at 2 bytes a value, whatever the run's dtype."
     ),
     "estimated_bytes": Metric(
-        "estimated",
+        "estimated size",
         BYTES,
         better="lower",
         definition="Bytes the cache would hold at the context where sizes are compared.",
@@ -224,13 +229,13 @@ METRICS: dict[str, Metric] = {
         "cosine of scores",
         digits=".4f",
         better="higher",
-        definition=f"How alike a head's scores are under full and compressed keys; 1 is the same. Alone {_COSINE}",
+        definition=f"How alike a head's scores are under full and compressed keys; 1 is the same. {_COSINE}",
     ),
     "cosine_weights": Metric(
         "cosine of weights",
         digits=".4f",
         better="higher",
-        definition=f"The same of its softmax weights, which are what a head attends with; {_COSINE}",
+        definition=f"How alike a head's softmax weights are under full and compressed keys; 1 is the same. {_COSINE}",
     ),
     "top1_match_pct": Metric(
         "top-1 match",
@@ -366,6 +371,20 @@ METRICS: dict[str, Metric] = {
     "attention_step_ms": Metric("attention, a step", "ms", ".1f", "lower", f"{_ATTENTION}: a step. {_BY_SIDE}"),
     "step_ms": Metric("a step", "ms", ".1f", "lower", "One new token of every row."),
     "worst_step_ms": Metric("longest step", "ms", ",.0f", "lower", "The longest single step of all rounds."),
+    # kernels and shapes alone
+    "us": Metric("one call", "us", ",.1f", "lower", "The median of timed rounds; sides take turns."),
+    "floor_us": Metric("time of the byte floor", "us", ",.1f", None, "What a copy here takes to move the bytes held."),
+    "floor_fraction": Metric("share of the byte floor", better="higher", definition="The byte floor over the time."),
+    "moved_bytes": Metric("moved", BYTES, definition="What is read and written at least."),
+    "gb_per_second": Metric("bandwidth", "GB/s", ",.0f", "higher", "Bytes moved at least, by the time it took."),
+    "copy_gb_per_second": Metric("bandwidth of a copy", "GB/s", ",.0f", None, "Read and written, of a large copy."),
+    "copy_fraction": Metric("share of a copy's bandwidth", better="higher", definition="Against a large copy here."),
+    "vectors": Metric("vectors packed", digits=",.0f", definition="Keys and values of all heads."),
+    "exact_tokens": Metric("tokens held exactly", digits=",.0f", definition="Sinks, window and the query tokens."),
+    "longest_context": Metric("longest context reached", "tokens", ",.0f", "higher", "The last that decoded."),
+    "weight_bytes": Metric("weights held", BYTES, definition="What the model's weights take on the GPU."),
+    "vectorised_ms": Metric("all heads at once", "ms", ",.1f", "lower", "As the lab compares them."),
+    "loop_ms": Metric("head by head", "ms", ",.1f", None, "The obvious loop over heads and queries."),
     # codes on random unit vectors
     "mse": Metric("MSE", digits=SMALL, better="lower", definition="Mean squared error of a unit vector."),
     "inner_product": Metric(
@@ -391,8 +410,8 @@ METRICS: dict[str, Metric] = {
     # counts
     "prompt_tokens": Metric("prompt tokens", digits=",.0f", definition="Tokens of the prompt."),
     "answer_tokens": Metric("answer tokens", digits=",.0f", definition="Tokens of the answer."),
-    "compressed_tokens": Metric("packed tokens", digits=",.0f", definition="Tokens that are held as codes."),
-    "measured_tokens": Metric("measured tokens", digits=",.0f", definition="Tokens whose prediction is compared."),
+    "compressed_tokens": Metric("tokens packed", digits=",.0f", definition="Tokens that are held as codes."),
+    "measured_tokens": Metric("tokens measured", digits=",.0f", definition="Tokens whose prediction is compared."),
     "repetitions": Metric("prompts", digits=",.0f", definition="Prompts at one length and depth."),
 }
 METRICS["cosine_similarity"] = METRICS["cosine_scores"]

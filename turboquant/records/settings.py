@@ -159,7 +159,7 @@ class NeedleSettings(CellSettings):
         return self
 
 
-class AttentionSettings(CellSettings):
+class HeadsSettings(CellSettings):
     """What is read, and which tokens ask: the last `queries` are exact, all before them is what the cache holds."""
 
     added_later = frozenset({"chat"})
@@ -180,7 +180,7 @@ class AttentionSettings(CellSettings):
     """Put the prompt through the model's chat template, where it has one."""
 
 
-class VarianceSettings(CellSettings):
+class SeedsSettings(CellSettings):
     """What is read and answered; answers do not end before their length."""
 
     texts: tuple[str, ...] = Field(("persuasion", "factbook"), min_length=1)
@@ -201,7 +201,7 @@ class VarianceSettings(CellSettings):
     """Of sampled answers."""
 
     @model_validator(mode="after")
-    def _perplexity_agrees(self) -> "VarianceSettings":
+    def _perplexity_agrees(self) -> "SeedsSettings":
         _check_prefill(self.prefill, self.context)
         return self
 
@@ -218,7 +218,7 @@ class VarianceSettings(CellSettings):
         return Settings(max_new_tokens=self.new_tokens, temperature=self.temperature, seed=self.seed)
 
 
-class GenerationSettings(CellSettings):
+class SpeedSettings(CellSettings):
     """What is generated: `context` tokens a row in the end, `new_tokens` of them by the model."""
 
     context: int = Field(640, ge=3)
@@ -235,13 +235,13 @@ class GenerationSettings(CellSettings):
     """Where prompts come from: a shipped text or a path."""
 
     @model_validator(mode="after")
-    def _has_a_prompt(self) -> "GenerationSettings":
+    def _has_a_prompt(self) -> "SpeedSettings":
         if self.new_tokens >= self.context:
             raise ValueError(f"new_tokens must be fewer than the context's {self.context}, got {self.new_tokens}")
         return self
 
 
-class SyntheticSettings(CellSettings):
+class TheorySettings(CellSettings):
     """Random unit vectors: `vectors` for each of `seeds` seeds, beginning with `seed`."""
 
     dim: int = Field(128, ge=2, le=4096)

@@ -27,7 +27,7 @@ from turboquant.report.tables import (
     decode_table,
     failures_table,
     front_table,
-    variance_table,
+    seeds_table,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def build_report(results: Results, *, plots: bool = False) -> list[Section]:
         drawn = _draw(group) if plots and group[0].model is not None else ()
         sections.append(Section(TITLES.get(experiment, experiment.capitalize()), tuple(tables), drawn))
     if spreads := results.of("variance"):
-        sections.append(Section(TITLES["variance"], (variance_table(spreads),)))
+        sections.append(Section(TITLES["variance"], (seeds_table(spreads),)))
     every = [record for record, _ in results.records]
     for title, table in BENCHES.items():
         if (made := table(every)).rows:

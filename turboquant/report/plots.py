@@ -24,6 +24,7 @@ _GLYPHS = {
     **{"cross": "✚", "hexagon": "⬢", "bowtie": "⧓"},
 }
 _GRID = "rgba(128,128,128,0.28)"
+BASELINE_16 = metric("full_precision_bytes").title
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def memory_by_model(summaries: Sequence[Summary]) -> Plot | None:
         longest = max((one.contexts[-1] for one in part), default=0)
         at = [(one, one.by_context[longest]) for one in part if longest in one.by_context]
         if at:
-            rows.append((model, "16-bit baseline", longest, at[0][1]["full_precision_bytes_per_token"] / 1024))
+            rows.append((model, BASELINE_16, longest, at[0][1]["full_precision_bytes_per_token"] / 1024))
         rows += [(model, str(one.method), longest, held["bytes_per_token"] / 1024) for one, held in at]
     if not rows:
         return None

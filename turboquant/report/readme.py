@@ -24,7 +24,7 @@ from turboquant.report.tables import (
     decode_table,
     front_table,
     needle_table,
-    variance_table,
+    seeds_table,
 )
 
 START, END = "<!-- results: {name} -->", "<!-- end of results -->"
@@ -66,7 +66,7 @@ def _long_context(results: Results) -> str:
 
 def _variance(results: Results) -> str:
     records = results.of("variance")
-    return variance_table(records).markdown() if records else ""
+    return seeds_table(records).markdown() if records else ""
 
 
 README_TABLES: dict[str, Callable[[Results], str]] = {

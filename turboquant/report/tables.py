@@ -159,7 +159,7 @@ def _condition(record: ExperimentRecord) -> tuple[object, ...]:
     return record.cell.model, record.cell.method, s["prompt_tokens"], s["new_tokens"], s["device"]
 
 
-def _decoded(records: Sequence[ExperimentRecord], busy: bool) -> list[ExperimentRecord]:
+def decoded(records: Sequence[ExperimentRecord], busy: bool) -> list[ExperimentRecord]:
     """Return the records of `decode` of cases that were measured beside other processes too, or of the others."""
     good = [r for r in records if r.cell.experiment == "decode" and not r.error]
     cases = {_condition(r) for r in good if r.cell.settings["busy"]}
@@ -193,7 +193,7 @@ def decode_table(records: Sequence[ExperimentRecord]) -> Table:
             *_figures(r, DECODE),
             _where(r),
         )
-        for r in sorted(_decoded(records, busy=False), key=_quiet_order)
+        for r in sorted(decoded(records, busy=False), key=_quiet_order)
     ]
     names = ("model, weights", "method", "prompt + new tokens")
     return Table("", (*names, *(metric(name).label for name in DECODE), "measured on"), tuple(rows))
@@ -213,7 +213,7 @@ def busy_table(records: Sequence[ExperimentRecord]) -> Table:
             _where(r),
         )
         for r in sorted(
-            _decoded(records, busy=True),
+            decoded(records, busy=True),
             key=lambda r: (*_condition(r)[:2], r.cell.settings["busy"], -(r.cell.settings["openmp_spins"] or 0)),
         )
     ]
@@ -241,7 +241,7 @@ def failures_table(failed: Sequence[Any]) -> Table:
     return Table("Cells that failed", ("cell", "error", "when"), rows)
 
 
-def variance_table(records: Sequence[ExperimentRecord]) -> Table:
+def seeds_table(records: Sequence[ExperimentRecord]) -> Table:
     """Return how far figures spread: mean and standard deviation over rotation seeds, for sampled answers over all.
 
     Args:

@@ -27,8 +27,8 @@ from turboquant.models.load import LoadedModel
 from turboquant.records.base import Record
 from turboquant.records.comparison import Comparison, Settings
 from turboquant.run.compare import OnEvent, Question, answer_twice
+from turboquant.run.feed import packing_runs
 from turboquant.run.generate import SIDES, Generation, QueryRecorder, check_length, conversation_ids
-from turboquant.run.heads import packing_runs
 
 SideName = Literal["original", "compressed"]
 DIFFERENT_HISTORIES = (

@@ -254,12 +254,12 @@ def _side(loaded: LoadedModel, method: Method, generation: Generation) -> SideRe
 def _unmeasured(original: SideResult, compressed: SideResult, method: Method) -> str | None:
     """Say why no quality figure can be given, where none can."""
     report = compressed.report
-    if method.name == "full":
+    if not method.compresses:
         return None
     if not report.compressed_layers:
         return f"{method.name} packed nothing: none of the model's {report.layers} layers has plain full attention."
     if report.compressed_tokens:
-        if not (method.foreign or method.packed_length(original.report.tokens)):
+        if not method.packs(original.report.tokens):
             return "Only the compressed side's text is long enough to be packed, so there is nothing to measure."
         return None if original.token_ids else "The original answer is empty, so there is nothing to measure."
     needed = method.sink_length + method.residual_length + method.block_length
@@ -306,7 +306,7 @@ def _measure(question: Question, number: int, emit: OnEvent, cancelled: Callable
 
     heads, attention = None, None
     try:
-        if not method.foreign:
+        if method.has_quantizers:
             heads, attention = _measure_heads(question, method, partial(progress, "Comparing attention heads"))
         report = partial(progress, "Reading the original answer through both caches")
         prompt, answer = original.prompt, original.tokens

@@ -19,6 +19,7 @@ from turboquant.cache.build import cache_bytes
 from turboquant.hf_attention import observe_queries
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import Settings
+from turboquant.run.feed import step
 
 SIDES: tuple[Literal["original"], Literal["compressed"]] = ("original", "compressed")
 
@@ -212,8 +213,8 @@ class Generation:
         started = time.perf_counter()
         try:
             with observe_queries(self.recorder):
-                output = self.loaded.model(self.next_ids, past_key_values=self.cache, logits_to_keep=1)
-            token = self._sample(output.logits[:, -1].float())
+                logits = step(self.loaded.model, self.cache, self.next_ids)
+            token = self._sample(logits.float())
         except CancelledError:
             self.finish = "cancelled"
             raise
@@ -225,6 +226,15 @@ class Generation:
         if self.measure_bytes:
             self.cache_bytes.append(cache_bytes(self.cache))
         self._take(token)
+
+    def run(self) -> None:
+        """Go on to the end of the answer.
+
+        Raises:
+            CancelledError: As in `step`.
+        """
+        while self.finish is None:
+            self.step()
 
     def _sample(self, logits: Float[Tensor, "1 vocabulary"]) -> int:
         if self.settings.temperature <= 0:

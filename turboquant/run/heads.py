@@ -19,6 +19,7 @@ from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.quant.quantizer import Quantizer
 from turboquant.records.comparison import HeadMetrics, HeadScores, TokenMetrics
+from turboquant.run.feed import answer_logits, packing_runs, step
 from turboquant.run.generate import CancelledError, QueryRecorder
 from turboquant.run.margins import AttentionCollector
 from turboquant.run.metrics import head_agreement, token_agreement
@@ -58,17 +59,6 @@ class _LayerKeys:
             compressed[..., sinks : sinks + self.packed_length] = torch.cat(parts, dim=-1)
         shape = (query.shape[1], query.shape[2], tokens)
         return full.reshape(shape), compressed.reshape(shape), self.packed_length
-
-
-def packing_runs(method: Method, prompt_tokens: int, steps: int) -> list[tuple[int, int]]:
-    """Split the steps behind a prompt into runs (start, stop) during which the cache packs nothing."""
-    runs: list[tuple[int, int]] = []
-    for step in range(steps):
-        if runs and method.packed_length(prompt_tokens + step) == method.packed_length(prompt_tokens + runs[-1][0]):
-            runs[-1] = (runs[-1][0], step + 1)
-        else:
-            runs.append((step, step + 1))
-    return runs
 
 
 def _layer_agreement(
@@ -214,25 +204,20 @@ def token_metrics(
     Raises:
         CancelledError: If the caller asked to stop.
     """
-    model, device = loaded.model, prompt.device
+    model = loaded.model
     caches = [build_cache(model.config, m) for m in (METHODS["full"](), method)]
-    fed = torch.tensor([answer[:-1]], device=device, dtype=torch.long)
-    held = sum(piece.shape[1] for piece in (*history, prompt))
-    chunks = [fed[:, start:stop] for start, stop in packing_runs(method, held, fed.shape[1])]
-    pieces = [prompt, *(piece for chunk in chunks for piece in chunk.split(CHUNK_TOKENS, dim=1))]
+    targets = torch.tensor([answer], device=prompt.device)
+    runs = packing_runs(method, sum(piece.shape[1] for piece in (*history, prompt)), len(answer) - 1)
     parts: list[dict[str, Tensor]] = []
-    place = 0
     with observe_queries(QueryRecorder(cancelled, keep=False)):
         for piece in history:
             for cache in caches:
-                model(piece, past_key_values=cache, logits_to_keep=1)
-        for i, piece in enumerate(pieces):
-            keep = 1 if i == 0 else piece.shape[1]
-            full, compressed = (model(piece, past_key_values=cache, logits_to_keep=keep).logits[0] for cache in caches)
-            targets = torch.tensor(answer[place : place + keep], device=device)
-            parts.append({name: value.cpu() for name, value in token_agreement(full, compressed, targets).items()})
-            place += keep
-            progress((i + 1) / len(pieces))
+                step(model, cache, piece)
+        sides = [answer_logits(model, cache, prompt, targets, runs, CHUNK_TOKENS) for cache in caches]
+        for (part, full), (_, compressed) in zip(*sides, strict=True):
+            agreement = token_agreement(full[0], compressed[0], targets[0, part])
+            parts.append({name: value.cpu() for name, value in agreement.items()})
+            progress(part.stop / len(answer))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return TokenMetrics(
         kl=joined["kl"].tolist(),

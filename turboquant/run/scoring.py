@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.methods import Method
-from turboquant.run.heads import packing_runs
+from turboquant.run.feed import feed, packing_runs, step
 
 FED_TOGETHER = 64
 """Scored tokens of one forward call at most, since their logits are all held at once."""
@@ -36,7 +36,6 @@ class Score:
     on_packed: int
 
 
-@torch.no_grad()
 def read_context(
     model: PreTrainedModel, method: Method, ids: Int[Tensor, "1 tokens"], chunk_tokens: int = 512
 ) -> Cache:
@@ -47,11 +46,10 @@ def read_context(
     """
     cache = build_cache(model.config, method)
     for piece in ids.split(chunk_tokens, dim=1) if ids.shape[1] else ():
-        model(piece, past_key_values=cache, logits_to_keep=1)
+        step(model, cache, piece)
     return cache
 
 
-@torch.no_grad()
 def score_continuation(
     model: PreTrainedModel,
     method: Method,
@@ -70,13 +68,13 @@ def score_continuation(
     """
     fed = torch.cat([last, continuation[:, :-1]], dim=1)
     targets = continuation[0]
+    runs = packing_runs(method, int(cache.get_seq_length()), fed.shape[1])
     likelihood, greedy, on_packed = 0.0, True, 0
-    for start, stop in packing_runs(method, int(cache.get_seq_length()), fed.shape[1]):
-        for first in range(start, stop, FED_TOGETHER):
-            part = slice(first, min(first + FED_TOGETHER, stop))
-            packed = cache_report(cache).compressed_tokens > 0
-            logits = model(fed[:, part], past_key_values=cache).logits[0].float()
-            likelihood += float(logits.log_softmax(-1).gather(1, targets[part, None]).sum())
-            greedy = greedy and bool((logits.argmax(-1) == targets[part]).all())
-            on_packed += len(logits) if packed else 0
+    packed = cache_report(cache).compressed_tokens > 0
+    for part, (logits,) in feed(model, cache, fed, runs, FED_TOGETHER):
+        logits = logits.float()
+        likelihood += float(logits.log_softmax(-1).gather(1, targets[part, None]).sum())
+        greedy = greedy and bool((logits.argmax(-1) == targets[part]).all())
+        on_packed += len(logits) if packed else 0
+        packed = cache_report(cache).compressed_tokens > 0
     return Score(likelihood, greedy, fed.shape[1], on_packed)

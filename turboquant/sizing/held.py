@@ -155,7 +155,7 @@ def kv_bytes(
     cost = value_bytes * rows * (shape.key_dim + shape.value_dim)
     held = {name: 0 for name in ("key", "value", "scale", "shared")}
     exact, spare, packed_tokens = tokens, 0, 0
-    if method.name != "full" and shape.full_layers and tokens and batch:
+    if method.compresses and shape.full_layers and tokens and batch:
         packed_tokens = method.packed_length(tokens)
         exact = tokens - packed_tokens
         places = tuple(i for i, kind in enumerate(shape.layers) if kind == "full")
@@ -192,14 +192,14 @@ def check_method(shape: KVShape, method: "Method") -> None:
     Raises:
         SizingError: Says why.
     """
-    if method.name == "full":
+    if not method.compresses:
         return
     if shape.latent:
         raise SizingError(
             "This model caches one joint latent a token (MLA) in place of keys and values; the methods here compress "
             "keys and values head by head, so there is no compressed figure."
         )
-    if method.foreign:
+    if not method.has_quantizers:
         raise SizingError(
             f"{method.name} belongs to Hugging Face's cache, which packs at moments that depend on how the tokens "
             "came; measure it with cache_report instead."

@@ -76,7 +76,7 @@ def test_results_come_cell_by_cell_and_stop_keeps_them(page: AppTest, cells: Cel
     assert len(cells.served) == len({cell.key for cell in cells.served}) == 6
     assert "All of it is measured (6 cells)." in said(page)
     assert len(page.get("plotly_chart")) == 6  # of attention the step alone was timed
-    assert "Attention of the prompt: not measured" in said(page)
+    assert "Attention, prompt: not measured" in said(page)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,9 @@ def test_the_plot_draws_every_point_and_the_front() -> None:
 def test_exports_hold_every_method() -> None:
     records = state.recorded("methods")
     assert len(json_lines(records).splitlines()) == len(records)
+    assert ", ".join(charts.methods_table([]).columns) == (
+        "method, KL, same top, perplexity change, bits held, packed bits, times smaller, front"
+    )
     assert as_json(records).count('"experiment": "perplexity"') == len(records)
     assert "kivi:bits=2" in report(records)
     assert "1 thread" in made_with(records)

@@ -203,6 +203,10 @@ def test_exports_of_a_set_hold_every_prompt(ran: tuple[Job, list[Run]]) -> None:
     found = rows(*ran)
     lines = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert [line["prompt"] for line in lines] == ["'=bad", "same", "mild", "short", "late"]
+    assert ", ".join(lines[0]) == (
+        "nr, prompt, note, mean KL, same answer, first difference, same top, heads at risk, bytes held, times smaller, "
+        "prompt tokens, answer tokens"
+    )
     runs = json.loads(to_json(found))
     assert [import_run(json.dumps(run)).comparison.prompt for run in runs] == ["=bad", "same", "mild", "short"]
     report = to_markdown(found)

@@ -198,7 +198,7 @@ def test_the_evidence_table_says_what_was_measured(loaded: Any) -> None:
     backend.run(loaded, job, lambda: False, lambda: False)
     found = job.results[0]
     table = charts.evidence(found)
-    assert list(table["estimated"]) == sorted(table["estimated"])
+    assert list(table["estimated size"]) == sorted(table["estimated size"])
     assert {*table["within limits"]} == {"yes", "no"}
     for _, row in table.iterrows():
         one = found.evidence("confirm" if row["measured on"] == "held-out half" else "choose", row["method"])

@@ -53,8 +53,8 @@ def test_a_cold_link_shows_the_recorded_spreads_of_the_library(page: AppTest, ce
     for bits in (3, 4):
         method = parse_method(f"turboquant:bits={bits}")
         spread = variance.spreads(RECORDS, method)["same_top_pct"]
-        assert f"{method}, text: mean {spread.mean:.2f} % over {spread.count} rotation seeds" in text
-        assert f"{spread.low:.2f} % to {spread.high:.2f} %" in text
+        assert f"{method}, text: mean {spread.mean:.1f} % over {spread.count} rotation seeds" in text
+        assert f"{spread.low:.1f} % to {spread.high:.1f} %" in text
     assert "That is too few pairs to tell" in text
     assert str(RECORDS[0].environment.commit) in text
     assert "cpu: AMD EPYC" in text
@@ -67,7 +67,7 @@ def test_a_real_difference_is_called_real_with_its_p(page: AppTest) -> None:
     assert gap.real
     text = said(opened(page, "seeds"))
     assert f"less turboquant:bits=4 is {gap.difference:+.4f} nats" in text
-    assert f"The difference is real (p = {gap.p_value:.2g})" in text
+    assert f"The difference is real: turboquant:bits=4 is better (p = {gap.p_value:.2g})" in text
 
 
 def test_results_come_cell_by_cell_stop_keeps_them_and_another_click_measures_the_rest(
@@ -156,7 +156,7 @@ def test_too_much_is_refused_in_words(page: AppTest) -> None:
 
 
 def test_the_cells_are_those_of_the_command_line() -> None:
-    from turboquant.cli.variance import _cells
+    from turboquant.cli.seeds import _cells
 
     own = SeedsChoices(bits=3, against="4", rotations=3, samplings=2, context=512)
     cells = measure.cells(own, Choices(weights="fp32"), AppConfig())

@@ -241,7 +241,10 @@ def test_the_transcript_holds_every_turn_in_three_formats(loaded: LoadedModel) -
     assert talk.turns[1].comparison.compressed.text in text
     lines = transcript.to_csv(talk)
     assert "'=1+1" in lines
-    assert lines.startswith("turn,same history,continued with")
+    assert lines.startswith(
+        'turn,same history,continued with,first difference at token,mean KL in nats,"same top token, percent",'
+        '"heads at risk, percent",tokens packed,original bytes,compressed bytes,16-bit baseline bytes,'
+    )
 
 
 def test_charts_tell_drift_from_different_histories(loaded: LoadedModel) -> None:

@@ -173,7 +173,7 @@ def test_a_missing_package_is_named(llama, monkeypatch, spec: str, package: str)
 @BACKENDS["hf-quanto"]
 def test_without_a_compiler_quanto_says_what_it_needs() -> None:
     code = (
-        "import torch; from turboquant.methods import parse_method; layer = parse_method('hf-quanto').foreign_layer(); "
+        "import torch; from turboquant.methods import parse_method; layer = parse_method('hf-quanto').layer(None, 0); "
         "layer.update(*torch.randn(2, 1, 2, 8, 64)); layer.dense()"
     )
     done = subprocess.run(
@@ -191,7 +191,7 @@ def test_a_transformers_without_fp8_is_named(llama, monkeypatch) -> None:
 
 @pytest.mark.parametrize("spec", ALL)
 def test_crop_takes_a_negative_number(spec: str) -> None:
-    layer = parse_method(spec).foreign_layer()
+    layer = parse_method(spec).layer(cache_utils.DynamicLayer(), 0)
     with pytest.raises(ValueError, match="negative integer, got 3"):
         layer.crop(3)
     layer.crop(-3)  # an empty layer has nothing to remove

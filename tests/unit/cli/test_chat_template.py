@@ -13,7 +13,7 @@ from tests.support.models import save_tiny
 from turboquant import cli
 from turboquant.records.comparison import Comparison
 from turboquant.records.files import read_records
-from turboquant.records.settings import AttentionSettings, NeedleSettings
+from turboquant.records.settings import HeadsSettings, NeedleSettings
 
 RUNNER = CliRunner()
 REFUSES = "{{ raise_exception('System role not supported') }}"
@@ -73,8 +73,8 @@ def test_what_was_put_stands_in_the_record(folder: Path, tmp_path: Path) -> None
     assert Comparison.model_validate_json(RUNNER.invoke(cli.app, words).stdout.splitlines()[-1]).chat is False
 
 
-@pytest.mark.parametrize("kind", [NeedleSettings, AttentionSettings])
-def test_cells_with_the_template_are_called_as_before(kind: type[NeedleSettings | AttentionSettings]) -> None:
+@pytest.mark.parametrize("kind", [NeedleSettings, HeadsSettings])
+def test_cells_with_the_template_are_called_as_before(kind: type[NeedleSettings | HeadsSettings]) -> None:
     assert "chat" not in kind().model_dump(mode="json")
     assert "chat" not in json.loads(kind().model_dump_json())
     assert kind(chat=False).model_dump(mode="json")["chat"] is False

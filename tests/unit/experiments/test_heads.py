@@ -17,7 +17,7 @@ from turboquant.experiments.heads import EXPERIMENT, compare_attention
 from turboquant.hf_attention import observe_queries
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel, tiny_model
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 from turboquant.run.generate import CancelledError, PromptError, QueryRecorder
 from turboquant.run.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
 from turboquant.run.metrics import Span, compare_layer
@@ -85,7 +85,7 @@ def test_methods_share_one_forward_pass() -> None:
     loaded = tiny_loaded(max_position_embeddings=1024)
     calls = AttentionCalls(loaded)
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (2, 3, 4)]
-    settings = AttentionSettings(context=700, chunk_tokens=100)
+    settings = HeadsSettings(context=700, chunk_tokens=100)
     results = list(EXPERIMENT.run(loaded, methods, settings, Watch()))
     assert [method for method, _ in results] == methods
     chunks = -(-(700 - settings.queries) // 100) + 1
@@ -184,7 +184,7 @@ def test_the_compared_states_are_what_attention_reads(spec: str) -> None:
 
 def measured(loaded: LoadedModel, *specs: str | Method, **settings) -> list[Measurement]:
     methods = [parse_method(spec) if isinstance(spec, str) else spec for spec in specs]
-    chosen = AttentionSettings(**{"context": 640, "queries": 32, "chunk_tokens": 128, **settings})
+    chosen = HeadsSettings(**{"context": 640, "queries": 32, "chunk_tokens": 128, **settings})
     return [found for _, found in EXPERIMENT.run(loaded, methods, chosen, Watch())]
 
 
@@ -284,7 +284,7 @@ def test_a_cancel_is_heard_in_the_pass_and_in_the_comparison(loaded: LoadedModel
             asked.append(True)
             return len(asked) > after
 
-        settings = AttentionSettings(context=640)
+        settings = HeadsSettings(context=640)
         with pytest.raises(CancelledError):
             list(EXPERIMENT.run(loaded, [parse_method("turboquant")], settings, Watch(cancelled=cancelled)))
         assert len(asked) == after + 1
@@ -321,13 +321,13 @@ from tests.support.models import tiny_loaded
 from turboquant.experiments.base import Watch
 from turboquant.methods import parse_method
 from turboquant.experiments.heads import EXPERIMENT
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 
 torch.set_num_threads(1)
 loaded = tiny_loaded(num_hidden_layers=2, max_position_embeddings=16384, num_key_value_heads=4)
 
 def run(context):
-    settings = AttentionSettings(context=context, chunk_tokens=256)
+    settings = HeadsSettings(context=context, chunk_tokens=256)
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (4, 2)]
     return list(EXPERIMENT.run(loaded, methods, settings, Watch()))
 

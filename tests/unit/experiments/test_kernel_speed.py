@@ -66,7 +66,7 @@ def test_encode_records_count_vectors_and_bytes() -> None:
 def test_scores_records_hold_packed_keys_against_float32_ones() -> None:
     (found,) = measured(KERNEL_SCORES, [parse_method("turboquant:bits=4")], context=300)
     own = figures(found)
-    assert own["packed_tokens"] == 256  # whole groups
+    assert own["compressed_tokens"] == 256  # whole groups
     assert own["full_cache_bytes"] == 4 * 3 * 300 * 64
     assert 3 * 256 * 32 < own["cache_bytes"] < 1.2 * 3 * 256 * 32
     assert own["speed_ratio"] == pytest.approx(own["full_us"] / own["us"])

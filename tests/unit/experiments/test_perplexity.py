@@ -85,7 +85,7 @@ def test_chunks_give_what_token_by_token_gives(tiny: LoadedModel, spec: str) -> 
 @pytest.mark.parametrize("spec", ["hf-quanto:bits=2,residual_length=32", "hf-hqq:bits=2,residual_length=32", HF_FP8])
 def test_caches_of_other_libraries(tiny: LoadedModel, spec: str) -> None:
     try:
-        parse_method(spec).foreign_layer()
+        parse_method(spec).check_available()
     except ImportError as error:
         pytest.skip(str(error))
     found, slow = measure(tiny, spec).metrics, token_by_token(tiny, spec, SMALL)

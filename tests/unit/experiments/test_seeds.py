@@ -31,13 +31,13 @@ from turboquant.experiments.seeds import (
 )
 from turboquant.methods import METHODS, parse_method
 from turboquant.records.files import read_records
-from turboquant.records.settings import VarianceSettings
+from turboquant.records.settings import SeedsSettings
 from turboquant.records.spread import LEAST_PAIRS, paired_difference, spread
 from turboquant.run.generate import Generation, QueryRecorder
 
 RUNNER = CliRunner()
 METHOD = parse_method("turboquant:bits=2,residual_length=8")
-SMALL = VarianceSettings(texts=("persuasion",), context=192, prefill=100, prompts=3, prompt_tokens=100, new_tokens=12)
+SMALL = SeedsSettings(texts=("persuasion",), context=192, prefill=100, prompts=3, prompt_tokens=100, new_tokens=12)
 SIZES = ["--context", "192", "--prefill", "100", "--prompts", "2", "--prompt-tokens", "100", "--new-tokens", "8"]
 FIXED = ["--text", "persuasion", *SIZES]
 
@@ -117,8 +117,7 @@ def test_full_answers_are_those_of_the_generation_loop(loaded, seed: int | None)
         generation = Generation(
             loaded, row[None], build_cache(loaded.model.config, METHODS["full"]()), settings.sampling, RECORDER, **LOOP
         )
-        while generation.finish is None:
-            generation.step()
+        generation.run()
         assert generation.tokens == answer.tolist()
     again = full_answers(loaded, ids, settings.sampling, Watch())
     assert torch.equal(answers, again)
@@ -281,4 +280,4 @@ def test_the_experiment_is_found_by_its_name() -> None:
     from turboquant.experiments.registry import EXPERIMENTS
 
     assert EXPERIMENTS["variance"] is EXPERIMENT
-    assert list(itertools.islice(VarianceSettings.model_fields, 4)) == ["texts", "context", "prefill", "seed"]
+    assert list(itertools.islice(SeedsSettings.model_fields, 4)) == ["texts", "context", "prefill", "seed"]

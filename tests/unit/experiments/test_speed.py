@@ -16,10 +16,10 @@ from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.experiments.speed import EXPERIMENT, PeakMemory, Prompts, build_prompts, generate_batch
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel
-from turboquant.records.settings import GenerationSettings
+from turboquant.records.settings import SpeedSettings
 from turboquant.run.generate import CancelledError
 
-SMALL = GenerationSettings(context=260, new_tokens=12, batch=3, repeats=2)
+SMALL = SpeedSettings(context=260, new_tokens=12, batch=3, repeats=2)
 FULL = METHODS["full"]()
 
 
@@ -28,7 +28,7 @@ def tiny() -> LoadedModel:
     return tiny_loaded("llama", num_hidden_layers=2)
 
 
-def measure(loaded: LoadedModel, methods: list[Method], chosen: GenerationSettings = SMALL) -> dict[Method, Any]:
+def measure(loaded: LoadedModel, methods: list[Method], chosen: SpeedSettings = SMALL) -> dict[Method, Any]:
     return dict(EXPERIMENT.run(loaded, methods, chosen, Watch()))
 
 
@@ -159,12 +159,12 @@ def test_what_cannot_be_generated_is_refused(tiny: LoadedModel, update: dict[str
 def test_a_batch_that_does_not_fit_is_refused(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turboquant.experiments.speed.free_bytes", lambda device: 2**28 + 2 * 2**20)
     with pytest.raises(ValueError, match=r"64 rows of 500 tokens do not fit into the free memory: [\d,]+ tokens do"):
-        EXPERIMENT.check(tiny, GenerationSettings(context=500, batch=64))
+        EXPERIMENT.check(tiny, SpeedSettings(context=500, batch=64))
 
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="new_tokens must be fewer than the context's 100, got 100"):
-        GenerationSettings(context=100, new_tokens=100)
+        SpeedSettings(context=100, new_tokens=100)
 
 
 def test_a_method_that_packs_nothing_has_no_figure_and_the_others_have(tiny: LoadedModel) -> None:

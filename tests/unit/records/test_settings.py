@@ -16,7 +16,8 @@ from turboquant.experiments.model_speed import MODELS
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.quant.rotation import ROTATIONS
 from turboquant.records import settings
-from turboquant.records.settings import ModelShape, NeedleSettings, Shape, SyntheticSettings
+from turboquant.records.names import COMMANDS, RECORDED, recorded, word
+from turboquant.records.settings import ModelShape, NeedleSettings, Shape, TheorySettings
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -29,7 +30,7 @@ def test_every_setting_of_an_experiment_says_what_it_is(name: str) -> None:
 def test_names_that_settings_offer_are_those_that_there_are() -> None:
     assert set(get_args(Shape)) == set(SHAPES)
     assert set(get_args(ModelShape)) == set(MODELS)
-    assert set(get_args(SyntheticSettings.model_fields["rotation"].annotation)) == set(ROTATIONS)
+    assert set(get_args(TheorySettings.model_fields["rotation"].annotation)) == set(ROTATIONS)
 
 
 def test_records_and_the_command_line_need_no_torch() -> None:
@@ -103,3 +104,20 @@ def test_what_a_command_offers_stands_in_the_settings_alone() -> None:
     assert {"context", "prefill", "windows", "texts", "chunk_tokens"} <= named
     signature = inspect.signature(inspect.unwrap(commands["perplexity"].callback.__wrapped__))
     assert not set(signature.parameters) & set(settings.PerplexitySettings.model_fields)
+
+
+@pytest.mark.parametrize(("old", "now"), COMMANDS.items())
+def test_older_names_of_commands_work_and_are_not_listed(old: str, now: str) -> None:
+    wide = CliRunner(env={"COLUMNS": "160", "TERMINAL_WIDTH": "160"})
+    first, second = (wide.invoke(cli.app, [name, "--help"]) for name in (old, now))
+    assert first.exit_code == second.exit_code == 0
+    assert first.output.splitlines()[2:] == second.output.splitlines()[2:]
+    listed = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert now in listed
+    assert old not in listed
+
+
+def test_words_stand_for_the_names_in_records() -> None:
+    assert {recorded(one) for one in RECORDED} <= set(EXPERIMENTS)
+    assert [word(recorded(one)) for one in (*RECORDED, "needle")] == [*RECORDED, "needle"]
+    assert all(recorded(one) == one for one in EXPERIMENTS)

@@ -24,7 +24,7 @@ from turboquant.records.settings import DecodeSettings
 from turboquant.report import README_TABLES, ReportError, build_report, fill_readme, read_results, to_html, to_markdown
 from turboquant.report.plots import PLOTS, against_bits, legend, pareto, validate_figure
 from turboquant.report.summary import Results, summarize
-from turboquant.report.tables import Table, comparison_table, variance_table
+from turboquant.report.tables import Table, comparison_table, seeds_table
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -53,7 +53,7 @@ def test_the_spread_over_seeds_keeps_greedy_and_sampled_answers_apart() -> None:
 
     greedy = [one(seed, None, kl_mean=seed + 1.0, agreed_tokens=10.0) for seed in range(3)]
     sampled = [one(seed, 7, agreed_tokens=2.0 + seed) for seed in range(3)]
-    table = variance_table([*greedy, *sampled])
+    table = seeds_table([*greedy, *sampled])
     [row] = (dict(zip(table.columns, cells, strict=True)) for cells in table.rows)
     assert row["method"] == "`turboquant:bits=4`"
     assert row["KL, nats ± sd"] == "2.0000 ± 1.0000"

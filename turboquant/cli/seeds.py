@@ -1,4 +1,4 @@
-"""`turboquant variance`: how far results move with rotation and sampling seeds, and whether a difference is real."""
+"""`turboquant seeds`: how far results move with rotation and sampling seeds, and whether a difference is real."""
 
 import time
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import TEXTS, check_texts
+from turboquant.cli.perplexity import TEXTS, check_texts
 from turboquant.cli.tables import interval, print_table
 from turboquant.records.metrics import metric
-from turboquant.records.settings import MOST_RUNS, VarianceSettings
+from turboquant.records.settings import MOST_RUNS, SeedsSettings
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -50,8 +50,8 @@ SHOWN = (
 
 
 @app.command()
-@takes(VarianceSettings, flags=TEXTS, without=("seed",))
-def variance(
+@takes(SeedsSettings, flags=TEXTS, without=("seed",))
+def seeds(
     *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
@@ -75,7 +75,7 @@ def variance(
     check_writable(output)
     cells, experiment = _cells(model, methods, asked, range(rotation_seeds), range(sampling_seeds), weights, output)
     try:
-        records = run_recorded("variance", cells, {"variance": experiment}, output, overwrite)
+        records = run_recorded("seeds", cells, {experiment.name: experiment}, output, overwrite)
     except typer.Exit as stopped:
         if stopped.exit_code == 1:
             _show_partial(cells, methods, reference, output)
@@ -115,7 +115,7 @@ def _cells(
     check_texts(settings.texts, output)
     for one in methods:
         for what, tokens in (("context", settings.context), ("prompt", settings.prompt_tokens + settings.new_tokens)):
-            if one.name != "full" and not one.foreign and not one.packed_length(tokens - 1):
+            if one.compresses and not one.packs(tokens - 1):
                 fail(f"{one} packs none of {tokens} tokens of {what}: give more, or a smaller window", 2)
     turned = [one for method in methods for one in with_seeds(method, rotations)]
     every = [settings.model_copy(update={"seed": seed}) for seed in (None, *samplings)]

@@ -1,4 +1,4 @@
-"""`evaluate`: attention under compressed caches over long contexts with a hidden needle."""
+"""`turboquant heads` (in the methodology: `evaluate`): attention under compressed caches over long contexts."""
 
 import time
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ from turboquant.cli.app import (
     say,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import check_texts
+from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import cells as figures
 from turboquant.cli.tables import explain, heads, print_table
-from turboquant.records.settings import AttentionSettings
+from turboquant.records.settings import HeadsSettings
 
 if TYPE_CHECKING:
     from turboquant.cli.app import Store
@@ -49,9 +49,9 @@ COLUMNS = (
 )
 
 
-@app.command()
+@app.command("heads")
 @takes(
-    AttentionSettings,
+    HeadsSettings,
     several={"context": CONTEXTS},
     flags={"context": "--contexts"},
     without=("chat",),

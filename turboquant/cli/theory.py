@@ -1,4 +1,4 @@
-"""`turboquant validate`: the quantizers on random unit vectors against exact theory and the paper's bounds."""
+"""`turboquant theory`: the quantizers on random unit vectors against exact theory and the paper's bounds."""
 
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from turboquant.cli.app import (
 from turboquant.cli.options import Asked, takes
 from turboquant.cli.tables import cells as figures
 from turboquant.cli.tables import explain, heads, print_table
-from turboquant.records.settings import MOST_RUNS, SyntheticSettings
+from turboquant.records.settings import MOST_RUNS, TheorySettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
@@ -52,12 +52,12 @@ EXPLAINED = ("inner_product", "gain", "recall_pct", "largest_z")
 
 @app.command()
 @takes(
-    SyntheticSettings,
+    TheorySettings,
     several={"dim": DIMS, "bits": BITS},
     flags={"dim": "--dims"},
     without=("seeds",),
 )
-def validate(
+def theory(
     *,
     asked: Asked,
     seeds: Annotated[
@@ -83,7 +83,7 @@ def validate(
 
     fewer = {name: found for name, found in QUICK.items() if quick and name not in asked.given}
     cells = cells_for(THEORY, None, [], asked.grid(seeds=seeds or (QUICK_SEEDS if quick else 32), **fewer))
-    records = run_recorded("validate", cells, {THEORY.name: THEORY}, output, overwrite)
+    records = run_recorded("theory", cells, {THEORY.name: THEORY}, output, overwrite)
     done = [record for record in records if not record.error]
     _show_table(done)
     failed = _show_checks(done)
@@ -149,6 +149,6 @@ def _write_plot(records: "Sequence[ExperimentRecord]", path: Path) -> None:
         validate_figure(records, name).to_html(full_html=False, include_plotlyjs=number == 0)
         for number, name in enumerate(PLOTTED)
     ]
-    head = "<!doctype html><html lang='en'><meta charset='utf-8'><title>turboquant validate</title>"
+    head = "<!doctype html><html lang='en'><meta charset='utf-8'><title>turboquant theory</title>"
     path.write_text(f"{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
     say(f"the curves are in {path}")

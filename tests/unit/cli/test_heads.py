@@ -48,13 +48,13 @@ def test_the_methodologys_command_line_is_understood(monkeypatch: pytest.MonkeyP
     """Only parsed: the model is not on this machine. What follows from it is measured with another one below."""
     monkeypatch.chdir(tmp_path)
     seen: list = []
-    monkeypatch.setattr("turboquant.cli.evaluate._check_machine", lambda *given: seen.append(given))
+    monkeypatch.setattr("turboquant.cli.heads._check_machine", lambda *given: seen.append(given))
 
     def stop(title, cells, experiments, output, overwrite, store):
         seen.append((cells, output))
         raise typer.Exit(0)
 
-    monkeypatch.setattr("turboquant.cli.evaluate.run_recorded", stop)
+    monkeypatch.setattr("turboquant.cli.heads.run_recorded", stop)
     line = "--model Qwen/Qwen2.5-3B-Instruct --bits 3 --contexts 2048 4096 8192 --output qwen/results_3bit.json"
     result = evaluate(*line.split())
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""`turboquant generate-bench`: speed and memory of the whole generation loop, with compression in the loop."""
+"""`turboquant speed`: speed and memory of the whole generation loop, with compression in the loop."""
 
 import time
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from turboquant.cli.app import (
     run_recorded,
 )
 from turboquant.cli.options import Asked, takes
-from turboquant.cli.quality import check_texts
+from turboquant.cli.perplexity import check_texts
 from turboquant.cli.tables import Column, heads, print_table
 from turboquant.cli.tables import cells as figures
-from turboquant.records.settings import GenerationSettings
+from turboquant.records.settings import SpeedSettings
 
 if TYPE_CHECKING:
     from turboquant.records.experiment import ExperimentRecord
@@ -44,9 +44,9 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-@app.command("generate-bench")
-@takes(GenerationSettings, several={"batch": (1, 4)}, without=("context",))
-def generate_bench(
+@app.command()
+@takes(SpeedSettings, several={"batch": (1, 4)}, without=("context",))
+def speed(
     *,
     model: ModelOption = "smollm2-135m",
     method: MethodsOption = None,
@@ -67,7 +67,7 @@ def generate_bench(
     check_texts([asked.values["text"]], output)
     grid = asked.grid(context=prompt_tokens + asked.values["new_tokens"])
     cells = cells_for(EXPERIMENT, model, methods, grid, weights)
-    records = run_recorded("generate-bench", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
+    records = run_recorded("speed", cells, {EXPERIMENT.name: EXPERIMENT}, output, overwrite)
     measured = [record for record in records if not record.error]
     if measured:
         show(measured)
