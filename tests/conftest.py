@@ -29,66 +29,38 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# Where tests go first: what takes minutes in one file, so that two processes end at about the same time.
-FIRST = ("tests/e2e/test_actions.py", "tests/unit/", "tests/e2e/", "tests/reference/", "tests/property/")
+# Where tests go first: what takes a minute or more in one file, so that two processes end at about the same time, and
+# one browser at a time.
+FIRST = (
+    *("tests/e2e/test_actions.py", "tests/unit/experiments/test_sweep.py", "tests/reference/test_docs.py"),
+    *("tests/e2e/test_pages.py", "tests/unit/kernels/", "tests/app/engine/", "tests/unit/models/"),
+    *("tests/e2e/test_browser.py", "tests/reference/", "tests/unit/", "tests/property/"),
+)
 
 
 # Unit tests that take seconds, by file: they load models, start commands, compile kernels. Not in `make check`.
 SLOW = {
-    "cache": (
-        "cache",
-        "failed_calls",
-        "foreign",
-        "graph",
-        "hf_generate",
-    ),
-    "cli": (
-        "app",
-        "compare",
-        "errors",
-        "heads",
-        "identity",
-        "perplexity",
-        "theory",
-    ),
-    "experiments": (
-        "heads",
-        "kernel_speed",
-        "needle",
-        "perplexity",
-        "recommend",
-        "seeds",
-        "sweep",
-    ),
-    "hf_attention": ("options",),
-    "kernels": (
-        "sass",
-        "triton",
-    ),
-    "models": (
-        "hub",
-        "load",
-    ),
-    "quant": ("modes",),
-    "records": ("metrics", "settings"),
-    "report": ("report",),
-    "run": (
-        "chat",
-        "compare",
-        "compare_methods",
-        "feed",
-        "generate",
-        "heads",
-        "threads",
-    ),
-    "sizing": ("sizing",),
+    "cache": "cache failed_calls foreign graph hf_generate",
+    "cli": "app compare errors heads identity perplexity theory",
+    "experiments": "heads kernel_speed needle perplexity recommend seeds sweep",
+    "hf_attention": "options",
+    "kernels": "sass triton",
+    "models": "hub load",
+    "quant": "modes",
+    "records": "metrics settings",
+    "report": "report",
+    "run": "chat compare compare_methods feed generate heads threads",
+    "sizing": "sizing",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow files, and put long ones first; within a file tests keep their order."""
     for item in items:
-        if "unit" in item.path.parts and item.path.stem.removeprefix("test_") in SLOW.get(item.path.parent.name, ()):
+        if (
+            "unit" in item.path.parts
+            and item.path.stem.removeprefix("test_") in SLOW.get(item.path.parent.name, "").split()
+        ):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 
