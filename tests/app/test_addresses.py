@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from tests.app.conftest import MAIN
+from tests.support.bench import MAIN
 from tests.support.process import ROOT
 
 PAGES = sorted(path.stem for path in (ROOT / "pages").glob("*.py"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.models import file_system
 from tests.support.process import ROOT
+from tests.support.system import file_system
 from turboquant.models import embedded
 from turboquant.models.load import ModelError, load_model
 from turboquant.models.registry import EMBEDDED

@@ -18,8 +18,9 @@ import pytest
 from app.engine.backend import run as run_job
 from app.engine.engine import Engine
 from tests.support.asked import compare_asked
-from tests.support.models import enlarge, file_system, tiny_loaded
+from tests.support.models import tiny_loaded
 from tests.support.process import ROOT, Server
+from tests.support.system import enlarge, file_system
 from tests.support.tab import Tab
 from turboquant.records.comparison import Settings
 from turboquant.records.faults import UNMEASURED, out_of_disk, out_of_memory

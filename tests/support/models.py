@@ -1,16 +1,6 @@
 """What several tests share: a method that packs without loss, a small model with a tokenizer, a walk over storages."""
 
-import contextlib
-import io
-import os
-import pty
-import shutil
-import subprocess
-import sys
-import threading
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +12,6 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, cache_utils
 
-from turboquant import cli
 from turboquant.methods import Method
 from turboquant.models.load import LoadedModel, ModelSpec, tiny_model
 from turboquant.quant.quantizer import PackedTensor, Quantizer
@@ -119,25 +108,6 @@ def _contents(item: Any) -> list[Any]:
     return list(vars(item).values()) if type(item).__module__.startswith(walked) and hasattr(item, "__dict__") else []
 
 
-@contextmanager
-def file_system(place: Path, size: str) -> Iterator[Path]:
-    """A new folder with a file system of its own of that size ("12k"); the test is skipped where none can be."""
-    place.mkdir()
-    mount = shutil.which("mount")
-    command = [str(mount), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
-
-
-def enlarge(place: Path, size: str) -> None:
-    """Give a `file_system` another size."""
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
-
-
 class AttentionCalls:
     """Notes the layer of every attention call of a model."""
 
@@ -156,32 +126,3 @@ def save_tiny(folder: Path, architecture: str = "llama", **overrides) -> Path:
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder
-
-
-def at_terminal(words: list[str]) -> tuple[int, str]:
-    """Run a command in this process with a real terminal as its standard output; return its code and what stood there.
-
-    Standard error is no terminal, so that nothing is drawn.
-    """
-    ours, theirs = pty.openpty()
-    found = bytearray()
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # what a terminal whose other end is closed says
-            while data := os.read(ours, 65536):
-                found.extend(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    stdin, sys.stdin = sys.stdin, io.StringIO()
-    try:
-        with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal):
-            try:
-                cli.app(words)
-            except SystemExit as left:
-                code = int(left.code or 0)
-    finally:
-        sys.stdin = stdin
-        reader.join()
-        os.close(ours)
-    return code, found.decode().replace("\r\n", "\n")

@@ -14,7 +14,7 @@ from app.benchmarks.request import CONTEXTS, BenchChoices
 from app.config import AppConfig
 from app.tab import state
 from app.tab.requests import Choices, RequestError
-from tests.app.conftest import ended, opened, said, until
+from tests.support.bench import ended, opened, said, until
 from tests.support.cells import Cells
 from turboquant.records.experiment import Cell, ExperimentRecord
 from turboquant.records.files import read_records

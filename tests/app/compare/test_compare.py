@@ -16,8 +16,8 @@ from app.tab.runs import Run
 from app.tab.verdict import facts
 from app.ui import diff
 from tests.app.compare.test_page import ask, request, texts
-from tests.app.conftest import MAIN, Bench, until
 from tests.support.asked import prompts_asked
+from tests.support.bench import MAIN, Bench, until
 from tests.support.factory import comparison
 
 

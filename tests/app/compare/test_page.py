@@ -16,8 +16,8 @@ from app.tab.examples import BY_NAME
 from app.tab.requests import Choices
 from app.tab.runs import Run
 from app.ui.sidebar import engine_words
-from tests.app.conftest import MAIN, Bench, until
 from tests.support.asked import compare_asked
+from tests.support.bench import MAIN, Bench, until
 from tests.support.factory import comparison
 from turboquant.records.comparison import Settings
 

@@ -12,8 +12,8 @@ from app.engine.engine import Engine, EngineBusyError
 from app.engine.job import Job
 from app.prompts.request import PromptsRequest
 from app.tab.examples import EXAMPLES
-from tests.app.conftest import Bench, until
 from tests.support.asked import compare_asked, prompts_asked
+from tests.support.bench import Bench, until
 from turboquant.records.comparison import Settings
 from turboquant.records.faults import out_of_memory
 from turboquant.run.compare import Event

@@ -23,8 +23,8 @@ from app.session.conversation import begin, turn_request
 from app.tab import state
 from app.tab.examples import EXAMPLES
 from app.tab.requests import Choices
-from tests.app.conftest import MAIN, ended, newest, opened, said, until
 from tests.support.asked import compare_asked, prompts_asked
+from tests.support.bench import MAIN, ended, newest, opened, said, until
 from tests.support.models import save_tiny
 from turboquant.records.comparison import Settings
 

@@ -14,7 +14,7 @@ from app.engine import backend
 from app.engine.engine import Engine
 from app.tab.requests import defaults
 from app.tab.runs import Run, import_run
-from tests.app.conftest import MAIN
+from tests.support.bench import MAIN
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = AppConfig(warm_up=False)

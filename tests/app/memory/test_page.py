@@ -17,7 +17,7 @@ from app.memory.request import OWN, Choices, Plan, make_plan, measured_points
 from app.tab.requests import RequestError, recipes
 from app.tab.runs import Run
 from app.tab.verdict import human_bytes
-from tests.app.conftest import Bench
+from tests.support.bench import Bench
 from tests.support.factory import comparison
 from turboquant import parse_method
 from turboquant.sizing import MOST_TOKENS, kv_bytes

@@ -18,7 +18,7 @@ from app.methods.request import START, MethodsChoices
 from app.tab import state
 from app.tab.measure import as_json, json_lines, made_with, report
 from app.tab.requests import Choices, RequestError
-from tests.app.conftest import MAIN, ended, opened, said, until
+from tests.support.bench import MAIN, ended, opened, said, until
 from tests.support.cells import HERE, Cells
 from tests.support.factory import report as cache_report
 from tests.support.models import tiny_loaded

@@ -17,7 +17,7 @@ from app.needle.request import NeedleChoices
 from app.tab import state
 from app.tab.measure import Plan, missing, report
 from app.tab.requests import Choices, RequestError
-from tests.app.conftest import MAIN, ended, newest, opened, said, until
+from tests.support.bench import MAIN, ended, newest, opened, said, until
 from tests.support.cells import HERE, Cells
 from tests.support.models import tiny_loaded
 from turboquant.records.experiment import Cell, ExperimentRecord

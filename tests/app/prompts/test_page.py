@@ -11,7 +11,7 @@ from app.prompts.request import read_file
 from app.tab import state
 from app.tab.examples import EXAMPLES
 from app.tab.requests import RequestError
-from tests.app.conftest import Bench, until
+from tests.support.bench import Bench, until
 from tests.support.factory import comparison
 from turboquant.records.comparison import Comparison
 

@@ -19,7 +19,7 @@ from app.recommend import request as measure
 from app.recommend.request import RecommendChoices, RecommendRequest
 from app.tab import state
 from app.tab.requests import Choices, RequestError, read_choices
-from tests.app.conftest import MAIN, ended, newest, opened, said, until
+from tests.support.bench import MAIN, ended, newest, opened, said, until
 from tests.support.models import tiny_loaded
 from turboquant.experiments.recommendation import Recommendation
 from turboquant.records.experiment import ExperimentRecord

@@ -16,7 +16,7 @@ from app.seeds.request import FIGURES, SeedsChoices, findings
 from app.tab import state
 from app.tab.requests import Choices, RequestError
 from app.ui.measuring import Measurement
-from tests.app.conftest import ended, newest, opened, said, until
+from tests.support.bench import ended, newest, opened, said, until
 from tests.support.cells import Cells
 from turboquant.experiments import seeds as variance
 from turboquant.methods import parse_method

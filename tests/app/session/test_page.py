@@ -15,7 +15,7 @@ from app.engine.engine import Engine
 from app.engine.job import Job
 from app.session.conversation import OPENINGS, Conversation
 from app.tab import state
-from tests.app.conftest import MAIN, until
+from tests.support.bench import MAIN, until
 from tests.support.models import tiny_loaded
 
 PAGE = "../pages/session.py"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.models import at_terminal
+from tests.support.system import at_terminal
 from turboquant import __version__, cli
 from turboquant.cache.build import NothingCompressedError
 from turboquant.experiments.base import Watch

@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.support.models import save_tiny
+from tests.support.system import interrupted
 from turboquant import cli
 from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.files import read_records
@@ -317,12 +318,10 @@ def test_a_killed_run_goes_on_where_it_was(tiny: str, tmp_path: Path) -> None:
 
 def test_ctrl_c_finishes_the_record_in_hand_and_says_how_to_go_on(tiny: str, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    stopped = start(tiny, output)
-    wait_for_records(stopped, output)
-    stopped.send_signal(signal.SIGINT)
-    _, stderr = stopped.communicate(timeout=240)
+    with interrupted(output, 0):
+        stopped = evaluate(*words(tiny, output))
     held = read_document(output)
-    assert stopped.returncode == 1, stderr
-    assert "the record in hand is finished first" in stderr
-    assert f"stopped with {len(held)} of 8 records" in stderr
-    assert "the same command goes on from there" in stderr
+    assert stopped.exit_code == 1, stopped.output
+    assert "the record in hand is finished first" in stopped.stderr
+    assert f"stopped with {len(held)} of 8 records" in stopped.stderr
+    assert "the same command goes on from there" in stopped.stderr

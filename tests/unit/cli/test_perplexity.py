@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from tests.support.models import at_terminal, save_tiny
+from tests.support.models import save_tiny
+from tests.support.system import at_terminal, interrupted
 from turboquant import cli
 from turboquant.cli.methods import usable
 from turboquant.methods import parse_method, settings_of
@@ -230,21 +230,18 @@ def test_a_killed_run_goes_on_where_it_was(model: str, tmp_path: Path) -> None:
 def test_ctrl_c_finishes_the_record_in_hand_and_says_how_to_go_on(model: str, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     words = ["--bits", *"1234", "--contexts", "480", "--depths", "0", "0.3", "0.6", "1", "--repetitions", "3"]
-    process = start(model, output, "needle", *words)
-    wait_for_a_record(process, output)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1, said
-    assert "the record in hand is finished first" in said
+    with interrupted(output):
+        result = invoke("needle", "--model", model, "--output", str(output), *words)
+    assert result.exit_code == 1, result.output
+    assert "the record in hand is finished first" in result.stderr
     count = len(read_records(output))
-    assert f"stopped with {count} of 16 records in {output}; the same command goes on from there" in said
+    assert f"stopped with {count} of 16 records in {output}; the same command goes on from there" in result.stderr
     assert count % 4 == 0  # all methods of one length and depth are in hand together
 
 
-@pytest.mark.parametrize("command", ["methods", "generate-bench"])
-def test_as_a_real_command(model: str, tmp_path: Path, command: str) -> None:
+def test_as_a_real_command(model: str, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    process = start(model, output, command, *COMMANDS[command])
+    process = start(model, output, "generate-bench", *COMMANDS["generate-bench"])
     out, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert json.loads(out.splitlines()[-1])["records"] == len(read_records(output))

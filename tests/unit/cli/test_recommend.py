@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.support.models import at_terminal, save_tiny
+from tests.support.models import save_tiny
+from tests.support.system import at_terminal
 from turboquant import cli
 from turboquant.records.files import read_records
 from turboquant.records.metrics import metric

@@ -1,16 +1,12 @@
 """`turboquant validate`: what it prints, records and refuses, how it is stopped and goes on."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tests.support.system import interrupted
 from turboquant import cli
 from turboquant.records.files import read_records
 
@@ -106,43 +102,17 @@ def test_another_experiments_output_is_refused(finished, tmp_path: Path) -> None
     assert read_records(output) == [other]
 
 
-def start(output: Path) -> subprocess.Popen:
-    arguments = ["--bits", *"12345678", "--dims", "64", "80", "--seeds", "16", "--output", str(output)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "turboquant", "validate", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_a_record(output: Path) -> None:
-    end = time.monotonic() + 60
-    while not (output.exists() and output.read_bytes().count(b"\n")):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_ctrl_c_finishes_the_record_and_says_how_to_go_on_and_a_killed_run_keeps_its_records(tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_record_and_says_how_to_go_on(tmp_path: Path) -> None:
     output = tmp_path / "v.jsonl"
-    first = start(output)
-    wait_for_a_record(output)
-    first.send_signal(signal.SIGINT)
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 1
-    assert "the same command goes on from there" in errors
-    kept = output.read_bytes()
-    assert 1 <= len(read_records(output)) < 16
-
-    second = start(output)
-    end = time.monotonic() + 60
-    while len(output.read_bytes()) == len(kept):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    second.kill()
-    _, errors = second.communicate(timeout=60)
-    assert f"{len(read_records(output))} of 16" not in errors
-    assert output.read_bytes().startswith(kept)
+    words = ["validate", "--bits", *"12345678", "--dims", "64", "80", "--seeds", "16", "--output", str(output)]
+    kept = b""
+    for _ in range(2):
+        with interrupted(output, kept.count(b"\n") + 1):
+            result = RUNNER.invoke(cli.app, words)
+        assert result.exit_code == 1, result.output
+        assert "the same command goes on from there" in result.stderr
+        assert output.read_bytes().startswith(kept)
+        assert kept.count(b"\n") < len(read_records(output)) < 16
+        kept = output.read_bytes()
     keys = [record.cell.key for record in read_records(output)]
     assert len(keys) == len(set(keys))

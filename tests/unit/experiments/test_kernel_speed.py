@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.support.models import at_terminal
+from tests.support.system import at_terminal
 from turboquant import cli
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.kernel_speed import KERNEL_ATTENTION, KERNEL_ENCODE, KERNEL_SCORES, copy_bandwidth

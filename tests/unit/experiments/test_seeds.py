@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.support.models import Lossless, save_tiny, tiny_loaded
+from tests.support.system import interrupted
 from turboquant import cli
 from turboquant.cache.build import NothingCompressedError, build_cache
 from turboquant.experiments.base import Watch
@@ -260,37 +256,22 @@ def test_wrong_use_is_refused_before_any_work(folder, tmp_path: Path, arguments:
     assert not (output.exists() and output.read_bytes())
 
 
-def test_a_killed_run_goes_on_and_ctrl_c_shows_what_there_is(folder, tmp_path: Path) -> None:
+def test_ctrl_c_shows_what_there_is_and_the_next_run_goes_on(folder, tmp_path: Path) -> None:
     output = tmp_path / "variance.jsonl"
-    command = [sys.executable, "-m", "turboquant", "variance", "--model", folder, *FIXED, "--output", str(output)]
-    command += ["--method", str(METHOD), "--rotation-seeds", "40", "--sampling-seeds", "2"]
-
-    def start() -> subprocess.Popen:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-    def wait_for(count: int) -> None:
-        end = time.monotonic() + 90
-        while not output.exists() or output.read_bytes().count(b"\n") < count:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
-    first = start()
-    wait_for(2)
-    first.kill()
-    first.communicate(timeout=30)
-    kept = len(read_records(output))
-    second = start()
-    wait_for(kept + 1)
-    second.send_signal(signal.SIGINT)
-    out, errors = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert f"{kept} of 120 records are in" in errors
-    assert "the same command goes on from there" in errors
-    records = read_records(output)
-    assert kept < len(records) < 120
-    assert f"what {len(records)} of 120 records show" in errors
-    assert "KL, nats" in out
+    words = ["variance", "--model", folder, *FIXED, "--output", str(output)]
+    words += ["--method", str(METHOD), "--rotation-seeds", "40", "--sampling-seeds", "2"]
+    kept = 0
+    for _ in range(2):
+        with interrupted(output, kept + 2):
+            result = RUNNER.invoke(cli.app, words)
+        assert result.exit_code == 1, result.output
+        assert not kept or f"{kept} of 120 records are in" in result.stderr
+        assert "the same command goes on from there" in result.stderr
+        records = read_records(output)
+        assert kept < len(records) < 120
+        assert f"what {len(records)} of 120 records show" in result.stderr
+        assert "KL, nats" in result.stdout
+        kept = len(records)
     keys = [record.cell.key for record in records]
     assert len(keys) == len(set(keys))
 

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import turboquant
-from tests.support.models import enlarge, file_system
+from tests.support.system import enlarge, file_system
 from turboquant.models.load import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
