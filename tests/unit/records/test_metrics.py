@@ -13,6 +13,7 @@ from turboquant.experiments.base import cells_for, run_cells
 from turboquant.experiments.registry import EXPERIMENTS
 from turboquant.experiments.theory import TheorySettings, validate
 from turboquant.methods import parse_method
+from turboquant.records.environment import device_name
 from turboquant.records.metrics import METRICS, MISSING, NONE, Metric, human_bytes, known, metric
 from turboquant.records.pareto import front_of
 from turboquant.report.summary import read_results
@@ -25,11 +26,11 @@ SHOWING = [
 SMALL = {
     "attention": {"context": 400, "queries": 8},
     "generation": {"context": 80, "new_tokens": 4, "repeats": 1},
-    "decode": {"prompt_tokens": 80, "new_tokens": 4, "repeats": 1},
+    "decode": {"prompt_tokens": 80, "new_tokens": 4, "repeats": 1, "device": device_name("cpu")},
     "kernel-attention": {"shape": "smollm2-135m", "context": 256, "repeats": 1},
     "kernel-scores": {"shape": "smollm2-135m", "context": 128, "repeats": 1},
     "kernel-encode": {"shape": "smollm2-135m", "tokens": 128, "repeats": 1},
-    "longest-context": {"shape": "smollm2-135m", "budget_gb": 4.0},
+    "longest-context": {"shape": "smollm2-135m", "weights": "bf16", "budget_gb": 4.0},
     "metrics-speed": {"tokens": 64, "queries": 8, "repeats": 1},
     "model-speed": {"shape": "smollm2-135m", "weights": "bf16", "context": 512, "repeats": 4},
     "validate": {"dim": 64, "bits": 2, "vectors": 8, "seeds": 3},
