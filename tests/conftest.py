@@ -57,10 +57,8 @@ SLOW = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow files, and put long ones first; within a file tests keep their order."""
     for item in items:
-        if (
-            "unit" in item.path.parts
-            and item.path.stem.removeprefix("test_") in SLOW.get(item.path.parent.name, "").split()
-        ):
+        slow = SLOW.get(item.path.parent.name, "").split() if "unit" in item.path.parts else []
+        if item.path.stem.removeprefix("test_") in slow:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 
