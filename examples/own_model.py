@@ -3,8 +3,8 @@
     .venv/bin/python examples/own_model.py                # a tiny model with random weights takes the place of yours
     .venv/bin/python examples/own_model.py my-folder      # a folder or hub id, as for `from_pretrained`
 
-Two lines set the attention function that reads packed keys and values; with any other cache, or none, the model then
-runs exactly as with SDPA.
+`attach` sets the attention function that reads packed keys and values, and checks it; with any other cache, or none,
+the model then runs exactly as with SDPA.
 """
 
 import sys
@@ -13,7 +13,7 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM
 
-from turboquant import build_cache, cache_report, hf_attention, parse_method, tiny_model
+from turboquant import attach, build_cache, cache_report, parse_method, tiny_model
 
 if len(sys.argv) > 1:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -22,8 +22,7 @@ else:
         tiny_model("qwen3").save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
 
-hf_attention.register()
-model.set_attn_implementation("turboquant")
+print(attach(model))
 
 # Token ids stand for a tokenized prompt here; with a tokenizer: **tokenizer(text, return_tensors="pt").
 prompt = torch.arange(3, 243)[None]

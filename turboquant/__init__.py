@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
     from turboquant.methods import METHODS, Method, parse_method
     from turboquant.methods.scalar import TurboQuantMSE, TurboQuantProd
+    from turboquant.models.dry_run import DryRunError, attach
     from turboquant.models.load import MODELS, load_model, tiny_model
     from turboquant.quant.codebook import expected_mse, lloyd_max
     from turboquant.quant.quantizer import PackedTensor, Quantizer
@@ -28,6 +29,7 @@ _HOME = {
     "run.compare": ("compare", "compare_methods"),
     "methods": ("METHODS", "Method", "parse_method"),
     "methods.turboquant": ("TurboQuantMSE", "TurboQuantProd"),
+    "models.dry_run": ("DryRunError", "attach"),
     "models.load": ("MODELS", "load_model", "tiny_model"),
     "quant.quantizer": ("PackedTensor", "Quantizer"),
     "records.comparison": ("Comparison", "Settings"),
@@ -37,6 +39,7 @@ __all__ = [
     "METHODS",
     "MODELS",
     "Comparison",
+    "DryRunError",
     "Method",
     "NothingCompressedError",
     "PackedTensor",
@@ -44,6 +47,7 @@ __all__ = [
     "Settings",
     "TurboQuantMSE",
     "TurboQuantProd",
+    "attach",
     "build_cache",
     "cache_report",
     "compare",

@@ -14,7 +14,7 @@ from turboquant.sizing import KVBytes
 
 _UNIT = 2**20
 BASELINE_16 = metric("full_precision_bytes").title
-_PATTERNS = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+"}
+_PATTERNS = {"keys": "", "values": "/", "scales": "x", "exact": "\\", "spare": ".", "shared": "+", "states": "-"}
 PART_WORDS = {
     "keys": "key codes",
     "values": "value codes",
@@ -22,6 +22,7 @@ PART_WORDS = {
     "exact": "exact tokens",
     "spare": "spare room",
     "shared": "shared tables",
+    "states": "recurrent states",
 }
 
 
@@ -63,7 +64,7 @@ def _padded(values: list[int], length: int) -> list[int | None]:
 
 def parts(report: CacheReport | KVBytes) -> list[tuple[str, int]]:
     """What a compressed cache is made of, in bytes, measured or estimated."""
-    return [
+    found = [
         ("keys", report.key_bytes),
         ("values", report.value_bytes),
         ("scales", report.scale_bytes),
@@ -71,6 +72,7 @@ def parts(report: CacheReport | KVBytes) -> list[tuple[str, int]]:
         ("spare", report.spare_bytes),
         ("shared", report.shared_bytes),
     ]
+    return [*found, ("states", report.state_bytes)] if report.state_bytes else found
 
 
 def part_bar(part: str, caches: Sequence[str], sizes: Sequence[float], **look: Any) -> go.Bar:

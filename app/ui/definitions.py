@@ -73,7 +73,8 @@ GROWTH = (
 )
 CACHE_PARTS = (
     "Codes are the packed keys and values. Scales and means are what is stored to read them back. Exact tokens are not "
-    "packed at all. Spare room is held in advance. Tables (rotations, codebooks) serve all rows and tokens."
+    "packed at all. Spare room is held in advance. Tables (rotations, codebooks) serve all rows and tokens. "
+    "Recurrent layers of hybrids hold states of a fixed size, which are never compressed."
 )
 METHODS_TABLE = (
     "Each method with the chosen bits and its own defaults. What they do to quality stands on the Methods page."

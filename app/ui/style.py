@@ -18,6 +18,7 @@ PARTS = {
     "exact": "#c2742c",
     "spare": "#8a8f98",
     "shared": "#b0559b",
+    "states": "#4d8f3a",
 }
 RISK_SCALE = [[0.0, "#eef1f6"], [0.25, "#f0c27b"], [0.5, "#d9682b"], [0.75, "#8e2f5c"], [1.0, "#33164f"]]
 

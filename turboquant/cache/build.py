@@ -106,13 +106,29 @@ def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
         'CompressedCache'
     """
     plain = DynamicCache(config=config)
-    compressed = [i for i, layer in enumerate(plain.layers) if type(layer) is DynamicLayer]
+    compressed = compressed_layers(config)
     method.check_layers(len(plain.layers), compressed)
     readers = last_readers(config)
     layers = list(plain.layers)
     for i in compressed:
         layers[i] = method.layer(layers[i], i, readers.get(i), config)
     return CompressedCache(method, layers) if method.compresses else plain
+
+
+def _keeps_all(layer: Any, config: PreTrainedConfig) -> bool:
+    """Does a layer with a window keep all tokens that the model has positions for? Then its window is none.
+
+    Phi-4-mini, Phi-3.5 and Ministral 8B are published so.
+    """
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else None
+    return window is not None and positions is not None and window >= positions
+
+
+def compressed_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers that a compressed cache packs: those that keep keys and values of all tokens."""
+    layers = DynamicCache(config=config).layers
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer or _keeps_all(layer, config)]
 
 
 def last_readers(config: PreTrainedConfig) -> dict[int, int]:
@@ -214,6 +230,7 @@ def cache_report(cache: Cache) -> CacheReport:
         exact_bytes=count.exact,
         spare_bytes=count.spare,
         shared_bytes=count.shared,
+        state_bytes=count.state,
         full_precision_bytes=2 * count.values,
         bits_per_value=8 * count.total / count.values if count.values else 0.0,
         compression_ratio=2 * count.values / count.total if count.total else 1.0,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-Purpose = Literal["key", "value", "scale", "exact", "spare", "shared"]
+Purpose = Literal["key", "value", "scale", "exact", "spare", "shared", "state"]
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Count:
     exact: int = 0
     spare: int = 0
     shared: int = 0
+    state: int = 0
     values: int = 0
     packed_values: int = 0
     packed_tokens: int = 0
@@ -34,7 +35,7 @@ class Count:
     @property
     def total(self) -> int:
         """All bytes."""
-        return self.key + self.value + self.scale + self.exact + self.spare + self.shared
+        return self.key + self.value + self.scale + self.exact + self.spare + self.shared + self.state
 
     def add(self, purpose: Purpose, tensors: Iterable[Tensor]) -> None:
         """Count tensors under one purpose, and what their storages hold beyond them as spare."""
@@ -85,6 +86,9 @@ def count_layer(layer: Any, count: Count) -> None:
         states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
         count.add("exact", states)
         count.add_storages("spare", (t for t in vars(layer).values() if isinstance(t, Tensor)))
+        # Recurrent layers keep states of a fixed size, by kind, instead of keys and values (or beside them).
+        kinds = [kept for kept in vars(layer).values() if isinstance(kept, dict)]
+        count.add_storages("state", (t for kept in kinds for t in kept.values() if isinstance(t, Tensor)))
         count.values += sum(t.numel() for t in states)
         return
     layer.count_bytes(count)

@@ -105,8 +105,8 @@ def _why_unread(config: PreTrainedConfig | None, name: str) -> str:
             f"to it{now}: call model.set_attn_implementation('turboquant')"
         )
     return (
-        "a compressed cache needs the attention function 'turboquant': call turboquant.hf_attention.register() "
-        "and model.set_attn_implementation('turboquant'), or load the model with turboquant.load_model()"
+        "a compressed cache needs the attention function 'turboquant': call turboquant.attach(model), or load the "
+        "model with turboquant.load_model()"
     )
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from turboquant.cache.build import compressed_layers
 from turboquant.models.registry import ModelError, ModelSpec
+from turboquant.models.sizes import layer_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,44 +47,77 @@ def check_config_file(path: Path, spec: ModelSpec) -> None:
                 raise ModelError(unsupported(spec, f"its {name} must be at most {MOST_LAYERS}, got {str(value)[:40]}"))
 
 
+def auto_class(config: "PreTrainedConfig", spec: ModelSpec) -> Any:
+    """Return the class of transformers that makes models of a configuration: of text, or of images and text.
+
+    Raises:
+        ModelError: If neither knows it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping:
+            return kind
+    raise ModelError(unsupported(spec, "it does not generate text token by token"))
+
+
 def skeleton_of(config: "PreTrainedConfig", spec: ModelSpec) -> "PreTrainedModel":
     """Return the model without memory behind its weights, to count parameters and look at its kind.
 
     Raises:
         ModelError: If the configuration is not one of a causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind = auto_class(config, spec)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(unsupported(spec, "it does not generate text token by token")) from error
-    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            return kind.from_config(config, trust_remote_code=False)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(unsupported(spec, "no model can be made from its configuration")) from error
 
 
 def check_architecture(model: "PreTrainedModel", spec: ModelSpec) -> None:
-    """Refuse what the compressed cache cannot serve: no plain attention, or heads of one value."""
+    """Refuse what the compressed cache cannot serve, before the weights are read.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    if (reason := why_not(model)) is not None:
+        raise ModelError(unsupported(spec, reason))
+
+
+def why_not(model: "PreTrainedModel") -> str | None:
+    """Say why a model, with or without weights, has no attention that a compressed cache can serve; None where it may.
+
+    What only a call can tell, the dry run finds out (`turboquant.models.dry_run`).
+    """
     config = model.config.get_text_config(decoder=True)
-    layer_types: list[str] = getattr(config, "layer_types", None) or ["full_attention"]
-    heads = getattr(config, "num_attention_heads", 0) or 1
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 2 * heads) // heads
-    # Only encoders that can be turned into decoders (BERT's family) have `is_decoder`.
-    encoder = model.config.is_encoder_decoder or getattr(config, "is_decoder", True) is False
+    heads = layer_heads(config)
+    head_dim = min((one.head_dim for one in heads), default=2)
+    indexer = any(name.rpartition(".")[2] == "indexer" for name, _ in model.named_modules())
     reasons = {
-        "it reads text with an encoder": encoder,
-        "its attention does not run through the library's AttentionInterface": not model._supports_attention_backend,
+        "it reads text with an encoder": _reads_both_ways(model),
+        "its attention does not run through the library's AttentionInterface": not _replaceable(model),
         "it stores a joint latent in place of keys and values (MLA)": bool(getattr(config, "kv_lora_rank", None)),
         "it caps its attention scores": getattr(config, "attn_logit_softcapping", None) is not None,
         "its attention has learned sinks": any(hasattr(module, "sinks") for module in model.modules()),
-        "none of its layers keeps keys and values of all tokens": "full_attention" not in layer_types,
-        "it has no layers": (getattr(config, "num_hidden_layers", None) or 0) < 1,
+        "an indexer chooses which tokens its attention sees": indexer,
+        "it has no layers": not heads,
+        "none of its layers keeps keys and values of all tokens": not compressed_layers(model.config),
         f"its head_dim is {head_dim} and must be at least 2": head_dim < 2,
     }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ModelError(unsupported(spec, reason))
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _reads_both_ways(model: "PreTrainedModel") -> bool:
+    """Do all of the text part's attention modules see later tokens, as BERT's do?"""
+    text = model.get_decoder() if model.config.get_text_config(decoder=True) is not model.config else model
+    said = [getattr(module, "is_causal", None) for module in (text or model).modules()]
+    return bool(model.config.is_encoder_decoder) or (False in said and True not in said)
+
+
+def _replaceable(model: "PreTrainedModel") -> bool:
+    """May the model's attention function be another one? What `set_attn_implementation` itself asks."""
+    return bool(type(model)._can_set_attn_implementation())
 
 
 def unsupported(spec: ModelSpec, why: str) -> str:

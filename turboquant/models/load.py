@@ -17,6 +17,7 @@ from turboquant.kernels.codes import compile_kernels
 from turboquant.models import embedded, hub
 from turboquant.models.checks import (
     BYTES_PER_PARAMETER,
+    auto_class,
     check_architecture,
     check_config_file,
     check_memory,
@@ -106,7 +107,7 @@ def load_model(
             spec = replace(spec, revision=folder.name)
         report(0.65, f"Loading {spec.name}")
         files = fingerprint_of(spec, folder)
-        model = _load_weights(folder, weights, target, spec)
+        model = _load_weights(auto_class(config, spec), folder, weights, target, spec)
         if (found := read_weights(model)) != weights:
             raise ModelError(
                 f"{spec.name} was asked for as {weights} but its weights are {found}: choose other weights."
@@ -117,7 +118,7 @@ def load_model(
             raise ModelError(f"{spec.name} was changed while it was loaded: load it again.")
     if not spec.parameters:
         spec = replace(spec, parameters=sum(p.numel() for p in skeleton.parameters()) / 1e9)
-    _set_attention(model, spec)
+    _try_out(model, spec)
     if target.type == "cpu":
         report(0.95, "Compiling the kernels")
         compile_kernels()
@@ -232,8 +233,8 @@ def _config(folder: Path, spec: ModelSpec) -> "PreTrainedConfig":
     return config
 
 
-def _load_weights(folder: Path, weights: str, device: torch.device, spec: ModelSpec) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _load_weights(kind: Any, folder: Path, weights: str, device: torch.device, spec: ModelSpec) -> "PreTrainedModel":
+    from transformers import BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": torch.float32 if weights == "fp32" else torch.bfloat16}
     if weights == "4bit":
@@ -247,7 +248,7 @@ def _load_weights(folder: Path, weights: str, device: torch.device, spec: ModelS
         options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.float16}
     if weights in ("4bit", "8bit") or device.type == "cuda":
         options["device_map"] = {"": str(device)}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = kind.from_pretrained(
         folder,
         trust_remote_code=False,
         use_safetensors=True,
@@ -282,14 +283,15 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _set_attention(model: "PreTrainedModel", spec: ModelSpec) -> None:
-    from turboquant import hf_attention
+def _try_out(model: "PreTrainedModel", spec: ModelSpec) -> None:
+    """Set the attention function, and ask the model whether it still says the same."""
+    from turboquant.models.dry_run import DryRunError, dry_run
 
-    hf_attention.register()
-    model.set_attn_implementation("turboquant")
-    if model.config.get_text_config(decoder=True)._attn_implementation != "turboquant":
-        raise ModelError(unsupported(spec, "its attention function cannot be replaced"))
     model.eval().requires_grad_(False)
+    try:
+        dry_run(model)
+    except DryRunError as error:
+        raise ModelError(unsupported(spec, str(error))) from error
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ class CacheReport(Record):
     exact_bytes: int
     spare_bytes: int
     shared_bytes: int
+    state_bytes: int = 0
     full_precision_bytes: int
     bits_per_value: float
     compression_ratio: float

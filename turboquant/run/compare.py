@@ -1,7 +1,7 @@
 """One prompt, the full cache and others: generate all answers in turn, then measure what changed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Literal
@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboquant.cache.build import build_cache, cache_report
+from turboquant.cache.build import build_cache, cache_report, compressed_layers
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
+from turboquant.models.sizes import layer_heads
 from turboquant.records.comparison import (
     Comparison,
     Divergence,
@@ -68,9 +69,10 @@ OnEvent = Callable[[Event], None]
 
 
 def model_info(loaded: LoadedModel) -> ModelInfo:
-    """Describe a model as it was loaded."""
-    config = loaded.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    """Describe a model as it was loaded; of layers of several widths the first that a cache packs."""
+    config = loaded.model.config
+    heads = layer_heads(config)
+    first = heads[next(iter(compressed_layers(config)), 0)]
     return ModelInfo(
         name=loaded.spec.name,
         hub_id=loaded.spec.hub_id,
@@ -78,10 +80,8 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
         weights=loaded.weights,
         device=loaded.device,
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        layers=config.num_hidden_layers,
-        query_heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        layers=len(heads),
+        **asdict(first),
     )
 
 

@@ -5,6 +5,8 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+from turboquant.cache.build import compressed_layers
+from turboquant.models.sizes import layer_heads
 from turboquant.run.generate import PromptError
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -37,15 +39,14 @@ def cache_shape(config: Any, weights: str) -> CacheShape:
         config: As in transformers.
         weights: fp32 caches 4 bytes a value, everything else 2.
     """
-    config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layer_bytes = 2 * kv_heads * head_dim * (4 if weights == "fp32" else 2)
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    full = sum(one == "full_attention" for one in types)
-    window = getattr(config, "sliding_window", None) or 0
-    return CacheShape(full * layer_bytes, (len(types) - full) * window * layer_bytes)
+    number = 4 if weights == "fp32" else 2
+    layer_bytes = [2 * one.kv_heads * one.head_dim * number for one in layer_heads(config)]
+    full = set(compressed_layers(config))
+    window = getattr(config.get_text_config(decoder=True), "sliding_window", None) or 0
+    return CacheShape(
+        sum(size for i, size in enumerate(layer_bytes) if i in full),
+        sum(size * window for i, size in enumerate(layer_bytes) if i not in full),
+    )
 
 
 def tokens_that_fit(shape: CacheShape, free: int) -> int:

@@ -49,6 +49,7 @@ class KVBytes(Record):
     spare_bytes: int
     shared_bytes: int
     full_precision_bytes: int
+    state_bytes: int = 0
 
     @property
     def bytes(self) -> int:

@@ -44,6 +44,9 @@ def layer_kinds(config: ModelConfig, raw: dict[str, Any]) -> tuple[Kind, ...]:
             raise ModelConfigError(f"num_kv_shared_layers must be less than num_hidden_layers ({count}), got {shared}.")
         reusing: Kind = "none"
         kinds = (*kinds[:-shared], *[reusing] * shared)
+    size, positions = window(config, kinds), config.max_position_embeddings
+    if size is not None and positions is not None and size >= positions:  # a window that is none, as Phi-4-mini's
+        kinds = tuple("full" if kind == "sliding" else kind for kind in kinds)
     if not {"full", "sliding"} & set(kinds):
         raise ModelConfigError("None of its layers has attention, so there is no KV cache to count.")
     return kinds

@@ -100,7 +100,7 @@ def test_the_advice_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RuntimeError, match="it is registered, and the model must be set to it, which is 'sdpa' now"):
         model(tokens(1, 20), past_key_values=cache)
     monkeypatch.delitem(AttentionInterface._global_mapping, "turboquant")
-    with pytest.raises(RuntimeError, match=r"call turboquant.hf_attention.register\(\) and model.set_attn"):
+    with pytest.raises(RuntimeError, match=r"call turboquant.attach\(model\)"):
         model(tokens(1, 20), past_key_values=cache)
 
 

@@ -256,7 +256,7 @@ class TestLocalFolder:
         ("config", "reason"),
         [
             (BertConfig(num_hidden_layers=1), "encoder"),
-            (MambaConfig(num_hidden_layers=1), "AttentionInterface"),
+            (MambaConfig(num_hidden_layers=1), "none of its layers keeps"),
             (DeepseekV3Config(num_hidden_layers=1, n_routed_experts=8, n_group=1, topk_group=1), "MLA"),
             (LlamaConfig(hidden_size=4, num_attention_heads=4, num_hidden_layers=1), "head_dim is 1"),
             (AutoConfig.for_model("gpt_oss", num_hidden_layers=2, num_local_experts=2), "sinks"),

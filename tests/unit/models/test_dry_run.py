@@ -1,0 +1,105 @@
+"""Which models load: asked of the models themselves, family by family, each a tiny one with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.families import IMAGE_TEXT, REFUSED, WORKS, image_text_model, text_model
+from tests.support.models import tiny_tokenizer
+from turboquant import DryRunError, attach, build_cache, cache_report, compare, parse_method
+from turboquant.models.load import ModelError, load_model
+from turboquant.records.comparison import Settings
+from turboquant.run.memory import cache_shape
+from turboquant.sizing import read_config
+
+METHOD = parse_method("turboquant:bits=4,residual_length=16,group_size=32")
+PROMPT = "The keeper of the lighthouse wrote down the weather, the ships and the colour of the sea. "
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_family_that_works_says_the_same_as_by_its_own_attention(name: str) -> None:
+    kind, fields, layers = WORKS[name]
+    model: Any = text_model(kind, fields)
+    found = attach(model)
+    assert found.compressed_layers == layers
+    assert found.error < 1e-4
+    cache = build_cache(model.config, METHOD)
+    ids = torch.arange(3, 123)[None]
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape == (1, 124)
+    assert cache_report(cache).compressed_layers == layers
+    assert cache_report(cache).compressed_tokens > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_does_not_is_refused_with_the_reason_and_left_as_it_was(name: str) -> None:
+    kind, fields, reason = REFUSED[name]
+    model = text_model(kind, fields)
+    before = model.config._attn_implementation
+    with pytest.raises(DryRunError, match=reason):
+        attach(model)
+    assert model.config._attn_implementation == before
+
+
+def saved(folder: Path, name: str) -> str:
+    image_text_model(*IMAGE_TEXT[name]).save_pretrained(folder)
+    tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", IMAGE_TEXT)
+def test_an_image_text_model_is_loaded_and_compared_as_text(name: str, tmp_path: Path) -> None:
+    loaded = load_model(saved(tmp_path, name), weights="fp32", device="cpu")
+    found = compare(loaded, PROMPT * 2, METHOD, Settings(max_new_tokens=4))
+    assert found.compressed.report.compressed_tokens > 0
+    assert found.tokens is not None
+    assert found.tokens.mean_kl < 0.2
+    assert found.heads is not None
+
+
+def test_the_sizes_of_layers_of_two_widths_are_added_up() -> None:
+    model = text_model(*WORKS["Gemma 4"][:2])
+    shape = cache_shape(model.config, "bf16")  # three layers of 64 with a window of 32, one of 128
+    assert shape.token_bytes == 2 * 2 * 128 * 2
+    assert shape.window_bytes == 3 * 32 * 2 * 2 * 64 * 2
+
+
+def test_a_window_no_shorter_than_the_positions_is_none() -> None:
+    config = {"model_type": "phi3", "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128}
+    config |= {"sliding_window": 262_144, "max_position_embeddings": 131_072}
+    assert read_config(config).layers == ("full",) * 4
+    assert read_config({**config, "sliding_window": 2047}).layers == ("sliding",) * 4
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Granite 4 hybrid"])
+def test_recurrent_states_are_counted(name: str) -> None:
+    model = text_model(*WORKS[name][:2])
+    attach(model)
+    sizes = []
+    for count in (40, 120):
+        cache = build_cache(model.config, METHOD)
+        model(torch.arange(3, 3 + count)[None] % 256, past_key_values=cache)
+        report = cache_report(cache)
+        states = [
+            tensor
+            for layer in cache.layers
+            for kept in vars(layer).values()
+            if isinstance(kept, dict)
+            for tensor in kept.values()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        assert report.state_bytes == sum(tensor.untyped_storage().nbytes() for tensor in states) > 0
+        parts = (report.key_bytes, report.value_bytes, report.scale_bytes, report.exact_bytes, report.spare_bytes)
+        assert report.bytes == sum(parts) + report.shared_bytes + report.state_bytes
+        sizes.append(report.state_bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_a_refusal_while_loading_is_one_sentence(tmp_path: Path) -> None:
+    text_model(*REFUSED["DiffLlama"][:2]).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot be used here: it does not run with packed keys and values") as caught:
+        load_model(str(tmp_path), weights="fp32", device="cpu")
+    assert len(str(caught.value).splitlines()) == 1
