@@ -134,7 +134,8 @@ def by_part(plan: Plan) -> Chart:
     held = [(name, plan.held(method)) for name, method in lines(plan)]
     figure = go.Figure()
     unit, word = _unit(max(one.bytes for _, one in held))
-    for part in PART_WORDS:
+    named = dict(parts(held[0][1]))
+    for part in named:
         sizes = [dict(parts(one))[part] for _, one in held]
         if any(sizes):
             names, told = [name for name, _ in held], [human_bytes(size) for size in sizes]
@@ -151,7 +152,12 @@ def by_part(plan: Plan) -> Chart:
     figure.update_yaxes(autorange="reversed")
     table = pd.DataFrame(
         [(name, *(size for _, size in parts(one)), one.bytes, one.full_precision_bytes) for name, one in held],
-        columns=["cache", *PART_WORDS.values(), "everything held", metric("full_precision_bytes").title],
+        columns=[
+            "cache",
+            *(PART_WORDS[part] for part in named),
+            "everything held",
+            metric("full_precision_bytes").title,
+        ],
     )
     name, shown = held[-1] if plan.refusal is not None else ("The chosen cache", plan.held(plan.method))
     largest, size = max(parts(shown), key=lambda part: part[1])

@@ -52,6 +52,8 @@ def cache_shape(config: Any, weights: str) -> CacheShape:
 def tokens_that_fit(shape: CacheShape, free: int) -> int:
     """Return how many tokens can be measured in `free` bytes: a full cache, a compressed one and the workspace."""
     room = free - WORKSPACE_BYTES - CACHES * shape.window_bytes
+    if not shape.token_bytes:  # windows alone: a longer context takes no more
+        return 2**40 if room > 0 else 0
     return max(0, int(room / (CACHES * shape.token_bytes)))
 
 

@@ -156,13 +156,15 @@ def test_too_much_is_refused_in_words(page: AppTest) -> None:
 
 
 def test_the_cells_are_those_of_the_command_line() -> None:
+    from turboquant.cli.options import Asked
     from turboquant.cli.seeds import _cells
+    from turboquant.records.settings import SeedsSettings
 
     own = SeedsChoices(bits=3, against="4", rotations=3, samplings=2, context=512)
     cells = measure.cells(own, Choices(weights="fp32"), AppConfig())
     methods = [parse_method(f"turboquant:bits={bits}") for bits in (3, 4)]
-    values = {"texts": own.texts, "context": 512, "prefill": 256}
-    expected, _ = _cells("smollm2-135m", methods, values, range(3), range(2), "fp32", Path("seeds.jsonl"))
+    asked = Asked(SeedsSettings, {"texts": own.texts, "context": 512, "prefill": 256}, {})
+    expected, _ = _cells("smollm2-135m", methods, asked, range(3), range(2), "fp32", Path("seeds.jsonl"))
     assert {cell.key for cell in cells} == {cell.key for cell in expected}
     assert [cell.settings["seed"] for cell in cells[:6]] == [None] * 6
 
