@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, cache_utils
 
 from turboquant.methods import Method
+from turboquant.models import dry_run
 from turboquant.models.load import LoadedModel, ModelSpec, tiny_model
-from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 # transformers 5.17, the oldest that is allowed, has no fp8 cache.
 HF_FP8 = pytest.param(
@@ -24,31 +24,12 @@ HF_FP8 = pytest.param(
 
 
 @dataclass(frozen=True)
-class PlainVectors(PackedTensor):
-    codes: Tensor
+class Lossless(dry_run.Lossless):
+    """Goes through the whole packing machinery, in blocks and behind a window, and stores float32 vectors."""
 
-
-class PlainQuantizer(Quantizer[PlainVectors]):
-    def quantize(self, x, like=None, valid=None):
-        return PlainVectors(x.float())
-
-    def dequantize(self, packed):
-        return packed.codes
-
-
-@dataclass(frozen=True)
-class Lossless(Method):
-    """Goes through the whole packing machinery and stores float32 vectors; not registered."""
-
-    title: ClassVar[str] = "lossless"
+    block_length: ClassVar[int] = Method.block_length
     residual_length: int = 8
     sink_length: int = 2
-
-    def quantizers(self, key_dim, value_dim, layer_idx, device):
-        return PlainQuantizer(), PlainQuantizer()
-
-    def __str__(self) -> str:
-        return "lossless"
 
 
 Lossless.name = "lossless"

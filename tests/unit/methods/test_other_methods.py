@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.support.models import PlainQuantizer
 from turboquant.cache.build import QuantizedLayer, build_cache, cache_report, fill_cache, layer_states
 from turboquant.methods import METHODS, Method, parse_method
+from turboquant.models.dry_run import PlainQuantizer
 from turboquant.models.load import tiny_model
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.families import IMAGE_TEXT, REFUSED, WORKS, image_text_model, text_model
 from tests.support.models import tiny_tokenizer
-from turboquant import DryRunError, attach, build_cache, cache_report, compare, parse_method
+from turboquant import DryRunError, attach, build_cache, cache_report, compare, hf_attention, parse_method
 from turboquant.models.load import ModelError, load_model
 from turboquant.records.comparison import Settings
 from turboquant.run.memory import cache_shape
@@ -93,8 +93,41 @@ def test_recurrent_states_are_counted(name: str) -> None:
         assert report.state_bytes == sum(tensor.untyped_storage().nbytes() for tensor in states) > 0
         parts = (report.key_bytes, report.value_bytes, report.scale_bytes, report.exact_bytes, report.spare_bytes)
         assert report.bytes == sum(parts) + report.shared_bytes + report.state_bytes
+        values = report.full_precision_bytes - report.state_bytes  # two bytes a number
+        assert report.bits_per_value == 16 * (report.bytes - report.state_bytes) / values
+        assert report.compression_ratio == report.full_precision_bytes / report.bytes
         sizes.append(report.state_bytes)
     assert sizes[0] == sizes[1]
+
+
+def test_a_model_that_is_attached_already_is_asked_again_by_its_own_attention() -> None:
+    model: Any = text_model(*WORKS["Qwen3"][:2])
+    first = attach(model)
+    model.train()
+    assert attach(model) == first
+    assert model.training
+    assert model.config._attn_implementation == "turboquant"
+    model.eval()
+    wrong = model.model.layers[0].self_attn
+    wrong.scaling *= 2  # the library's own attention is asked with the same model, so only the cache could differ
+    assert attach(model).error < 1e-4
+
+
+def test_an_attention_that_says_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the scale in our attention function alone."""
+    told = hf_attention.sdpa_attention_forward
+
+    def doubled(module, query, key, value, mask, dropout, scaling, **more):
+        return told(module, query, key, value, mask, dropout, 2 * scaling, **more)
+
+    monkeypatch.setattr(hf_attention, "sdpa_attention_forward", doubled)
+    for attached in (False, True):
+        model: Any = text_model(*WORKS["Qwen3"][:2])
+        if attached:
+            hf_attention.register()
+            model.set_attn_implementation("turboquant")
+        with pytest.raises(DryRunError, match="says something else than by its own attention"):
+            attach(model)
 
 
 def test_a_refusal_while_loading_is_one_sentence(tmp_path: Path) -> None:
