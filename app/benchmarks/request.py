@@ -150,7 +150,8 @@ def byte_floor(report: CacheReport | None) -> float | None:
     """
     if report is None or not report.payload_ratio or not report.full_precision_bytes:
         return None
-    return report.bytes / (report.full_precision_bytes / report.payload_ratio)
+    held, full = (size - report.state_bytes for size in (report.bytes, report.full_precision_bytes))
+    return held / (full / report.payload_ratio)
 
 
 def row(record: ExperimentRecord) -> Row:

@@ -31,9 +31,10 @@ def bytes_per_step(c: Comparison) -> Chart:
     steps = max(len(c.original.cache_bytes), len(c.compressed.cache_bytes))
     x = list(range(1, steps + 1))
     report = c.compressed.report
-    per_token = report.full_precision_bytes / report.tokens if report.tokens else 0.0
+    states = report.state_bytes  # of a fixed size
+    per_token = (report.full_precision_bytes - states) / report.tokens if report.tokens else 0.0
     start = report.tokens - len(c.compressed.cache_bytes)
-    baseline = [per_token * (start + i) for i in x]
+    baseline = [states + per_token * (start + i) for i in x]
     table = pd.DataFrame(
         {
             "token": x,

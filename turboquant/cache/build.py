@@ -215,6 +215,7 @@ def cache_report(cache: Cache) -> CacheReport:
     for layer in cache.layers:
         count_layer(layer, count)
     payload = _payload_bits(getattr(cache, "method", None), count)
+    full = 2 * count.values + count.state  # recurrent states are the same on both sides
     tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
     return CacheReport(
         cache_class=type(cache).__name__,
@@ -231,9 +232,9 @@ def cache_report(cache: Cache) -> CacheReport:
         spare_bytes=count.spare,
         shared_bytes=count.shared,
         state_bytes=count.state,
-        full_precision_bytes=2 * count.values,
-        bits_per_value=8 * count.total / count.values if count.values else 0.0,
-        compression_ratio=2 * count.values / count.total if count.total else 1.0,
+        full_precision_bytes=full,
+        bits_per_value=8 * (count.total - count.state) / count.values if count.values else 0.0,
+        compression_ratio=full / count.total if count.total else 1.0,
         payload_ratio=16 / payload if payload else None,
         misread_vectors=count.misread_vectors,
     )

@@ -31,8 +31,9 @@ class ModelInfo(Record):
 class CacheReport(Record):
     """What a cache holds, summed over the storages reachable from it (no formula except `payload_ratio`).
 
-    All sizes are bytes. `full_precision_bytes` is the 16-bit baseline: 2 bytes a cached value whatever dtype the run
-    uses. `bits_per_value` is everything held, divided by the number of cached values. `misread_vectors` are keys and
+    All sizes are bytes. `state_bytes` are those of recurrent layers, which nothing compresses. `full_precision_bytes`
+    is the 16-bit baseline: 2 bytes a cached value whatever dtype the run uses, and the states. `bits_per_value` is all
+    that is held but the states, divided by the number of cached values. `misread_vectors` are keys and
     values (of one head and token each) that are read back as something else, since an outlier shares their range.
     """
 
