@@ -57,7 +57,7 @@ def _bench(
     output: Path,
     overwrite: bool,
     table: "Tabled",
-    model: tuple[str, str] = ("", "auto"),
+    model: tuple[str | None, str] = (None, "auto"),
 ) -> None:
     """Measure what is missing, show all of it as a table, end with the JSON line."""
     started = time.perf_counter()

@@ -1,5 +1,6 @@
 """The machine and the versions that a record was made with."""
 
+import hashlib
 import os
 import platform
 import re
@@ -72,9 +73,14 @@ def openmp_spins() -> int | None:
     return int(told) if told.isdecimal() else None
 
 
+@cache
 def code() -> str:
-    """Return what tells this program from an older one: its commit, or the version of an installed package."""
-    return _commit() or _version("turboquant-lab")
+    """Return what tells this program from an older one: the SHA-256 of its sources, whatever a commit says of them."""
+    sources = Path(__file__).resolve().parents[1]
+    found = hashlib.sha256()
+    for path in sorted(sources.rglob("*.py")):
+        found.update(f"{path.relative_to(sources)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def environment(device: "torch.device | str" = "cpu") -> Environment:
