@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from turboquant.kernels.scoring import Scoring
 from turboquant.kernels.triton import attention, encode, prefill, scores
 from turboquant.methods import parse_method
 
@@ -116,11 +117,11 @@ def launch_all(spec: str, dim: int, groups: int, tile: int | None, registers: in
     query = torch.randn(1, 2 * groups, 1, dim, dtype=torch.bfloat16)
     plan = attention.plan(keys, 2, 1024, groups)
     launch = attention.Plan(tile or plan.tile, plan.warps, plan.stages, 4, registers)
-    attention.attend(query, exact, exact, keys, values, dim**-0.5, launch=launch)
+    attention.attend(query, exact, exact, keys, values, Scoring(dim**-0.5), launch=launch)
     if scores.unsupported(query, keys) is None:
         scores.scores(query, keys, dim**-0.5)
     if keys.signs is None:
-        prefill.attend(query.expand(-1, -1, 16, -1).contiguous(), exact, exact, keys, values, dim**-0.5)
+        prefill.attend(query.expand(-1, -1, 16, -1).contiguous(), exact, exact, keys, values, Scoring(dim**-0.5))
     if encode.unsupported(states[0], keys, values) is None:
         encode.encode(states[0], states[1], keys, values)
 

@@ -57,12 +57,12 @@ WORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "OLMo 3": ("olmo3", _SLIDING, 1),
     "Command R7B": ("cohere2", _SLIDING, 1),
     "EXAONE 4": ("exaone4", _SLIDING, 1),
+    "gpt-oss": ("gpt_oss", {**_WIDE, **_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 4}, 2),
+    "Gemma 2": ("gemma2", {**_WIDE, **_SLIDING}, 2),
     "GPT-2": ("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 2}, 4),
 }
 """Kind of configuration, its fields, and how many of the layers are compressed."""
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gpt-oss": ("gpt_oss", {**_WIDE, "num_local_experts": 4, "num_experts_per_tok": 4}, "learned sinks"),
-    "Gemma 2": ("gemma2", _WIDE, "caps its attention scores"),
     "DeepSeek V3": ("deepseek_v3", {"n_routed_experts": 4}, "joint latent"),
     "Phi-3-mini-4k": ("phi3", {"sliding_window": 100}, "none of its layers keeps keys and values of all tokens"),
     "Falcon": ("falcon", {}, "AttentionInterface"),

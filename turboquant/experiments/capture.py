@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from turboquant.cache.build import build_cache, fill_cache
 from turboquant.experiments.base import Watch
 from turboquant.hf_attention import observe_queries
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.run.feed import feed, step
@@ -56,7 +57,7 @@ class Captured:
         layer_indices: The layers that keep every token, which is those that can be compressed.
         windows: The other layers (sliding windows) as they were before the last chunk.
         queries: The last chunk's queries, (1, heads, last, dim), by layer.
-        scaling: The model's factor on scores, by layer.
+        scoring: What the model makes of scores, by layer.
         logits: The last chunk's, (last, vocabulary).
     """
 
@@ -66,7 +67,7 @@ class Captured:
     layer_indices: list[int]
     windows: dict[int, Any]
     queries: dict[int, Tensor]
-    scaling: dict[int, float]
+    scoring: dict[int, Scoring]
     logits: Float[Tensor, "last vocabulary"]
 
     @property
@@ -148,6 +149,6 @@ def capture(
         layer_indices=layer_indices,
         windows=windows,
         queries={i: recorder.queries[i][0] for i in layer_indices},
-        scaling={i: recorder.scaling[i] for i in layer_indices},
+        scoring={i: recorder.scoring[i] for i in layer_indices},
         logits=logits[0],
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.kernel_speed import this_device
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport, Settings
@@ -180,7 +181,7 @@ def run_metrics(
     for repeat in range(settings.repeats + 1):
         watch.check()
         started = time.perf_counter()
-        fast = compare_layer(query, full, served, scaling, packed, Span(4, 8))
+        fast = compare_layer(query, full, served, Scoring(scaling), packed, Span(4, 8))
         between = time.perf_counter()
         slow = compare_head_by_head(query, full, served, scaling, packed)
         times[1].append(1e3 * (time.perf_counter() - between))

@@ -68,7 +68,7 @@ def compare_attention(
             captured.queries[layer_idx][0].float(),
             (keys, values),
             _served(captured, cache, layer_idx),
-            captured.scaling[layer_idx],
+            captured.scoring[layer_idx],
             _packed_span(cache.layers[layer_idx]),
             needle,
         )

@@ -24,6 +24,7 @@ from turboquant.kernels.attention import PackedSegment, attend
 from turboquant.kernels.backend import attention_backend
 from turboquant.kernels.encode import encode
 from turboquant.kernels.scores import scores
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import Method
 from turboquant.records.environment import device_name
 from turboquant.records.settings import (
@@ -278,7 +279,7 @@ def run_attention(_: None, methods: Sequence[Method], settings: KernelAttentionS
             def call(
                 segment: Any = segment, keys: Tensor = keys, values: Tensor = values, sinks: int = method.sink_length
             ) -> Any:
-                return attend(query, keys, values, segment, sinks, None, heads.head_dim**-0.5)
+                return attend(query, keys, values, segment, sinks, None, Scoring(heads.head_dim**-0.5))
 
             calls.append(call)
         own = _Side(calls, device)

@@ -1,8 +1,9 @@
 """Registers the attention function "turboquant" with Hugging Face, together with its mask function.
 
 With a compressed cache the function attends over packed codes; with any other cache, and for layers that are not
-compressed, it is exactly Hugging Face's SDPA attention. Both must be registered: without the mask function left
-padding and the causal mask of the prefill would silently be lost.
+compressed, it is exactly Hugging Face's SDPA attention, or, where a model has learned sinks or caps its scores, which
+SDPA cannot, that of `kernels.attention`. Both must be registered: without the mask function left padding and the causal
+mask of the prefill would silently be lost.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,21 +19,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.cache.layer import ATTENTION_NAME, CachedStates, QuantizedLayer
-from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths
+from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths, attend_exact
+from turboquant.kernels.scoring import Scoring
 from turboquant.quant.modes import plain, without_gradients
 
 __all__ = ["ATTENTION_NAME", "QueryObserver", "observe_queries", "register", "time_attention"]
 
 DROPPED = {
-    "s_aux": "learned attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "sinks that depend on the token",
     "indices": "attention to chosen tokens alone",
     "block_indices": "attention to chosen blocks alone",
-    "softcap": "soft-capped scores",
 }
-"""Options of an attention call that SDPA does not compute: it drops them without a word, or refuses them itself."""
-NOT_PACKED = {"position_bias": "a learned position bias", "cache": "a paged cache"}
-"""Options that SDPA computes and attention over packed codes does not."""
+"""Options of an attention call that nothing here computes; SDPA drops them without a word."""
+NOT_OURS = {"position_bias": "a learned position bias", "cache": "a paged cache"}
+"""Options that SDPA computes and our own attention does not."""
+SINKS, CAP = "s_aux", "softcap"
+"""Options that SDPA does not compute and our own attention does."""
 NOTES = "turboquant_notes"
 
 
@@ -40,8 +42,8 @@ NOTES = "turboquant_notes"
 class QueryObserver(Protocol):
     """Sees the queries of every layer, after rotary embedding."""
 
-    def record(self, layer_idx: int, query: Tensor, scaling: float) -> None:
-        """Take the queries (batch, heads, queries, dim) of one forward call and the factor on their scores."""
+    def record(self, layer_idx: int, query: Tensor, scoring: Scoring) -> None:
+        """Take the queries (batch, heads, queries, dim) of one forward call and what becomes of their scores."""
 
 
 Clock = Callable[[], AbstractContextManager[None]]
@@ -87,25 +89,25 @@ def attention_forward(
             tokens than the cache holds. The call leaves no token in a compressed layer then.
     """
     states = key if isinstance(key, CachedStates) else None
-    _check_options(kwargs, dropout, states)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get(CAP), kwargs.get(SINKS))
+    _check_options(kwargs, dropout, states, scoring)
     observer = _observer.get()
     if observer is not None:
-        observer.record(int(module.layer_idx), query, scaling)  # type: ignore[arg-type]
+        observer.record(int(module.layer_idx), query, scoring)  # type: ignore[arg-type]
     if states is None:
         assert isinstance(key, Tensor)
         assert isinstance(value, Tensor)
         with _clock.get()():
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+            return _attend_plain(module, query, (key, value), attention_mask, dropout, scoring, kwargs), None
     _check_reading(states, attention_mask)
     layer, home = states.layer, query.device
     if layer.lengths is not None:
-        return _replayed_forward(layer, query, scaling), None
+        return _replayed_forward(layer, query, scoring), None
     if layer.device != home:  # a layer on another device shares its keys and values
-        query = query.to(layer.device)
+        query, scoring = query.to(layer.device), scoring.on(layer.device)
         attention_mask = None if attention_mask is None else attention_mask.to(layer.device)
     with _clock.get()():
-        output = _attend(module, query, states, attention_mask, scaling, kwargs).to(home)
+        output = _attend(module, query, states, attention_mask, scoring, kwargs).to(home)
     if layer.last_reader is None or layer.last_reader == module.layer_idx:
         layer.compress(*_visible(attention_mask))
         states.spent = True
@@ -119,39 +121,62 @@ def _attend(
     query: Tensor,
     states: CachedStates,
     mask: Tensor | None,
-    scaling: float,
+    scoring: Scoring,
     options: Mapping[str, Any],
 ) -> Tensor:
     """Attend to a layer's tokens; gradients reach the tokens of a call that found the layer empty, and no others."""
     layer = states.layer
     exact = states.own if states.added == layer.get_seq_length() else None
     if not layer.packed_length:
-        keys, values = exact or layer.exact()
-        output, _ = sdpa_attention_forward(module, query, keys, values, mask, 0.0, scaling, **options)
+        output = _attend_plain(module, query, exact or layer.exact(), mask, 0.0, scoring, options)
     else:
         if mask is None and not _is_causal(module, options):
             mask = query.new_ones(1, 1, query.shape[2], layer.get_seq_length(), dtype=torch.bool)
         with plain():
-            output = _packed_forward(layer, query, mask, scaling)
+            output = _packed_forward(layer, query, mask, scoring)
     sources = (query, *(states.own or ()))
     return output if exact is not None else without_gradients(output, *sources)
 
 
-def _check_options(options: Mapping[str, Any], dropout: float, states: CachedStates | None) -> None:
+def _attend_plain(
+    module: torch.nn.Module,
+    query: Tensor,
+    states: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    dropout: float,
+    scoring: Scoring,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Attend to plain tensors: as SDPA does, or where scores are more than products by our own attention."""
+    if scoring.plain:
+        output, _ = sdpa_attention_forward(module, query, *states, mask, dropout, scoring.scaling, **options)
+        return output
+    if mask is None and not _is_causal(module, options):
+        mask = query.new_ones(1, 1, query.shape[2], states[0].shape[2], dtype=torch.bool)
+    return attend_exact(query, *states, mask, scoring).transpose(1, 2).contiguous().to(query.dtype)
+
+
+def _check_options(options: Mapping[str, Any], dropout: float, states: CachedStates | None, scoring: Scoring) -> None:
     """Refuse what the model asks for and nothing here computes, whatever the cache.
 
     A learned parameter among the options always belongs to the scores, under whatever name.
     """
-    learned = {name: "a learned parameter" for name, value in options.items() if isinstance(value, torch.nn.Parameter)}
-    dropped = {**learned, **DROPPED, **(NOT_PACKED if states else {})}
+    learned = {
+        name: "a learned parameter"
+        for name, value in options.items()
+        if isinstance(value, torch.nn.Parameter) and name != SINKS
+    }
+    ours = states is not None or not scoring.plain
+    dropped = {**learned, **DROPPED, **(NOT_OURS if ours else {})}
     used = next((name for name in dropped if options.get(name) is not None), None)
-    if used is None and not (dropout and states):
+    if used is None and not (dropout and ours):
         return
     if states is not None:
         states.undo()
     if used is None:
-        raise ValueError("a compressed cache does not support dropout in attention: call model.eval()")
-    where = "over a compressed cache " if used in NOT_PACKED else ""
+        what = "a compressed cache" if states else "attention with learned sinks or capped scores"
+        raise ValueError(f"{what} does not support dropout in attention: call model.eval()")
+    where = "over a compressed cache " if used in NOT_OURS else ""
     raise ValueError(
         f"the attention function 'turboquant' does not compute {dropped[used]} {where}(the option {used!r} of this "
         "model's attention), so its answers would be wrong: use the model's own attention, without a compressed cache"
@@ -181,7 +206,7 @@ def _is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
-def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     keys, values = layer.exact()
     segment = PackedSegment(
         layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
@@ -195,11 +220,11 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
     if mask is not None and layer.padding is not None:
         slots = layer.slots(mask.shape[-1])[:, None, None, :]
         mask = mask.expand(slots.shape[0], -1, -1, -1).gather(-1, slots.expand(-1, *mask.shape[1:3], -1))
-    output = attend(query, keys, values, segment, layer.sink_length, mask, scaling, starts)
+    output = attend(query, keys, values, segment, layer.sink_length, mask, scoring, starts)
     return output.transpose(1, 2).contiguous().to(query.dtype)
 
 
-def _replayed_forward(layer: QuantizedLayer, query: Tensor, scaling: float) -> Tensor:
+def _replayed_forward(layer: QuantizedLayer, query: Tensor, scoring: Scoring) -> Tensor:
     """Attend by kernels that read the lengths on the device; packing is left to `graphs`."""
     keys, values = layer.packed_keys.storage, layer.packed_values.storage
     assert keys is not None
@@ -208,7 +233,7 @@ def _replayed_forward(layer: QuantizedLayer, query: Tensor, scaling: float) -> T
     assert layer.exact_values is not None
     assert layer.lengths is not None
     segment = PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
-    output = attend_at_lengths(query, layer.exact_keys, layer.exact_values, segment, scaling, layer.lengths)
+    output = attend_at_lengths(query, layer.exact_keys, layer.exact_values, segment, scoring, layer.lengths)
     return output.transpose(1, 2)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from turboquant.kernels.backend import guarded, usable
+from turboquant.kernels.scoring import Scoring
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 MAX_SCORES = 2**24
@@ -51,22 +52,40 @@ def _split(packed: PackedTensor, size: int) -> list[PackedTensor]:
     return [packed.narrow(start, min(size, count - start)) for start in range(0, count, size)]
 
 
+def _weights(scores: Tensor, bias: Tensor | None, cap: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax over all tokens of each query row, whose sink takes a share and is left out."""
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if bias is not None:
+        scores = scores.add_(bias)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)
+    if sinks is not None:
+        return weights[..., :-1]
+    if bias is not None:  # a query that sees nothing gets zeros, as from SDPA
+        weights = weights.masked_fill(bias.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+    return weights
+
+
 def _attend_rows(
     query: Float[Tensor, "batch kv_heads rows dim"],
     exact: tuple[Tensor, Tensor],
-    packed: PackedSegment,
+    packed: PackedSegment | None,
     bias: Tensor | None,
+    scoring: Scoring,
 ) -> Float[Tensor, "batch kv_heads rows value_dim"]:
     """Attend from scaled query rows; `bias` is in the order exact tokens, packed tokens."""
     keys, values = exact
+    groups = 1 if scoring.sinks is None else scoring.sinks.shape[0] // keys.shape[1]
+    sinks = scoring.row_sinks(keys.shape[1], query.shape[2] // groups)
+    scores = query @ keys.mT
+    if packed is None:
+        return _weights(scores, bias, scoring.cap, sinks) @ values
     projected = packed.key_quantizer.project(query)  # <q, x^> = <R q, y~>: keys are never rotated back
     tiles = _split(packed.keys, packed.key_quantizer.tile_tokens(projected))
-    scores = torch.cat([query @ keys.mT, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
-    if bias is None:
-        weights = scores.softmax(dim=-1)
-    else:  # a query that sees nothing gets zeros, as from SDPA
-        blind = bias.amax(dim=-1, keepdim=True) == -torch.inf
-        weights = scores.add_(bias).softmax(dim=-1).masked_fill_(blind, 0)
+    scores = torch.cat([scores, *(packed.key_quantizer.scores(projected, tile) for tile in tiles)], dim=-1)
+    weights = _weights(scores, bias, scoring.cap, sinks)
     # One softmax over both, so that exact and packed tokens are weighed against each other.
     exact_weights, packed_weights = weights.split([keys.shape[2], packed.keys.tokens], dim=-1)
     output = exact_weights @ values
@@ -84,7 +103,7 @@ def attend(
     packed: PackedSegment,
     sink_length: int,
     mask: Tensor | None,
-    scaling: float,
+    scoring: Scoring,
     starts: Tensor | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attend from the last `queries` tokens to all tokens of a layer, on a GPU by its kernels where they can serve it.
@@ -97,19 +116,41 @@ def attend(
         sink_length: How many of the exact tokens are sinks.
         mask: (batch, 1 or heads, queries, tokens) in stored order, boolean (True is visible) or additive; None for a
             plain causal mask.
-        scaling: Factor on the scores.
+        scoring: From scores to weights.
         starts: (batch,) packed tokens at the front of each row that are pads, where that and causality are all that
             the mask says; None where the mask may say more.
 
     Returns:
         The attention output, in float32 from the reference and in the dtype of the query from kernels.
     """
-    fused = _fused(query, (exact_keys, exact_values), packed, mask, scaling, starts)
-    return _reference(query, exact_keys, exact_values, packed, sink_length, mask, scaling) if fused is None else fused
+    fused = _fused(query, (exact_keys, exact_values), packed, mask, scoring, starts)
+    if fused is not None:
+        return fused
+    return _reference(query, (exact_keys, exact_values), packed, sink_length, mask, scoring)
+
+
+def attend_exact(
+    query: Float[Tensor, "batch heads queries dim"],
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    mask: Tensor | None,
+    scoring: Scoring,
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Attend to plain tensors where scores are more than products, which torch's own attention does not compute.
+
+    Arguments as in `attend`; in float32, with a bounded matrix of scores. Gradients go through. On a GPU learned sinks
+    alone are left to torch's kernels, which tell the log-sum-exp that a sink is weighed against.
+    """
+    prefill = usable(query, "prefill")
+    if prefill is not None and mask is None and not torch.is_grad_enabled():
+        fused = guarded("prefill", lambda: prefill.attend_exact(query, keys, values, scoring))
+        if fused is not None:
+            return fused
+    return _reference(query, (keys, values), None, keys.shape[2], mask, scoring)
 
 
 def attend_at_lengths(
-    query: Tensor, exact_keys: Tensor, exact_values: Tensor, packed: PackedSegment, scaling: float, lengths: Tensor
+    query: Tensor, exact_keys: Tensor, exact_values: Tensor, packed: PackedSegment, scoring: Scoring, lengths: Tensor
 ) -> Tensor:
     """Attend by kernels over tensors with spare room; (packed, exact) tokens that count are told on the device.
 
@@ -123,7 +164,7 @@ def attend_at_lengths(
     reason = "Triton or CUDA is missing" if kernels is None else kernels.unsupported(query, *views)
     if kernels is None or reason is not None:
         raise RuntimeError(f"steps can be replayed only where GPU kernels attend: {reason}")
-    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scaling, lengths=lengths)
+    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scoring, lengths=lengths)
     return output
 
 
@@ -132,7 +173,7 @@ def _fused(
     exact: tuple[Tensor, Tensor],
     packed: PackedSegment,
     mask: Tensor | None,
-    scaling: float,
+    scoring: Scoring,
     starts: Tensor | None,
 ) -> Tensor | None:
     """Attend by GPU kernels; None where they cannot serve the call."""
@@ -144,29 +185,28 @@ def _fused(
     if kernels.unsupported(query, *views) is not None:
         return None
     if kernels.few_rows(query, exact[0].shape[1]):
-        return guarded("attention", lambda: kernels.attend(query, *exact, *views, scaling, starts))
+        return guarded("attention", lambda: kernels.attend(query, *exact, *views, scoring, starts))
     prefill = usable(query, "prefill")
-    if prefill is None or views[0].signs is not None:
+    if prefill is None or prefill.unsupported(query, *views, scoring) is not None:
         return None
-    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scaling, starts))
+    return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scoring, starts))
 
 
 def _reference(
     query: Tensor,
-    exact_keys: Tensor,
-    exact_values: Tensor,
-    packed: PackedSegment,
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment | None,
     sink_length: int,
     mask: Tensor | None,
-    scaling: float,
+    scoring: Scoring,
 ) -> Tensor:
     batch, heads, rows, dim = query.shape
-    kv_heads, groups = exact_keys.shape[1], heads // exact_keys.shape[1]
-    exact_length, tokens = exact_keys.shape[2], exact_keys.shape[2] + packed.keys.tokens
-    exact = (exact_keys.float(), exact_values.float())
-    scaled = (query.float() * scaling).unflatten(1, (kv_heads, groups))
+    kv_heads, exact_length = exact[0].shape[1:3]
+    groups, tokens = heads // kv_heads, exact_length + (packed.keys.tokens if packed else 0)
+    exact = (exact[0].float(), exact[1].float())
+    scaled = (query.float() * scoring.scaling).unflatten(1, (kv_heads, groups))
     if mask is None and rows == 1:
-        output = _attend_rows(scaled.reshape(batch, kv_heads, groups, dim), exact, packed, None)
+        output = _attend_rows(scaled.reshape(batch, kv_heads, groups, dim), exact, packed, None, scoring)
         return output.reshape(batch, heads, 1, -1)
     # Places of the tokens in the order they are scored here: exact ones first. Packed ones follow the sinks.
     place = torch.arange(tokens, device=query.device)
@@ -182,6 +222,6 @@ def _reference(
         else:
             part = mask[:, :, start : start + count]
         block = scaled[:, :, :, start : start + count].reshape(batch, kv_heads, groups * count, dim)
-        output = _attend_rows(block, exact, packed, _bias(part, places, groups))
+        output = _attend_rows(block, exact, packed, _bias(part, places, groups), scoring)
         outputs.append(output.reshape(batch, heads, count, -1))
     return torch.cat(outputs, dim=2)

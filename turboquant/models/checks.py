@@ -98,8 +98,6 @@ def why_not(model: "PreTrainedModel") -> str | None:
         "it reads text with an encoder": _reads_both_ways(model),
         "its attention does not run through the library's AttentionInterface": not _replaceable(model),
         "it stores a joint latent in place of keys and values (MLA)": bool(getattr(config, "kv_lora_rank", None)),
-        "it caps its attention scores": getattr(config, "attn_logit_softcapping", None) is not None,
-        "its attention has learned sinks": any(hasattr(module, "sinks") for module in model.modules()),
         "an indexer chooses which tokens its attention sees": indexer,
         "it has no layers": not heads,
         "none of its layers keeps keys and values of all tokens": not compressed_layers(model.config),

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from turboquant.cache.build import cache_bytes
 from turboquant.hf_attention import observe_queries
+from turboquant.kernels.scoring import Scoring
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import Settings
 from turboquant.run.feed import step
@@ -127,16 +128,16 @@ class QueryRecorder:
         keep: Whether queries are kept at all.
         last: How many of a call's queries are kept, counted from its end.
         queries: (batch, heads, last, dim) by layer, one tensor a call.
-        scaling: The model's factor on scores, by layer.
+        scoring: What the model makes of scores, by layer.
     """
 
     cancelled: Callable[[], bool] = lambda: False
     keep: bool = True
     last: int = 1
     queries: dict[int, list[Tensor]] = field(default_factory=dict)
-    scaling: dict[int, float] = field(default_factory=dict)
+    scoring: dict[int, Scoring] = field(default_factory=dict)
 
-    def record(self, layer_idx: int, query: Tensor, scaling: float) -> None:
+    def record(self, layer_idx: int, query: Tensor, scoring: Scoring) -> None:
         """Take one layer's queries (batch, heads, queries, dim)."""
         if self.cancelled():
             raise CancelledError
@@ -145,7 +146,7 @@ class QueryRecorder:
             # a transfer here would wait for the GPU in every layer and slow the side that is recorded.
             last = query[:, :, -self.last :].detach().clone(memory_format=torch.contiguous_format)
             self.queries.setdefault(layer_idx, []).append(last)
-            self.scaling[layer_idx] = scaling
+            self.scoring[layer_idx] = scoring
 
 
 def _stop_ids(loaded: LoadedModel) -> frozenset[int]:

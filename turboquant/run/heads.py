@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant.cache.build import build_cache
 from turboquant.hf_attention import observe_queries
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.quant.quantizer import Quantizer
@@ -32,8 +33,8 @@ Progress = Callable[[float], None]
 class _LayerKeys:
     """The keys of one layer, packed as a cache would have packed them after a given number of tokens."""
 
-    def __init__(self, keys: Tensor, quantizer: Quantizer[Any], method: Method) -> None:
-        self.keys, self.quantizer, self.method = keys, quantizer, method
+    def __init__(self, keys: Tensor, quantizer: Quantizer[Any], method: Method, scoring: Scoring) -> None:
+        self.keys, self.quantizer, self.method, self.scoring = keys, quantizer, method, scoring
         self.packed: list[Any] = []
         self.packed_length = 0
 
@@ -46,7 +47,7 @@ class _LayerKeys:
             self.packed_length = due
 
     def scores(self, query: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
-        """Return full and compressed scores (heads, queries, tokens) and how many tokens are packed."""
+        """Return full and compressed scores (heads, queries, tokens), unscaled, and how many tokens are packed."""
         sinks = self.method.sink_length
         self.pack(tokens)
         kv_heads = self.keys.shape[1]
@@ -58,17 +59,18 @@ class _LayerKeys:
             parts = [self.quantizer.scores(projected, part) for part in self.packed]
             compressed[..., sinks : sinks + self.packed_length] = torch.cat(parts, dim=-1)
         shape = (query.shape[1], query.shape[2], tokens)
-        return full.reshape(shape), compressed.reshape(shape), self.packed_length
+        full, compressed = (self.scoring.capped(side).reshape(shape) for side in (full, compressed))
+        return full, compressed, self.packed_length
 
 
 def _layer_agreement(
-    layer: _LayerKeys, query: Tensor, prompt_tokens: int, scaling: float, collector: AttentionCollector | None
+    layer: _LayerKeys, query: Tensor, prompt_tokens: int, collector: AttentionCollector | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
     """Return agreement (heads, steps) as served and over packed positions (NaN where none), and packed counts."""
     served: list[dict[str, Tensor]] = []
     packed: list[dict[str, Tensor]] = []
     counts: list[int] = []
-    sinks = layer.method.sink_length
+    sinks, scaling = layer.method.sink_length, layer.scoring.scaling
     for start, stop in packing_runs(layer.method, prompt_tokens, query.shape[2]):
         tokens = prompt_tokens + stop - 1
         full, compressed, count = layer.scores(query[:, :, start:stop], tokens)
@@ -157,13 +159,12 @@ def head_metrics(
         pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
         assert pair is not None, "a method that packs has quantizers"
         query = torch.cat(recorder.queries[layer_idx], dim=2).float().cpu()
-        layer_keys = _LayerKeys(keys.float().cpu(), pair[0], method)
+        layer_keys = _LayerKeys(keys.float().cpu(), pair[0], method, recorder.scoring[layer_idx])
         for tokens in earlier:
             layer_keys.pack(tokens)
-        scaling = recorder.scaling[layer_idx]
-        agreement = _layer_agreement(layer_keys, query, prompt_tokens, scaling, collector)
+        agreement = _layer_agreement(layer_keys, query, prompt_tokens, collector)
         if collector is not None:
-            collector.end_layer(layer_idx, scaling, agreement[1])
+            collector.end_layer(layer_idx, layer_keys.scoring.scaling, agreement[1])
         served.append(agreement[0])
         packed.append(agreement[1])
         counts = agreement[2]

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from turboquant.kernels.scoring import Scoring
+
 TOP = 5
 RULED_OUT = -1e4
 """The log-probability of a token that one side rules out and the other does not."""
@@ -28,11 +30,17 @@ class Span:
 
 
 def attention_weights(
-    scores: Float[Tensor, "*heads queries tokens"], visible: Bool[Tensor, "queries tokens"] | None, scaling: float
+    scores: Float[Tensor, "*heads queries tokens"],
+    visible: Bool[Tensor, "queries tokens"] | None,
+    scaling: float,
+    sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "*heads queries tokens"]:
-    """Return the softmax of raw scores over the visible tokens (None: all of them); 0 elsewhere."""
+    """Return the softmax of raw scores over the visible tokens (None: all of them) and a head's sink; 0 elsewhere."""
     scaled = scores * scaling if visible is None else torch.add(_hiding(visible, scores), scores, alpha=scaling)
-    return scaled.softmax(dim=-1)
+    if sinks is None:
+        return scaled.softmax(dim=-1)
+    column = sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scaled, column], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _hiding(visible: Tensor, like: Tensor) -> Tensor:
@@ -115,7 +123,7 @@ def compare_layer(
     query: Float[Tensor, "heads queries dim"],
     full: Pair,
     served: Pair,
-    scaling: float,
+    scoring: Scoring,
     packed: Span | None,
     needle: Span,
 ) -> dict[str, dict[str, Tensor]]:
@@ -125,7 +133,7 @@ def compare_layer(
         query: After rotary embedding; query i of n stands at token `tokens - n + i` and sees everything up to itself.
         full: Keys and values, (kv_heads, tokens, dim) each, as the model computed them.
         served: The same as a compressed cache serves them.
-        scaling: The model's factor on scores.
+        scoring: What the model makes of scores.
         packed: Which places are packed; None for none.
         needle: Where the needle is.
 
@@ -145,16 +153,17 @@ def compare_layer(
         rows = query[:, start : start + size]
         own = torch.arange(tokens - queries + start, tokens - queries + start + rows.shape[1], device=query.device)
         visible = place <= own[:, None]
-        scores = _scores(rows, full[0]), _scores(rows, served[0])
-        weights = attention_weights(scores[0], visible, scaling), attention_weights(scores[1], visible, scaling)
+        scores = scoring.capped(_scores(rows, full[0])), scoring.capped(_scores(rows, served[0]))
+        shown = visible, scoring.scaling, scoring.sinks
+        weights = attention_weights(scores[0], *shown), attention_weights(scores[1], *shown)
         outputs = _outputs(weights[0], full[1]), _outputs(weights[1], served[1])
-        agreement = head_agreement(*scores, visible, scaling, weights)
+        agreement = head_agreement(*scores, visible, scoring.scaling, weights)
         error = (outputs[1] - outputs[0]).norm(dim=-1) / outputs[0].norm(dim=-1)
         agreement["output_error"] = error.nan_to_num(nan=torch.inf, posinf=torch.inf)  # means would pass NaN over
         found["served"].append(agreement)
         if packed is not None:
             part = scores[0][..., packed.places], scores[1][..., packed.places]
-            found["packed"].append(head_agreement(*part, None, scaling))
+            found["packed"].append(head_agreement(*part, None, scoring.scaling))
         last = _needle(scores, weights, needle)
     joined = {side: _joined(tiles) for side, tiles in found.items()}
     return {**joined, "needle": last}

@@ -8,6 +8,7 @@ from tests.support.models import tokens
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import observe_queries
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import parse_method
 from turboquant.models.load import tiny_model
 
@@ -20,7 +21,7 @@ class Failing:
     def __init__(self, layer: int) -> None:
         self.layer = layer
 
-    def record(self, layer_idx: int, query: torch.Tensor, scaling: float) -> None:
+    def record(self, layer_idx: int, query: torch.Tensor, scoring: Scoring) -> None:
         if layer_idx == self.layer:
             raise MemoryError
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from turboquant import cli
 from turboquant.experiments.base import Watch
 from turboquant.experiments.decode_speed import METRICS_SPEED, compare_head_by_head
+from turboquant.kernels.scoring import Scoring
 from turboquant.records.files import read_records
 from turboquant.records.settings import MetricsSpeedSettings
 from turboquant.run.metrics import Span, compare_layer
@@ -22,7 +23,7 @@ def test_the_loop_says_what_the_vectorised_metrics_say() -> None:
         torch.randn(*shape, 32, generator=generator) for shape in ((6, 5), (2, 60), (2, 60), (2, 60))
     )
     sides = (keys, values), (keys + 0.5 * noise, values)
-    fast = compare_layer(query, *sides, 0.2, Span(4, 50), Span(4, 8))
+    fast = compare_layer(query, *sides, Scoring(0.2), Span(4, 50), Span(4, 8))
     slow = compare_head_by_head(query, *sides, 0.2, Span(4, 50))
     assert set(slow) == {*fast["served"], *(f"packed_{name}" for name in fast["packed"])}
     for name, value in slow.items():

@@ -15,6 +15,7 @@ from turboquant.experiments.base import Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
 from turboquant.experiments.heads import EXPERIMENT, compare_attention
 from turboquant.hf_attention import observe_queries
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel, tiny_model
 from turboquant.records.settings import HeadsSettings
@@ -137,8 +138,8 @@ def test_layers_are_compared_as_a_loop_over_heads_would(tile: int, monkeypatch: 
     query, keys, values = draw(6, 9, 16), 2 * draw(2, 70, 16), draw(2, 70, 16)
     served = (keys + 0.4 * draw(2, 70, 16), values + 0.2 * draw(2, 70, 16))
     packed, needle = Span(4, 52), Span(20, 25)
-    actual = compare_layer(query, (keys, values), served, 0.25, packed, needle)
-    expected = brute_force(query, (keys, values), served, 0.25, packed, needle)
+    actual = compare_layer(query, (keys, values), served, Scoring(0.25), packed, needle)
+    expected = brute_force(query, (keys, values), served, Scoring(0.25), packed, needle)
     for side, figures in expected.items():
         assert set(actual[side]) == set(figures)
         for name, value in figures.items():
@@ -148,7 +149,7 @@ def test_layers_are_compared_as_a_loop_over_heads_would(tile: int, monkeypatch: 
 
 def test_nothing_packed_gives_no_packed_figures() -> None:
     query, keys = torch.randn(2, 3, 8), torch.randn(1, 10, 8)
-    found = compare_layer(query, (keys, keys), (keys, keys), 1.0, None, Span(2, 4))
+    found = compare_layer(query, (keys, keys), (keys, keys), Scoring(1.0), None, Span(2, 4))
     assert found["packed"] == {}
     assert bool((found["served"]["top1"] == 1).all())
 
@@ -168,14 +169,14 @@ def test_the_compared_states_are_what_attention_reads(spec: str) -> None:
         place = torch.arange(keys.shape[1])
         visible = place <= place[captured.before :, None]
         groups = query.shape[1] // keys.shape[0]
-        weights = query[0] @ keys.repeat_interleave(groups, 0).mT * captured.scaling[layer_idx]
+        weights = query[0] @ keys.repeat_interleave(groups, 0).mT * captured.scoring[layer_idx].scaling
         expected = weights.masked_fill(~visible, -torch.inf).softmax(-1) @ values.repeat_interleave(groups, 0)
         layer = cache.layers[layer_idx]
         assert isinstance(layer, QuantizedLayer)
         own = [states[:, :, captured.before :] for states in captured.states(layer_idx)]
         module = loaded.model.model.layers[layer_idx].self_attn
         states = layer.update(*own)
-        output, _ = attention_forward(module, query, *states, None, scaling=captured.scaling[layer_idx])
+        output, _ = attention_forward(module, query, *states, None, scaling=captured.scoring[layer_idx].scaling)
         torch.testing.assert_close(output[0].transpose(0, 1), expected, atol=2e-5, rtol=1e-4)
 
 

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from tests.support.models import tokens
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report
-from turboquant.hf_attention import DROPPED, attention_forward
+from turboquant.hf_attention import CAP, DROPPED, SINKS, attention_forward
 from turboquant.methods import parse_method
+from turboquant.models.dry_run import Lossless
 from turboquant.models.load import tiny_model
 
 # Options of attention calls in transformers that change nothing here: SDPA computes them, or they say again what the
 # mask says, or only other attention functions need them.
-COMPUTED = {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "position_bias"}
+COMPUTED = {"query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "position_bias", SINKS, CAP}
 TOLD_BY_THE_MASK = {"sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"}
 FOR_OTHERS = {"output_attentions", "deterministic"}
 
@@ -31,10 +32,8 @@ SHAPE = {
     "head_dim": 64,
     "pad_token_id": 0,
 }
-# Models whose attention needs what is not computed here: learned sinks, soft caps, chosen tokens.
+# Models whose attention needs what is not computed here: chosen tokens.
 REFUSED = {
-    "GptOss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "learned attention sinks"),
-    "Gemma2": ({"attn_logit_softcapping": 50.0}, "soft-capped scores"),
     "DeepseekV32": (
         {
             "q_lora_rank": 32,
@@ -98,6 +97,90 @@ def test_models_whose_attention_is_more_are_refused_in_one_sentence(kind: str, c
     with pytest.raises(ValueError, match=f"does not compute {words}.*would be wrong") as caught:
         model(tokens(1, 40), past_key_values=caches[cache])
     assert "\n" not in str(caught.value)
+
+
+# Scores that are more than products; caps are low, so that they bend what these small models score.
+WINDOW = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MORE = {
+    "GptOss": {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "Gemma2": {**WINDOW, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64},
+    "VaultGemma": {**WINDOW, "attn_logit_softcapping": 2.0},
+    "GraniteSWA": WINDOW,
+}
+
+
+def more_model(kind: str):
+    model = random_model(kind, **MORE[kind])
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "sinks", None) is not None:
+                module.sinks.normal_(1.0, 2.0)
+    return model
+
+
+def logits_of(model, ids, mask, method, pieces=(100, 7, 1, 30)):
+    cache = None if method is None else build_cache(model.config, method)
+    if cache is None:
+        return model(ids, attention_mask=mask).logits
+    parts, start = [], 0
+    for piece in pieces:
+        stop = start + piece
+        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+        start = stop
+    if method.compresses:
+        assert cache_report(cache).compressed_layers == 2
+        assert cache_report(cache).compressed_tokens > 100
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("padded", [0, 9], ids=["", "padded"])
+@pytest.mark.parametrize("kind", MORE)
+def test_sinks_and_caps_are_computed_as_the_model_itself_does(kind: str, padded: int) -> None:
+    """In full and in sliding layers, without a cache, with Hugging Face's and with packed keys and values."""
+    model = more_model(kind)
+    ids = tokens(2, 138)
+    mask = torch.ones_like(ids)
+    mask[1, :padded] = 0
+    model.set_attn_implementation("eager")
+    expected = logits_of(model, ids, mask, parse_method("full"))[mask.bool()]
+    bent = [module.sinks for module in model.modules() if getattr(module, "sinks", None) is not None]
+    model.set_attn_implementation("turboquant")
+    for method in (None, parse_method("full"), Lossless()):
+        actual = logits_of(model, ids, mask, method)[mask.bool()]
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    # These figures would see it if they were left out.
+    for sinks in bent:
+        sinks.data.fill_(-1e4)
+    for module in model.modules():
+        if getattr(module, "attn_logit_softcapping", None):
+            module.attn_logit_softcapping = None
+    without = logits_of(model, ids, mask, Lossless())[mask.bool()]
+    assert (without - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Gemma2"])
+def test_sinks_and_caps_take_additive_masks_and_give_gradients(kind: str) -> None:
+    model = more_model(kind).requires_grad_(True)
+    ids = tokens(1, 24)
+    hidden = torch.full((24, 24), torch.finfo(torch.float32).min).triu(1)[None, None]
+    masks: dict = {"full_attention": hidden, "sliding_attention": hidden}
+    expected: list[torch.Tensor] = []
+    actual: list[torch.Tensor] = []
+    for found, name in ((expected, "eager"), (actual, "turboquant")):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        with torch.enable_grad():
+            model(ids, attention_mask=masks).logits.square().mean().backward()
+        found += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    assert len(expected) == len(actual) > 10
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def test_dropout_beside_sinks_is_refused() -> None:
+    model = random_model("GptOss", **MORE["GptOss"], attention_dropout=0.5).train()
+    with pytest.raises(ValueError, match="learned sinks or capped scores does not support dropout"):
+        model(tokens(1, 10))
 
 
 @pytest.mark.parametrize("option", [*DROPPED, "sink_of_a_new_model"])

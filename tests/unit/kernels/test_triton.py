@@ -15,6 +15,7 @@ from turboquant.kernels import backend
 from turboquant.kernels.attention import PackedSegment, _reference
 from turboquant.kernels.encode import encode
 from turboquant.kernels.scores import _reference as reference_scores
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import parse_method
 
 pytest.importorskip("triton")
@@ -30,19 +31,21 @@ DTYPES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.fl
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*", "ignore::DeprecationWarning")
 
 
-def quantizers(spec: str, dim: int) -> Any:
-    return parse_method(spec).quantizers(dim, dim, 0, DEVICE)
+def quantizers(spec: str, dim: int, value_dim: int | None = None) -> Any:
+    return parse_method(spec).quantizers(dim, value_dim or dim, 0, DEVICE)
 
 
 def segment(
-    spec: str, tokens: int, dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 2, outlier: float = 1.0
-) -> PackedSegment:
+    spec: str, tokens: int, dims: int | tuple[int, int], dtype: torch.dtype, batch: int = 2, heads: int = 2,
+    outlier: float = 1.0,
+) -> PackedSegment:  # fmt: skip
     """Packed keys and values; with an `outlier`, their sixth vectors are so many times as long."""
-    keys, values = quantizers(spec, dim)
+    dim, value_dim = (dims, dims) if isinstance(dims, int) else dims
+    keys, values = quantizers(spec, dim, value_dim)
     generator = torch.Generator().manual_seed(tokens + dim)
     offset = torch.randn(dim, generator=generator)
     states = (3 * torch.randn(batch, heads, tokens, dim, generator=generator) + offset).to(DEVICE, dtype)
-    others = torch.randn(batch, heads, tokens, dim, generator=generator).to(DEVICE, dtype)
+    others = torch.randn(batch, heads, tokens, value_dim, generator=generator).to(DEVICE, dtype)
     for x in (states, others):
         x[:, :, 5] *= outlier
     return PackedSegment(keys.quantize(states, None, None), values.quantize(others, None, None), keys, values)
@@ -52,10 +55,10 @@ def views(packed: PackedSegment) -> Any:
     return packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
 
 
-def exact_states(query: Tensor, kv_heads: int, tokens: int) -> tuple[Tensor, Tensor]:
+def exact_states(query: Tensor, kv_heads: int, tokens: int, value_dim: int | None = None) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    shape = (query.shape[0], kv_heads, tokens, query.shape[3])
-    keys, values = (torch.randn(shape, generator=generator).to(query) for _ in range(2))
+    dims = (query.shape[3], value_dim or query.shape[3])
+    keys, values = (torch.randn(query.shape[0], kv_heads, tokens, dim, generator=generator).to(query) for dim in dims)
     return 3 * keys, values
 
 
@@ -122,14 +125,54 @@ def test_decode_is_as_good_as_torch_at_the_same_precision(
     assert attention.unsupported(query, keys, values) is None
     assert attention.few_rows(query, 2)
     scaling = dim**-0.5
-    expected = _reference(query, *exact, packed, 4, None, scaling)
+    expected = _reference(query, exact, packed, 4, None, Scoring(scaling))
     allowed = max(2 * error(same_precision(query, exact, packed, scaling), expected), 2e-3)
     for plan in PLANS if spec == "turboquant:bits=4" or DEVICE.type == "cuda" else PLANS[:1]:
-        found = attention.attend(query, exact[0], exact[1], keys, values, scaling, launch=plan)
+        found = attention.attend(query, exact[0], exact[1], keys, values, Scoring(scaling), launch=plan)
         assert found.dtype == dtype
         assert found.shape == query.shape
         assert found.transpose(1, 2).is_contiguous()  # what Hugging Face's attention functions return
         assert error(found, expected) <= allowed, plan
+
+
+# method, dims of keys and of values, soft cap, learned sinks, query heads a KV head, query tokens
+MORE = [
+    ("turboquant:bits=4", (64, 64), None, True, 8, 1),
+    ("turboquant:bits=2", (64, 64), 4.0, True, 2, 3),
+    ("turboquant:bits=3", (256, 256), 4.0, False, 2, 1),
+    ("turboquant:bits=4", (192, 128), None, True, 2, 1),
+    ("turboquant:bits=3", (192, 128), None, False, 4, 2),
+    ("turboquant:key_bits=4,value_bits=2", (192, 128), 4.0, True, 2, 1),
+    ("turboquant:bits=2", (128, 192), None, False, 1, 1),
+    ("turboquant-paper:bits=4", (192, 128), None, True, 2, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "dims", "cap", "sinks", "groups", "rows"), MORE)
+def test_decode_with_sinks_caps_and_values_of_other_dims(
+    spec: str, dims: tuple[int, int], cap: float | None, sinks: bool, groups: int, rows: int, dtype: torch.dtype
+) -> None:
+    packed = segment(spec, 192, dims, dtype)
+    query = queries(2 * groups, rows, dims[0], dtype)
+    exact = exact_states(query, 2, 37, dims[1])
+    keys, values = views(packed)
+    assert attention.unsupported(query, keys, values) is None
+    generator = torch.Generator().manual_seed(1)
+    learned = torch.randn(2 * groups, generator=generator).to(DEVICE, dtype) * 2 + 4 if sinks else None
+    scoring = Scoring(dims[0] ** -0.5, cap, learned)
+    expected = _reference(query, exact, packed, 4, None, scoring)
+    plain = Scoring(dims[0] ** -0.5)
+    allowed = max(
+        2
+        * error(same_precision(query, exact, packed, plain.scaling), _reference(query, exact, packed, 4, None, plain)),
+        2e-3,
+    )
+    found = attention.attend(query, exact[0], exact[1], keys, values, scoring)
+    assert found.shape == (2, 2 * groups, rows, dims[1])
+    assert error(found, expected) <= allowed
+    if cap or sinks:  # it would be seen if they were left out
+        assert error(attention.attend(query, exact[0], exact[1], keys, values, plain), expected) > 3 * allowed
 
 
 OUTLIERS = [("turboquant:bits=4", 64), ("turboquant:bits=3", 128), ("turboquant:bits=2,group_size=32", 64)]
@@ -146,8 +189,8 @@ def test_groups_that_keep_plain_scales_are_read_as_well(spec: str, dim: int, dty
     query = queries(4, 1, dim, dtype)
     exact, scaling = exact_states(query, 2, 37), dim**-0.5 / 8
     assert attention.unsupported(query, keys, values) is None
-    expected = _reference(query, *exact, packed, 4, None, scaling)
-    found = attention.attend(query, exact[0], exact[1], keys, values, scaling)
+    expected = _reference(query, exact, packed, 4, None, Scoring(scaling))
+    found = attention.attend(query, exact[0], exact[1], keys, values, Scoring(scaling))
     assert error(found, expected) <= max(2 * error(same_precision(query, exact, packed, scaling), expected), 2e-3)
     expected = reference_scores(query, packed.keys, packed.key_quantizer, 2, scaling)
     assert error(scorer.scores(query, keys, scaling), expected) < 2 * torch.finfo(dtype).eps
@@ -197,8 +240,8 @@ def test_pads_at_the_front_of_rows_are_not_seen(spec: str) -> None:
     starts = torch.tensor([0, 130], device=DEVICE)
     mask = torch.arange(212, device=DEVICE) >= torch.where(starts > 0, starts + 4, 0)[:, None]
     mask |= torch.arange(212, device=DEVICE) < 4
-    expected = _reference(query, *exact, packed, 4, mask[:, None, None], 0.125)
-    found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125, starts)
+    expected = _reference(query, exact, packed, 4, mask[:, None, None], Scoring(0.125))
+    found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], Scoring(0.125), starts)
     assert error(found, expected) < 2e-3
 
 
@@ -210,14 +253,16 @@ def test_lengths_on_the_device_bound_what_is_read() -> None:
     shorter = PackedSegment(
         packed.keys.narrow(0, 128), packed.values.narrow(0, 128), packed.key_quantizer, packed.value_quantizer
     )
-    expected = _reference(query, exact[0][:, :, :23], exact[1][:, :, :23], shorter, 4, None, 0.125)
+    expected = _reference(query, (exact[0][:, :, :23], exact[1][:, :, :23]), shorter, 4, None, Scoring(0.125))
     held: list[Any] = [packed.keys, packed.values]
     held[0].scales[:, :, 128:] = 255
     held[1].tops[:, :, 2:] = torch.nan
     exact[0][:, :, 23:] = torch.inf
     exact[1][:, :, 23:] = torch.nan
     lengths = torch.tensor([128, 23], dtype=torch.int32, device=DEVICE)
-    found = attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125, lengths=lengths)
+    found = attention.attend(
+        query, exact[0], exact[1], views(packed)[0], views(packed)[1], Scoring(0.125), lengths=lengths
+    )
     assert error(found, expected) < 2e-3
 
 
@@ -250,9 +295,12 @@ def test_small_and_large_values_keep_their_precision() -> None:
         packed = PackedSegment(keys.quantize(states[0]), values.quantize(states[1]), keys, values)
         query = queries(2, 1, 64, torch.float16, batch=1)
         exact = states[0][:, :, :1], states[1][:, :, :1]
-        expected = _reference(query, *exact, packed, 0, None, 0.125)
+        expected = _reference(query, exact, packed, 0, None, Scoring(0.125))
         assert (
-            error(attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], 0.125), expected)
+            error(
+                attention.attend(query, exact[0], exact[1], views(packed)[0], views(packed)[1], Scoring(0.125)),
+                expected,
+            )
             < 3e-3
         )
 
@@ -336,9 +384,9 @@ def test_prefill_on_a_packed_prefix(
     packed = segment(spec, tokens, dim, dtype)
     query = queries(8, rows, dim, dtype)
     states = exact_states(query, 2, exact + rows)
-    expected = _reference(query, *states, packed, min(exact, 4), None, dim**-0.5)
+    expected = _reference(query, states, packed, min(exact, 4), None, Scoring(dim**-0.5))
     allowed = 2 * error(same_precision(query, states, packed, dim**-0.5), expected)
-    found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], dim**-0.5)
+    found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], Scoring(dim**-0.5))
     assert error(found, expected) <= max(allowed, 2e-3)
     assert found.transpose(1, 2).is_contiguous()
 
@@ -356,11 +404,11 @@ def test_prefill_of_padded_rows(exact: int, monkeypatch: pytest.MonkeyPatch) -> 
     place = torch.arange(tokens + exact + rows, device=DEVICE)
     mask = (place < sinks) | (place >= sinks + starts[:, None])
     mask = mask[:, None, None] & (place <= place[-rows:, None])
-    expected = _reference(query, *states, packed, sinks, mask, 0.125)
+    expected = _reference(query, states, packed, sinks, mask, Scoring(0.125))
     # The same mask where sinks stand behind the packed tokens.
     order = torch.cat([place[sinks : sinks + tokens], place[:sinks], place[sinks + tokens :]])
     plain = same_precision(query, states, packed, 0.125, mask[..., order])
-    found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], 0.125, starts)
+    found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], Scoring(0.125), starts)
     rounding = torch.finfo(dtype).eps / 4  # a row's parts are rounded once more before they are joined
     for row, wanted, torchs in zip(found, expected, plain, strict=True):
         assert error(row, wanted) <= 2 * error(torchs, wanted) + rounding
@@ -377,7 +425,11 @@ def test_what_kernels_cannot_read_is_named() -> None:
     assert "5 bits" in str(
         attention.unsupported(query.half(), views(segment("turboquant:bits=5", 64, 64, torch.float16))[0], values)
     )
-    assert "head_dim" in str(attention.unsupported(queries(4, 1, 32, torch.float16), keys, values))
+    assert "64 dimensions and queries in 32" in str(
+        attention.unsupported(queries(4, 1, 32, torch.float16), keys, values)
+    )
+    short = views(segment("turboquant:bits=4", 64, 32, torch.float16))
+    assert "head_dim" in str(attention.unsupported(queries(4, 1, 32, torch.float16), *short))
     assert "no kernel" in str(attention.unsupported(query.half(), None, values))
     kivi = quantizers("kivi:bits=4,group_size=32", 64)
     assert kivi[0].view(kivi[0].quantize(torch.randn(1, 1, 32, 64, device=DEVICE))) is None

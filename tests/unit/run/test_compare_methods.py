@@ -114,7 +114,7 @@ def replayed(generation: Generation, method: Any, layer_idx: int) -> list[tuple[
         layer.compress()
         pair = [
             torch.einsum("hd,htd->ht", query[0, :, 0].double(), side[0].double().repeat_interleave(2, dim=0))
-            * generation.recorder.scaling[layer_idx]
+            * generation.recorder.scoring[layer_idx].scaling
             for side in (keys[:, :, :stop], layer.dense()[0])
         ]
         steps.append((pair[0], pair[1], layer.packed_length))

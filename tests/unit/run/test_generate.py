@@ -9,6 +9,7 @@ from tokenizers import normalizers
 
 from tests.support.models import AttentionCalls, tiny_loaded, tiny_tokenizer
 from turboquant.cache.build import build_cache
+from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, parse_method
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import Settings
@@ -261,7 +262,7 @@ def test_the_recorder_keeps_the_last_query_and_not_the_prompts() -> None:
     """A view of the last row would hold the queries of the whole prompt in memory, in every layer."""
     recorder = QueryRecorder()
     query = torch.randn(1, 4, 300, 64)
-    recorder.record(0, query, 0.125)
+    recorder.record(0, query, Scoring(0.125))
     (kept,) = recorder.queries[0]
     assert torch.equal(kept, query[:, :, -1:])
     assert kept.untyped_storage().nbytes() == 4 * 64 * 4

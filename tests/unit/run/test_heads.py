@@ -84,7 +84,7 @@ def replayed(generation: Generation, method: Method) -> tuple[dict[str, Tensor],
                 full, compressed = (side[:, None, part] for side in pair)
                 if full.shape[-1]:
                     visible = torch.ones(1, full.shape[-1], dtype=torch.bool)
-                    result = head_agreement(full, compressed, visible, generation.recorder.scaling[layer_idx])
+                    result = head_agreement(full, compressed, visible, generation.recorder.scoring[layer_idx].scaling)
                     for name in METRICS:
                         target[name][row, :, step] = result[name][:, 0]
     return served, packed, counts
@@ -187,7 +187,7 @@ def test_queries_are_the_models_own(architecture: str) -> None:
         assert len(queries) == 6
         for step, query in enumerate(queries):
             assert query.shape == (1, eager.config.num_attention_heads, 1, cached.shape[-1])
-            raw = scores(query, cached[:, :, : 40 + step]) * generation.recorder.scaling[layer_idx]
+            raw = scores(query, cached[:, :, : 40 + step]) * generation.recorder.scoring[layer_idx].scaling
             expected = attentions[layer_idx][0, :, 39 + step, : 40 + step]
             assert torch.allclose(raw.softmax(-1), expected, atol=1e-5)
             compared += 1
@@ -268,7 +268,7 @@ def test_progress_ends_at_one_and_a_cancel_ends_the_measurement(llama_run: Gener
     assert fractions == pytest.approx([1 / 3, 2 / 3, 1.0])
     for layers in (0, 1):
         answers = iter([False] * layers + [True])
-        stopping = QueryRecorder(partial(next, answers), queries=recorder.queries, scaling=recorder.scaling)
+        stopping = QueryRecorder(partial(next, answers), queries=recorder.queries, scoring=recorder.scoring)
         fractions.clear()
         with pytest.raises(CancelledError):
             head_metrics(llama_run.cache, stopping, method, PROMPT, fractions.append)

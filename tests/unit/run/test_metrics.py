@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from turboquant.kernels.scoring import Scoring
 from turboquant.run.metrics import Span, compare_layer, head_agreement, token_agreement
 
 SCALING = 0.125
@@ -148,7 +149,7 @@ def test_an_output_that_is_no_number_has_no_small_error() -> None:
     query, keys, values = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
     pair, span = (keys[0], values[0]), Span(0, 2)
     broken = (keys[0], values[0].clone().index_fill_(1, torch.tensor([0]), torch.nan))
-    found = compare_layer(query[0], pair, broken, SCALING, span, span)
+    found = compare_layer(query[0], pair, broken, Scoring(SCALING), span, span)
     assert bool((found["served"]["output_error"] == torch.inf).all())
 
 

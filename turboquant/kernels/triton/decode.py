@@ -7,8 +7,10 @@
    while `prepare` still runs, and take as many packed tokens less.
 3. `merge`: join the parts by their maxima and sums, and rotate the sum of values back once.
 
-Scores are kept in base 2. A packed key is `center + mean_of_group + scale * level`; the first two enter as a bias that
-is the same for a whole group. Weights are multiplied by the value's scale before the second dot.
+Scores are kept in base 2. Soft caps bend them before anything is masked; a query head's learned sink is one more
+score in `merge`, without a value. Values may have other dims (VD) than keys. A packed key is
+`center + mean_of_group + scale * level`; the first two enter as a bias that is the same for a whole group. Weights are
+multiplied by the value's scale before the second dot.
 
 | launch | grid | reads | writes |
 |---|---|---|---|
@@ -132,24 +134,37 @@ def _mean_scores(MEANS, QP, q, rest, slice: tl.constexpr, group, there, j, D: tl
 
 
 @triton.jit
+def _capped(s, cap):
+    """Cap * tanh(s / cap), by an exponential that does not overflow; all in base 2."""
+    x = tl.abs(s) / cap
+    fall = tl.exp2(x * (-2 * 1.4426950408889634))
+    bent = cap * (1 - fall) / (1 + fall)
+    return tl.where(s < 0, -bent, bent)
+
+
+@triton.jit
 def _attend_exact(
-    Q, EK, EV, O, M, L, at, begin, end, exact_length, scaling, places, rows,
-    TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
+    Q, EK, EV, O, M, L, at, begin, end, exact_length, scaling, cap, places, rows,
+    TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr, VDP: tl.constexpr, BM: tl.constexpr,
+    BE: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Attend to exact tokens begin..end, tokens as the left operand, and write the part."""
-    dims, token = tl.arange(0, DP), tl.arange(0, BE)
-    within = dims < D
+    dims, value_dims, token = tl.arange(0, DP), tl.arange(0, VDP), tl.arange(0, BE)
+    within, value_within = dims < D, value_dims < VD
     x = tl.load(Q + places[None, :] + dims[:, None], mask=within[:, None] & (rows < ROWS)[None, :], other=0.0)
     last_seen = exact_length - TQ + rows % TQ  # causality: the last TQ exact tokens are the queries' own
     m = tl.full([BM], FLOOR, tl.float32)
     l = tl.zeros([BE, BM], tl.float32)
-    o = tl.zeros([DP, BM], tl.float32)
+    o = tl.zeros([VDP, BM], tl.float32)
     for first in tl.range(begin, end, BE, num_stages=1):
         n = first + token
         inside = n < end
         keys = tl.load(EK + n[:, None] * D + dims[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-        values = tl.load(EV + n[None, :] * D + dims[:, None], mask=inside[None, :] & within[:, None], other=0.0)
+        value_at = EV + n[None, :] * VD + value_dims[:, None]
+        values = tl.load(value_at, mask=inside[None, :] & value_within[:, None], other=0.0)
         s = tl.dot(keys, x) * scaling
+        if CAPPED:
+            s = _capped(s, cap)
         s = tl.where((n[:, None] <= last_seen[None, :]) & inside[:, None], s, float("-inf"))
         top = tl.maximum(m, tl.max(s, 0))
         p = tl.exp2(s - top[None, :])
@@ -159,7 +174,7 @@ def _attend_exact(
         m = top
     tl.store(M + at, m)
     tl.store(L + at, tl.sum(l, 0))
-    tl.store(O + at[None, :].to(tl.int64) * D + dims[:, None], o, mask=within[:, None])
+    tl.store(O + at[None, :].to(tl.int64) * VD + value_dims[:, None], o, mask=value_within[:, None])
 
 
 # Lengths change from step to step; a kernel specialized on them would be compiled again and again.
@@ -188,21 +203,25 @@ def split(
     KEY_LUT, KEY_TABLE, VALUE_LUT, VALUE_TABLE, SIGN_LUT, SIGN_TABLE, LATE, VALUE_LATE,
     # Counts: exact tokens, packed tokens, groups with a mean, parts of packed tokens; elements from QP to its rest.
     exact_length, packed_length, biases, splits, rest,
-    # Factors: on scores of exact tokens (base 2); of stored key scales, error norms and value scales.
-    scaling, key_factor, gain_factor, value_factor,
+    # Factors: on scores of exact tokens, and where all are capped (base 2); of stored key scales, error norms and value
+    # scales.
+    scaling, cap, key_factor, gain_factor, value_factor,
     # Strides over the batch and KV heads (q_h: query heads, q_t: query tokens), in the order of the pointers.
     q_b, q_h, q_t, ek_b, ek_h, ev_b, ev_h,
     k_b, k_h, k1_b, k1_h, ks_b, ks_h, kt_b, kt_h, mean_b, mean_h, mt_b, mt_h, sign_b, sign_h, gain_b, gain_h,
     v_b, v_h, v1_b, v1_h, vs_b, vs_h, vt_b, vt_h,
-    # Shape: KV heads of a row, query heads a KV head, query tokens, head_dim, head_dim up to a power of two, bits.
-    KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    # Shape: KV heads of a row, query heads a KV head, query tokens; dims of keys and of values, each as they are and up
+    # to a power of two; bits.
+    KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, VD: tl.constexpr,
+    VDP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     # Tiles: padded query rows, packed tokens, exact tokens.
     BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     # Tokens a group (0: none), tokens that share a scale's top (0: none), whether groups of keys have means.
     GROUP: tl.constexpr, KEY_TOPS: tl.constexpr, VALUE_TOPS: tl.constexpr, GROUP_MEANS: tl.constexpr,
     # Switches; ASM: assembly (False under the interpreter), WORDS: values are read two bytes at a time.
-    SKETCHED: tl.constexpr, ON_DEVICE: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr,
+    SKETCHED: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr, PADDED: tl.constexpr, ASM: tl.constexpr,
+    WORDS: tl.constexpr,
     # Stages of the load pipeline; columns of a slice of keys, values (bytes or words) and signs, up to powers of two.
     STAGES: tl.constexpr, KW: tl.constexpr, VW: tl.constexpr, SW: tl.constexpr,
     # Blocks of BASE to add up, groups whose means are scored at once, parts that attend to exact tokens, overlap.
@@ -230,15 +249,15 @@ def split(
         _attend_exact(
             Q, EK + batch * ek_b + kv_head * ek_h, EV + batch * ev_b + kv_head * ev_h, O, M, L,
             (head * (splits + PARTS) + splits + part) * BM + rows, part * span,
-            tl.minimum(part * span + span, exact_length), exact_length, scaling, places, rows,
-            TQ, D, DP, BM, BE, G * TQ,
+            tl.minimum(part * span + span, exact_length), exact_length, scaling, cap, places, rows,
+            TQ, D, DP, VD, VDP, BM, BE, G * TQ, CAPPED,
         )  # fmt: skip
 
     # Codes are packed in whole groups, so tiles that divide a group need no masks.
     WHOLE: tl.constexpr = GROUP > 0 and GROUP % BN == 0
     KROW: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 8 if KEY_BITS == 1 else D // 4
     KSLICE: tl.constexpr = D // 2 if KEY_BITS == 4 else D // 4
-    VSLICE: tl.constexpr = D // 2 if VALUE_BITS == 4 else D // 4
+    VSLICE: tl.constexpr = VD // 2 if VALUE_BITS == 4 else VD // 4
     WIDE: tl.constexpr = 2 if WORDS else 1  # bytes of a value's row that are read as one number
     VUNITS: tl.constexpr = VSLICE // WIDE
     VROW: tl.constexpr = VUNITS // 2 if VALUE_BITS == 1 else VUNITS
@@ -340,6 +359,8 @@ def split(
             e0, e1, e2, e3 = quarters(signs, signs, sign_late, SIGN_LUT, sign_table, 1, ASM)
             t = tl.dot(e1, s1, tl.dot(e0, s0)) + tl.dot(e3, s3, tl.dot(e2, s2))
             s += t * (tl.load(GAIN + n, mask=inside, other=0.0).to(tl.float32) * gain_factor)[:, None]
+        if CAPPED:
+            s = _capped(s, cap)
         if PADDED:
             inside &= n >= start
         if PADDED or not WHOLE:
@@ -383,7 +404,7 @@ def split(
     at = (head * (splits + PARTS) + part) * BM + rows
     tl.store(M + at, m)
     tl.store(L + at, tl.sum(l, 0))
-    target = O + at[None, :].to(tl.int64) * D + WIDE * vj[:, None]
+    target = O + at[None, :].to(tl.int64) * VD + WIDE * vj[:, None]
     kept = vj[:, None] < VUNITS
     unit *= value_factor
     tl.store(target, o0 * unit, mask=kept)
@@ -403,14 +424,15 @@ def split(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    # What `split` wrote; the rotation of values as `rotations.Parts`; the output (batch, TQ, heads, D).
-    O, M, L, HIGH, LOW, OUT,
+    # What `split` wrote; the rotation of values as `rotations.Parts`; (heads,) learned sinks; the output (batch, TQ,
+    # heads, D), where D are the dims of values.
+    O, M, L, HIGH, LOW, SINK, OUT,
     # Parts of packed tokens; factor of the rotation's parts.
     splits, factor,
     # Shapes as in `split`; SP: all slots up to a power of two, BS: parts read at once, BLOCK: dims rotated at once.
     KV_HEADS: tl.constexpr, G: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    SP: tl.constexpr, BS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, SINKS: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): join the parts of one query row, rotate back, add the exact tokens, and divide by the sum."""
     pid = tl.program_id(0)  # batch, query, head: the order of the output
@@ -429,7 +451,12 @@ def merge(
     l = tl.load(L + base + parts * BM, mask=parts < splits + PARTS, other=0.0)
     y = tl.zeros([DP], tl.float32)
     top = tl.max(m, 0)
+    if SINKS:
+        sink = tl.load(SINK + query_head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
     total = tl.sum(tl.exp2(m - top) * l, 0)
+    if SINKS:
+        total += tl.exp2(sink - top)
     for start in range(0, splits, BS):
         some = start + tl.arange(0, BS)
         place = (base + some[:, None] * BM).to(tl.int64) * D + dims[None, :]

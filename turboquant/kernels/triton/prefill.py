@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from turboquant.kernels.scoring import Scoring
 from turboquant.kernels.triton import levels
 from turboquant.kernels.triton.attention import INTERPRETED, _two
 from turboquant.kernels.triton.levels import halves, load_table, quarters
@@ -147,24 +148,24 @@ def attend(
     exact_values: Tensor,
     keys: KernelView,
     values: KernelView,
-    scaling: float,
+    scoring: Scoring,
     starts: Tensor | None = None,
 ) -> Tensor:
     """Attend from a chunk of tokens to exact and packed ones; see `kernels.attention.attend`.
 
-    Rows that are padded are served one after the other.
+    Rows that are padded are served one after the other. A learned sink takes its share at the end.
 
     Returns:
         (batch, heads, queries, dim) in the dtype of the query, a view of a (batch, queries, heads, dim) tensor.
     """
     query = query if query.stride(3) == 1 else query.contiguous()
     if starts is None:
-        return _attend(query, exact_keys, exact_values, keys, values, scaling, 0)
+        return _attend(query, exact_keys, exact_values, keys, values, scoring, 0)
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for row, start in enumerate(starts.tolist()):
         part = slice(row, row + 1)
         states = (query[part], exact_keys[part], exact_values[part], keys.row(row), values.row(row))
-        out[part] = _attend(*states, scaling, start).transpose(1, 2)
+        out[part] = _attend(*states, scoring, start).transpose(1, 2)
     return out.transpose(1, 2)
 
 
@@ -174,11 +175,12 @@ def _attend(
     exact_values: Tensor,
     keys: KernelView,
     values: KernelView,
-    scaling: float,
+    scoring: Scoring,
     start: int,
 ) -> Tensor:
     """Attend to the packed tokens from `start` on, and to the exact ones."""
     batch, _, count, dim = query.shape
+    scaling = scoring.scaling
     kv_heads, before = exact_keys.shape[1], exact_keys.shape[2] - count
     # The call's own tokens are the last of the exact ones, and the only ones for which causality says anything.
     own, own_lse = _attention(query, exact_keys[:, :, before:], exact_values[:, :, before:], True, scaling)
@@ -199,7 +201,7 @@ def _attend(
             rotate(exact_values[:, :, :before], values.rotation, spaces[1][:, :, tokens : tokens + before])
             tokens += before
         if skipped == tokens:  # nothing but pads, and no exact token before the call
-            return own
+            return _with_sinks(own, own_lse, scoring)
         read = spaces[:, :, :, skipped:tokens]
         output, lse = _attention(rotated, read[0], read[1], False, scaling)
         if joined is None:
@@ -211,4 +213,34 @@ def _attend(
             joined += output * (lse - both).exp().unsqueeze(-1)
             joined_lse = both
     assert joined is not None
-    return join(joined, joined_lse, own, own_lse, values.rotation)
+    output = join(joined, joined_lse, own, own_lse, values.rotation)
+    return output if scoring.sinks is None else _with_sinks(output, torch.logaddexp(joined_lse, own_lse), scoring)
+
+
+def attend_exact(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor | None:
+    """Attend to plain tensors from all of their tokens, causally, or from the last one; None where that is not so."""
+    rows, tokens = query.shape[2], keys.shape[2]
+    same = query.dtype == keys.dtype and query.dtype in (torch.float16, torch.bfloat16)
+    if scoring.cap is not None or rows not in (1, tokens) or not same or values.shape[3] != query.shape[3]:
+        return None
+    return _with_sinks(*_attention(query, keys, values, rows > 1, scoring.scaling), scoring)
+
+
+def _with_sinks(output: Tensor, lse: Tensor, scoring: Scoring) -> Tensor:
+    """Take from each head's output the share of its learned sink, from the log-sum-exp (batch, heads, queries)."""
+    if scoring.sinks is None:
+        return output
+    return output * (lse - scoring.sinks[:, None]).sigmoid().unsqueeze(-1).to(output.dtype)
+
+
+def unsupported(query: Tensor, keys: KernelView | None, values: KernelView | None, scoring: Scoring) -> str | None:
+    """Return why a call that `attention.unsupported` lets pass has no kernels here, or None where it has."""
+    assert keys is not None
+    assert values is not None
+    if keys.signs is not None:
+        return "keys have a QJL stage"
+    if scoring.cap is not None:
+        return "torch's attention does not cap scores"
+    if values.rotation.matrix.shape[0] != query.shape[-1]:
+        return "torch's attention takes values of the keys' dims"
+    return None
