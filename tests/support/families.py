@@ -28,6 +28,15 @@ _WIDE = {"head_dim": 64}
 _SLIDING = {"sliding_window": 32}
 _GEMMA4 = {**_WIDE, **_SLIDING, "global_head_dim": 128, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+_ROUTED = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
 WORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "Llama 3": ("llama", {}, 4),
     "Qwen2.5": ("qwen2", {}, 4),
@@ -59,24 +68,26 @@ WORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "EXAONE 4": ("exaone4", _SLIDING, 1),
     "gpt-oss": ("gpt_oss", {**_WIDE, **_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 4}, 2),
     "Gemma 2": ("gemma2", {**_WIDE, **_SLIDING}, 2),
+    "DeepSeek V3": ("deepseek_v3", {**_LATENT, **_ROUTED}, 4),
+    "Falcon-H1": ("falcon_h1", {**_MAMBA, "head_dim": 32, "mamba_d_ssm": 256, "mamba_n_groups": 1}, 4),
+    "Falcon": ("falcon", {}, 4),
+    "BLOOM": ("bloom", {"n_head": 4, "n_layer": 4}, 4),
+    "JetMoE": ("jetmoe", {"num_key_value_heads": 4, "kv_channels": 32, "num_local_experts": 4}, 4),
+    "DiffLlama": ("diffllama", {"head_dim": 32}, 4),
+    "Jamba": (
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2},
+        2,
+    ),
     "GPT-2": ("gpt2", {"n_embd": 128, "n_head": 4, "n_layer": 2}, 4),
 }
 """Kind of configuration, its fields, and how many of the layers are compressed."""
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DeepSeek V3": ("deepseek_v3", {"n_routed_experts": 4}, "joint latent"),
     "Phi-3-mini-4k": ("phi3", {"sliding_window": 100}, "none of its layers keeps keys and values of all tokens"),
-    "Falcon": ("falcon", {}, "AttentionInterface"),
-    "BLOOM": ("bloom", {}, "AttentionInterface"),
     "BERT": ("bert", {}, "reads text with an encoder"),
     "Mamba": ("mamba", {}, "none of its layers"),
-    "JetMoE": ("jetmoe", {}, "work on keys and values themselves"),
-    "DiffLlama": ("diffllama", {}, "does not run with packed keys and values"),
+    "RWKV": ("rwkv", {}, "does not use the cache of keys and values"),
     "MiniMax": ("minimax", {}, "does not run by its own attention"),
-    "Jamba": (
-        "jamba",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2},
-        "transformers itself computes something else",
-    ),
     "Bamba": ("bamba", {**_MAMBA, "attn_layer_indices": [1, 3]}, "transformers itself computes something else"),
 }
 _THREE = {**_TEXT, "num_hidden_layers": 3}

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MllamaConfig
 
-from tests.support.families import IMAGE_TEXT, REFUSED, WORKS, image_text_model, text_model
+from tests.support.families import _TEXT, IMAGE_TEXT, REFUSED, WORKS, _spread, image_text_model, text_model
 from tests.support.models import tiny_tokenizer
 from turboquant import DryRunError, attach, build_cache, cache_report, compare, hf_attention, parse_method
-from turboquant.models.load import ModelError, load_model
+from turboquant.models.load import LoadedModel, ModelError, ModelSpec, load_model
 from turboquant.records.comparison import Settings
+from turboquant.run.feed import feed, step
 from turboquant.run.memory import cache_shape
 from turboquant.sizing import read_config
 
@@ -41,6 +43,70 @@ def test_a_family_that_does_not_is_refused_with_the_reason_and_left_as_it_was(na
     with pytest.raises(DryRunError, match=reason):
         attach(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Gemma 2", "Phi-4-mini, whose window is none", "Jamba"])
+def test_a_comparison_of_such_a_model_has_all_figures(name: str) -> None:
+    kind, fields, layers = WORKS[name]
+    model: Any = text_model(kind, fields)
+    attach(model)
+    loaded = LoadedModel(model, tiny_tokenizer(), ModelSpec("tiny", "test/tiny", None, ""), "fp32", "cpu")
+    found = compare(loaded, PROMPT * 2, METHOD, Settings(max_new_tokens=4))
+    assert found.notes == []
+    assert found.heads is not None
+    assert len(found.heads.layer_indices) == layers
+    assert found.heads.served.cosine_weights is not None
+    assert found.heads.served.cosine_weights > 0.9
+    assert found.tokens is not None
+    assert 0 < found.tokens.mean_kl < 0.2
+
+
+def test_a_model_that_takes_tokens_one_by_one_is_given_them_so() -> None:
+    """Jamba: several tokens behind a filled cache come out wrong by transformers' own code."""
+    model: Any = text_model(*WORKS["Jamba"][:2])
+    assert attach(model).one_by_one
+    ids = torch.arange(3, 63)[None]
+    expected = model(ids).logits[0]
+    cache = build_cache(model.config, parse_method("full"))
+    parts = [logits for _, logits in feed(model, cache, ids, [(0, 40), (40, 60)], at_once=16)]
+    assert [part.shape[1] for part in parts] == [16] + 44 * [1]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected, atol=1e-4, rtol=1e-4)
+    cache = build_cache(model.config, parse_method("full"))
+    step(model, cache, ids[:, :40])
+    torch.testing.assert_close(step(model, cache, ids[:, 40:])[0], expected[-1], atol=1e-4, rtol=1e-4)
+    # Planted: by several tokens at once it is wrong, so this test can see it.
+    cache = build_cache(model.config, parse_method("full"))
+    model(ids[:, :40], past_key_values=cache)
+    assert (model(ids[:, 40:], past_key_values=cache).logits[0, -1] - expected[-1]).abs().max() > 0.01
+    assert not attach(text_model("llama", {})).one_by_one
+
+
+def test_llama_vision_keeps_what_it_saw_of_an_image_as_it_is() -> None:
+    text = {**_TEXT, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    eye: dict[str, Any] = {
+        "hidden_size": 64,
+        "attention_heads": 4,
+        "num_hidden_layers": 1,
+        "num_global_layers": 1,
+        "image_size": 28,
+    }
+    eye |= {"patch_size": 14, "intermediate_size": 64, "intermediate_layers_indices": [0], "vision_output_dim": 128}
+    config = MllamaConfig(text_config=text, vision_config=eye | {"supported_aspect_ratios": [[1, 1]]})
+    model: Any = _spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    assert attach(model).compressed_layers == 3
+    cache = build_cache(model.config, METHOD)
+    out = model.generate(torch.arange(3, 123)[None], past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert out.shape == (1, 124)
+    assert cache_report(cache).compressed_layers == 3
+
+
+def test_an_earlier_answer_does_not_disturb_the_check() -> None:
+    """Qwen-VL remembers where the positions of its last answer stood, for its rows."""
+    model: Any = image_text_model(*IMAGE_TEXT["Qwen2.5-VL"])
+    model.generate(torch.arange(3, 23).view(2, 10), max_new_tokens=2, do_sample=False)
+    kept = model.model.rope_deltas
+    assert attach(model).compressed_layers == 3
+    assert model.model.rope_deltas is kept
 
 
 def saved(folder: Path, name: str) -> str:
@@ -131,8 +197,8 @@ def test_an_attention_that_says_something_else_is_found(monkeypatch: pytest.Monk
 
 
 def test_a_refusal_while_loading_is_one_sentence(tmp_path: Path) -> None:
-    text_model(*REFUSED["DiffLlama"][:2]).save_pretrained(tmp_path)
+    text_model(*REFUSED["Bamba"][:2]).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"cannot be used here: it does not run with packed keys and values") as caught:
+    with pytest.raises(ModelError, match=r"cannot be used here: transformers itself computes") as caught:
         load_model(str(tmp_path), weights="fp32", device="cpu")
     assert len(str(caught.value).splitlines()) == 1
