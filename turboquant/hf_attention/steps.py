@@ -109,10 +109,8 @@ def _on_gpu(tensor: Tensor) -> bool:
 def _can_replay(model: PreTrainedModel, cache: CompressedCache, call: Mapping[str, Any]) -> bool:
     """Have all layers packed something, in a way that kernels read with their lengths on the device?"""
     layers = [layer for layer in cache.layers if type(layer) is QuantizedLayer]
-    if (
-        len(layers) < len(cache.layers)
-        or model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME
-    ):
+    set_to = model.config.get_text_config(decoder=True)._attn_implementation
+    if len(layers) < len(cache.layers) or set_to != ATTENTION_NAME:
         return False
     if call.get("position_ids") is None and not _takes_positions(model):
         return False
