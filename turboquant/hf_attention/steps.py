@@ -134,7 +134,9 @@ def _takes_positions(model: PreTrainedModel) -> bool:
 
 
 def _hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Has a module hooks other than transformers' own, which note hidden states where a call asks for them?"""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def segment(layer: QuantizedLayer) -> PackedSegment:

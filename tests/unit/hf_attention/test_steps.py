@@ -1,4 +1,4 @@
-"""Captured decode steps against the model's own calls: interpreted kernels on a CPU, a CUDA graph where there is a GPU."""
+"""Captured decode steps against the model's own calls: interpreted kernels on a CPU, a CUDA graph on a GPU."""
 
 import copy
 import inspect
@@ -39,7 +39,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    made = tiny_model("llama").to(DEVICE, DTYPE)
+    made = tiny_model("llama", num_hidden_layers=2).to(DEVICE, DTYPE)
     capture_steps(made)
     return made
 
@@ -82,8 +82,9 @@ def test_replayed_steps_are_those_of_calls_across_packings(model: PreTrainedMode
 def test_generate_says_the_same_as_call_by_call(model: Any, padded: int, sampled: bool) -> None:
     mask = torch.ones(2, PROMPT, dtype=torch.long, device=DEVICE)
     mask[1, :padded] = 0
-    answers, caches = [], []
-    for block in (no_graphs(), torch.no_grad()):
+    answers, caches = [], list[Any]()
+    blocks: tuple[Any, ...] = (no_graphs(), torch.no_grad())
+    for block in blocks:
         cache = build_cache(model.config, parse_method(SPEC))
         torch.manual_seed(0)
         with block:
@@ -124,7 +125,8 @@ def test_a_cache_that_was_changed_between_steps_is_read_as_it_is(model: PreTrain
     for cache in caches:
         model(input_ids=token, past_key_values=cache)
     found = []
-    for cache, block in zip(caches, (torch.no_grad(), no_graphs()), strict=True):
+    blocks: tuple[Any, ...] = (torch.no_grad(), no_graphs())
+    for cache, block in zip(caches, blocks, strict=True):
         used = cache
         if change == "crop":
             cache.crop(-1)
@@ -142,9 +144,9 @@ def test_a_cache_that_was_changed_between_steps_is_read_as_it_is(model: PreTrain
 
 
 @torch.no_grad()
-def test_what_is_not_a_step_of_such_a_cache_goes_to_the_model(model: PreTrainedModel) -> None:
+def test_what_is_not_a_step_of_such_a_cache_goes_to_the_model(model: Any) -> None:
     token = prompt()[:, :1]
-    short = build_cache(model.config, parse_method(SPEC))
+    short: Any = build_cache(model.config, parse_method(SPEC))
     model(input_ids=token, past_key_values=short)
     model(input_ids=token, past_key_values=short)
     assert short.replay is None  # nothing is packed
@@ -152,7 +154,7 @@ def test_what_is_not_a_step_of_such_a_cache_goes_to_the_model(model: PreTrainedM
     states = model(input_ids=token, past_key_values=cache, output_hidden_states=True).hidden_states
     assert states is not None
     assert cache.replay is None
-    handle = model.model.layers[0].register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index]
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
     model(input_ids=token, past_key_values=cache)
     assert cache.replay is None
     handle.remove()
@@ -180,7 +182,7 @@ def test_what_cannot_be_captured_runs_call_by_call_with_one_warning(
 
 
 def test_the_hook_is_put_once_keeps_the_signature_and_leaves_other_hooks_alone() -> None:
-    model = tiny_model("llama")
+    model: Any = tiny_model("llama")
     signature = inspect.signature(model.forward)
     attach(model)
     hooked = model.forward
@@ -190,7 +192,7 @@ def test_the_hook_is_put_once_keeps_the_signature_and_leaves_other_hooks_alone()
     assert inspect.signature(model.forward) == signature
     other = copy.deepcopy(model)
     assert other.forward.__self__ is other
-    accelerated = tiny_model("llama")
-    accelerated.forward = own = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    accelerated: Any = tiny_model("llama")
+    accelerated.forward = own = lambda *_, **__: None
     capture_steps(accelerated)
     assert accelerated.forward is own
