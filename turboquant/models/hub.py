@@ -28,6 +28,7 @@ WANTED = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "tekken.json",
 )
 TIMEOUT_S = 10.0
 

@@ -1,6 +1,6 @@
 """The models known by name, and how a typed name becomes a `ModelSpec`.
 
-A name is a key of `MODELS`, a hub id (`organisation/name`) or a local folder.
+A name is a key of `MODELS`, a hub id (`organisation/name`), or the path of a local folder or GGUF file.
 """
 
 import difflib
@@ -25,7 +25,7 @@ class ModelSpec:
 
     Attributes:
         name: The name a person types.
-        hub_id: Repository on the model hub, or the path of a local folder.
+        hub_id: Repository on the model hub, or the path of a local folder or GGUF file.
         revision: Commit of that repository; None where the weights do not come from the hub.
         note: One line about the model.
         parameters: Size in billions of parameters; 0 where it is not known before loading.
@@ -63,7 +63,8 @@ def find_spec(name: str) -> ModelSpec:
     """Return the spec a typed name means.
 
     Args:
-        name: Key of `MODELS` (in any case), hub id `organisation/name`, or path of a local folder.
+        name: Key of `MODELS` (in any case), hub id `organisation/name`, or path of a local folder or
+            GGUF file.
 
     Raises:
         UnknownNameError: If the name is none of these; close matches are named.
@@ -74,7 +75,7 @@ def find_spec(name: str) -> ModelSpec:
     for spec in MODELS.values():
         if spec.hub_id.lower() == name.lower() and spec.revision:
             return spec
-    if name.startswith(("/", ".", "~")) or (name and Path(name).is_dir()):
+    if name.startswith(("/", ".", "~")) or name.lower().endswith(".gguf") or (name and Path(name).is_dir()):
         return _local_spec(name)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         return ModelSpec(name, name, "main", "From the model hub")
@@ -87,15 +88,23 @@ def is_embedded(spec: ModelSpec) -> bool:
 
 
 def is_local(spec: ModelSpec) -> bool:
-    """Whether the spec names a folder of this machine rather than a hub repository."""
+    """Whether the spec names a folder or file of this machine rather than a hub repository."""
     return spec.revision is None and not is_embedded(spec)
 
 
 def _local_spec(name: str) -> ModelSpec:
-    folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
-        raise UnknownNameError(f"There is no folder {folder} on this machine.")
-    return ModelSpec(folder.name, str(folder), None, "Local folder")
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        path = path.absolute()  # what a link points to may be called otherwise
+        if not path.is_file():
+            raise UnknownNameError(f"There is no GGUF file {path} on this machine.")
+        return ModelSpec(path.name, str(path), None, "Local GGUF file")
+    path = path.resolve()
+    if path.is_file():
+        raise UnknownNameError(f"{path} is no folder and no GGUF file (its name would end in .gguf).")
+    if not path.is_dir():
+        raise UnknownNameError(f"There is no folder {path} on this machine.")
+    return ModelSpec(path.name, str(path), None, "Local folder")
 
 
 def _unknown(name: str) -> str:
