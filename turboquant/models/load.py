@@ -291,6 +291,8 @@ def _load_weights(source: _Source, weights: str, place: Sequence[torch.device], 
             f"{spec.name} lacks {len(missing)} of its weights, {missing[0]} among them: fetch its files again."
         )
     placement.check_nothing_on_disk(model, spec)
+    if kept is not None and weights in stored.PLAIN:
+        stored.unify(model, how["dtype"])
     if is_local(spec) and len(place) == 1 and place[0].type == "cpu":
         _take_out_of_files(model)
     return model
@@ -300,7 +302,7 @@ def _precision(weights: str, kept: stored.Stored | None) -> dict[str, Any]:
     """What `from_pretrained` is to be told of the precision."""
     from transformers import BitsAndBytesConfig
 
-    if weights in ("fp32", "bf16"):
+    if weights in stored.PLAIN:
         dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         return {"dtype": dtype, **({} if kept is None else kept.options)}
     if kept is not None:  # as they are, with the numbers around them as the repository has them

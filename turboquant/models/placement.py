@@ -8,14 +8,13 @@ import torch
 
 from turboquant.models import checks
 from turboquant.models.registry import ModelError, ModelSpec
+from turboquant.models.stored import PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MARGIN = 1.15
 """Activations, the cache and buffers while loading, as a factor on the weights."""
-SPREADABLE = ("fp32", "bf16")
-"""bitsandbytes computes with packed weights where they lie, so these are not left to the CPU beside GPUs."""
 _GIB = 2**30
 
 
@@ -101,10 +100,10 @@ def placement(model: "PreTrainedModel") -> str:
 
 
 def _sharing(weights: str, devices: Iterable[torch.device]) -> list[torch.device]:
-    """The devices that can share weights of a precision."""
+    """The devices that can share weights of a precision; packed ones are not left to the CPU beside GPUs."""
     every = list(devices)
     gpus = [device for device in every if device.type == "cuda"]
-    return every if weights in SPREADABLE or not gpus else gpus
+    return every if weights in PLAIN or not gpus else gpus
 
 
 def _place(size: int, weights: str, free: Mapping[torch.device, int]) -> list[torch.device]:

@@ -15,8 +15,9 @@ from turboquant.models.gguf_file import Header
 from turboquant.models.registry import ModelError, ModelSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+PLAIN = ("fp32", "bf16")
 WIDENED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config"}
 """Configurations of transformers that write weights out, by the method's name in a config.json."""
 
@@ -52,10 +53,21 @@ class Stored:
         return self.weights[0] if asked == "auto" else asked
 
 
+def unify(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Give all parameters the type that was asked for: beside codes transformers leaves them as the file has them.
+
+    What the model's class keeps in float32 stays so.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        stays = parameter.is_meta or (parameter.dtype == torch.float32 and any(part in name for part in kept))
+        if parameter.is_floating_point() and not stays:
+            parameter.data = parameter.data.to(dtype)
+
+
 def of_file(header: Header, device: torch.device) -> Stored:
     """Return how the weights of a GGUF file are stored."""
-    plain = ("bf16", "fp32") if device.type == "cuda" else ("fp32", "bf16")
-    return Stored(f"GGUF {header.kind}", plain)
+    return Stored(f"GGUF {header.kind}", PLAIN[::-1] if device.type == "cuda" else PLAIN)
 
 
 def of_config(config: "PreTrainedConfig", device: torch.device, spec: ModelSpec) -> Stored | None:
@@ -78,7 +90,7 @@ def of_config(config: "PreTrainedConfig", device: torch.device, spec: ModelSpec)
         import transformers
 
         kind = getattr(transformers, WIDENED[method])
-        return Stored(method, ("bf16", "fp32"), options={"quantization_config": kind(dequantize=True)})
+        return Stored(method, PLAIN[::-1], options={"quantization_config": kind(dequantize=True)})
     _check_environment(saved, method, device, spec)
     bits = saved.get("bits")
     return Stored(method, (method,), bits=bits if isinstance(bits, int) else 8)
