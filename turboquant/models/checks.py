@@ -157,7 +157,7 @@ def what_is_missing(error: ImportError) -> str:
     """Name the package that a model or its weights need, as transformers or Python name it."""
     texts = (r"requires (?:the )?([\w.-]+)(?: library)?,? but it was not found", r"pip install (?:-U )?['\"]?([\w.-]+)")
     named = next(filter(None, (re.search(text, str(error), re.IGNORECASE) for text in texts)), None)
-    package = named.group(1).lower() if named else error.name
+    package = named.group(1).lower() if named else (error.name or "").partition(".")[0]
     if not package:
         return first_line(error)
     return f"it needs the package {package}, which is not installed here (pip install {package})"

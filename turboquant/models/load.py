@@ -5,6 +5,7 @@ Whatever goes wrong is a `ModelError` with one sentence. Nothing falls back sile
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ class LoadedModel:
         device: Where the weights are; of several devices the first, which takes the tokens.
         fingerprint: Of the files that it was loaded from (see `models.fingerprint`); None where it came otherwise.
         stored: How the weights are stored, where that is no plain number: mxfp4, fp8, GGUF Q4_1.
-        placement: Where the layers are: a device, or "layers 24 on cuda:0, 8 on cpu"; empty where that is `device`.
+        placement: Where the layers are: a device, or "24 layers on cuda:0, 8 on cpu"; empty where that is `device`.
     """
 
     model: "PreTrainedModel"
@@ -268,6 +269,10 @@ def _config(folder: Path, spec: ModelSpec) -> "PreTrainedConfig":
     except MemoryError:
         raise
     except Exception as error:  # whatever its class makes of values that nobody has checked
+        if "auto_map" in json.loads((folder / "config.json").read_bytes()):
+            raise ModelError(
+                f"{spec.name} comes with code of its own, which never runs here: choose one that transformers knows."
+            ) from error
         raise ModelError(
             f"{spec.name} has a configuration that this version of transformers does not know: choose another model."
         ) from error

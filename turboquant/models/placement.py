@@ -1,7 +1,7 @@
 """Where a model's weights go: on one device where they fit, else over all of them, as far as free memory goes."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,11 +92,7 @@ def placement(model: "PreTrainedModel") -> str:
     places = [_place_of(name, parts) for name in _layers(model)]
     if len({*parts.values()}) < 2 or not places or None in places:
         return ", ".join(dict.fromkeys(parts.values())) or str(model.device)
-    counts: dict[str, int] = {}
-    for place, layers in groupby(map(str, places)):
-        counts[place] = counts.get(place, 0) + len(list(layers))
-    first, *others = (f"{count} {{}}on {place}" for place, count in counts.items())
-    return ", ".join([first.format("layers "), *(one.format("") for one in others)])
+    return ", ".join(f"{count} on {place}" for place, count in Counter(places).items()).replace(" on", " layers on", 1)
 
 
 def _sharing(weights: str, devices: Iterable[torch.device]) -> list[torch.device]:
