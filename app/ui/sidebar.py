@@ -93,8 +93,8 @@ def _model(start: Choices) -> None:
     spec = MODELS.get(str(st.session_state.get("model")))
     if spec is not None:
         size = f"{spec.parameters * 1000:.0f} million" if spec.parameters < 1 else f"{spec.parameters:g} billion"
-        gated = " Needs a licence and a token." if spec.gated else ""
-        st.caption(f"{size} parameters. {spec.note.rstrip('.')}.{gated}")
+        gated = ", to be accepted on its page" if spec.gated else ""
+        st.caption(f"{size} parameters. {spec.note.rstrip('.')}. Licence: {spec.licence}{gated}.")
 
 
 def _sampling(start: Choices, most: int) -> None:

@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from turboquant.models import gguf_file
 from turboquant.models.registry import EMBEDDED, ModelError
 
 Progress = Callable[[float, str], None]
@@ -101,6 +100,8 @@ def convert(gguf: str, target: str) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from turboquant.models import gguf_file
 
     header = gguf_file.read_header(Path(gguf))
     print("progress 0.15 Reading the weights", flush=True)

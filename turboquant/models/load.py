@@ -130,9 +130,10 @@ def load_model(
     if target.type == "cpu":
         report(0.95, "Compiling the kernels")
         compile_kernels()
-    report(1.0, f"{spec.name} is ready")
     kept = None if source.stored is None else source.stored.name
     words = placement.placement(model) if len(place) > 1 else ""
+    before = f" from {kept}" if kept not in (None, found) else ""
+    report(1.0, f"{spec.name} is ready: weights {found}{before}, {words or place[0]}")
     return LoadedModel(model, tokenizer, spec, found, str(place[0]), files, kept, words)
 
 
