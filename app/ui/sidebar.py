@@ -88,7 +88,7 @@ def _model(start: Choices) -> None:
         accept_new_options=config.allow_any_model,
         placeholder="Pick a model",
         disabled=config.lock_model,
-        help="Pick one, or type a hub id (org/name)." if config.allow_any_model else None,
+        help="Type to search the names" + (", or type a hub id (org/name)." if config.allow_any_model else "."),
     )
     spec = MODELS.get(str(st.session_state.get("model")))
     if spec is not None:

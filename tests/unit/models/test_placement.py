@@ -12,9 +12,10 @@ from tests.support.models import save_tiny, tokens
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.methods import parse_method
 from turboquant.models import checks, placement
+from turboquant.models import load as models
 from turboquant.models.checks import skeleton_of
 from turboquant.models.load import ModelError, load_model, tiny_model
-from turboquant.models.registry import ModelSpec
+from turboquant.models.registry import ModelSpec, find_spec
 
 GIB = 2**30
 FIRST, SECOND, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
@@ -120,6 +121,15 @@ def test_a_model_whose_layers_are_fetched_as_they_are_needed_answers_the_same() 
         assert cache_report(cache).compressed_tokens > 0
         answers.append(torch.cat(logits, dim=1))
     assert torch.equal(*answers)
+
+
+def test_layers_that_would_stay_on_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate leaves there what is larger than the room on each device, though together they would have enough."""
+    folder = save_tiny(tmp_path / "tiny")
+    monkeypatch.setattr(checks, "free_bytes", lambda device: 500_000)
+    source = models._source(find_spec(str(folder)), CPU, lambda fraction, text: None)
+    with pytest.raises(ModelError, match="layers of tiny do not divide over the devices here"):
+        models._load_weights(source, "fp32", [CPU, CPU], find_spec(str(folder)))
 
 
 def test_loading_names_one_device_on_this_machine(tmp_path: Path) -> None:

@@ -114,6 +114,23 @@ def test_fp8_is_written_out(tmp_path: Path, asked: str, weights: str) -> None:
     assert {tensor.dtype for tensor in own.values()} == {loaded.model.dtype}
 
 
+def test_fp8_with_one_scale_a_matrix_is_written_out(tmp_path: Path) -> None:
+    """As Ministral 3 has it, with scales of activations, which plain numbers do not need."""
+    folder = save_tiny(tmp_path / "tiny", num_hidden_layers=1)
+    state, expected = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in state if "_proj" in name]:
+        scale = (state[name].abs().max() / 448).bfloat16()
+        state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+        expected[name] = state[name].float() * scale
+        state |= {f"{name}_scale_inv": scale, name.replace(".weight", ".activation_scale"): torch.tensor(0.5)}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    saved = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    change_config(folder, quantization_config={**saved, "modules_to_not_convert": ["lm_head"]})
+    own = load_model(str(folder), device="cpu").model.state_dict()
+    assert len(expected) == 7
+    assert all(torch.equal(own[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
 @quantizes
 @pytest.mark.parametrize("weights", ["4bit", "8bit"])
 def test_bitsandbytes_is_loaded_as_it_is(tmp_path: Path, weights: str) -> None:
