@@ -132,9 +132,10 @@ def load_model(
         compile_kernels()
     kept = None if source.stored is None else source.stored.name
     words = placement.placement(model) if len(place) > 1 else ""
+    first = place[0] if len(place) == 1 or model.device.type == "meta" else model.device
     before = f" from {kept}" if kept not in (None, found) else ""
-    report(1.0, f"{spec.name} is ready: weights {found}{before}, {words or place[0]}")
-    return LoadedModel(model, tokenizer, spec, found, str(place[0]), files, kept, words)
+    report(1.0, f"{spec.name} is ready: weights {found}{before}, {words or first}")
+    return LoadedModel(model, tokenizer, spec, found, str(first), files, kept, words)
 
 
 @dataclass
@@ -167,6 +168,8 @@ def _sizes(skeleton: "PreTrainedModel", kept: stored.Stored | None) -> dict[str,
 
 def _fetched(folder: Path, spec: ModelSpec, progress: Progress) -> Path:
     """The folder with all files of a model of the hub."""
+    if is_local(spec) and (other := _other_file(folder)):
+        raise ModelError(f"{folder} has no complete safetensors weights{other}.")
     if is_local(spec):
         raise ModelError(hub.no_safetensors(str(folder)))
     return hub.download(spec, folder, progress, available_models())
@@ -255,10 +258,14 @@ def _folder_with_config(spec: ModelSpec, progress: Progress) -> Path:
         return hub.cached_folder(spec) or hub.download_config(spec, available_models())
     folder = Path(spec.hub_id)
     if not (folder / "config.json").is_file():
-        files = sorted(path.name for path in folder.iterdir() if gguf_file.is_gguf(path))
-        hint = f"; for the model in {files[0]} give the path of that file" if files else ""
-        raise ModelError(f"{folder} holds no model: there is no config.json in it{hint}.")
+        raise ModelError(f"{folder} holds no model: there is no config.json in it{_other_file(folder)}.")
     return folder
+
+
+def _other_file(folder: Path) -> str:
+    """The end of a sentence: a GGUF file in a folder that holds no model of transformers."""
+    files = sorted(path.name for path in folder.iterdir() if gguf_file.is_gguf(path))
+    return f"; for the model in {files[0]} give the path of that file" if files else ""
 
 
 def _config(folder: Path, spec: ModelSpec) -> "PreTrainedConfig":

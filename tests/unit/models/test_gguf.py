@@ -38,7 +38,6 @@ def file(saved: Path, tmp_path: Path) -> Path:
 
 
 @needs_wheel
-@pytest.mark.slow
 def test_the_wheels_own_file_is_the_built_in_model() -> None:
     path = embedded._gguf()
     assert path is not None
@@ -192,6 +191,8 @@ def test_parts_of_a_model(tiny: PreTrainedModel, file: Path) -> None:
 
 
 def test_a_folder_with_only_such_a_file_names_it(file: Path) -> None:
+    assert f"for the model in {file.name} give the path of that file" in refused(file.parent)
+    tiny_model("llama").config.save_pretrained(file.parent)
     assert f"for the model in {file.name} give the path of that file" in refused(file.parent)
 
 
