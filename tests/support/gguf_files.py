@@ -79,11 +79,12 @@ def write_gguf(
 
 def _tokenizer(writer: gguf.GGUFWriter) -> None:
     tokens = list(bytes_to_unicode().values())
-    tokens[-1] = tokens[0] + tokens[1]
+    merges = [(tokens[0], tokens[1]), (tokens[2], tokens[3])]  # of a single one older transformers makes no list
+    tokens[-2:] = ["".join(pair) for pair in merges]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id):
         add(0)
 
