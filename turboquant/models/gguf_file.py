@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from turboquant.models.checks import MOST_LAYERS
+from turboquant.models.checks import MOST_LAYERS, first_line
 from turboquant.models.registry import ModelError
 
 if TYPE_CHECKING:
@@ -159,10 +159,11 @@ def read_config(header: Header) -> "PreTrainedConfig":
     except MemoryError:
         raise
     except Exception as error:  # whatever its class makes of values that nobody has checked
-        raise ModelError(
-            f"{header.path.name} holds a model of the architecture {header.architecture}, which transformers does not "
-            "read from GGUF files: choose the original repository."
-        ) from error
+        if "not supported" in str(error):
+            why = f"is of the architecture {header.architecture}, which transformers does not read from GGUF files"
+        else:
+            why = f"has a header that transformers makes no configuration of ({first_line(error)[:80]})"
+        raise ModelError(f"{header.path.name} {why}: choose another file or the original repository.") from error
     config._name_or_path = str(header.path)
     _scale(config, header)
     return config
@@ -176,6 +177,9 @@ def read_model(kind: Any, header: Header, config: "PreTrainedConfig", **how: Any
         header: Of the file.
         config: As `read_config` gives it.
         **how: Goes to `from_pretrained`.
+
+    Raises:
+        ModelError: If the file has weights that transformers has left out.
     """
     import transformers
 
@@ -188,6 +192,7 @@ def read_model(kind: Any, header: Header, config: "PreTrainedConfig", **how: Any
         if hasattr(model.config, name):
             delattr(model.config, name)
     model.config._name_or_path = str(header.path)
+    _check_biases(model, header)
     if ROPE_FACTORS in header.tensors:
         _divide_frequencies(model, header.array(ROPE_FACTORS))
     return model, info
@@ -323,6 +328,17 @@ def _scale(config: "PreTrainedConfig", header: Header) -> None:
     rope |= {"rope_type": kind, "factor": float(header.fields.get(prefix + "factor") or 1.0)}
     if kind == "yarn" and (length := header.fields.get(prefix + "original_context_length")):
         rope["original_max_position_embeddings"] = int(length)
+
+
+def _check_biases(model: "PreTrainedModel", header: Header) -> None:
+    """Refuse biases that the configuration of transformers has no place for: they are left out without a word."""
+    there = sum(tensor.count for name, tensor in header.tensors.items() if name.endswith("bias"))
+    read = sum(tensor.numel() for name, tensor in model.state_dict().items() if name.endswith("bias"))
+    if there > read:
+        raise ModelError(
+            f"{header.path.name} has biases, of which transformers reads {read:,} of {there:,} values: "
+            "choose the original repository."
+        )
 
 
 def _divide_frequencies(model: "PreTrainedModel", factors: torch.Tensor) -> None:

@@ -172,6 +172,10 @@ def test_weights_of_a_type_that_nothing_reads(tiny: PreTrainedModel, tmp_path: P
 def test_what_transformers_cannot_read(tiny: PreTrainedModel, tmp_path: Path) -> None:
     path = write_gguf(tiny, tmp_path / "clip.gguf", architecture="clip")
     assert "architecture clip, which transformers does not read from GGUF" in refused(path)
+    path = write_gguf(tiny, tmp_path / "bias.gguf", tensors={"blk.0.attn_q.bias": np.ones(256, np.float32)})
+    assert "has biases, of which transformers reads 0 of 256 values" in refused(path)
+    path = write_gguf(tiny, tmp_path / "odd.gguf", change=lambda writer: writer.add_head_count(0))
+    assert "has a header that transformers makes no configuration of" in refused(path)
     path = write_gguf(tiny, tmp_path / "long.gguf", tensors={"rope_factors_long.weight": np.ones(32, np.float32)})
     assert "scales its rotary embeddings (rope_factors_long.weight)" in refused(path)
     path = write_gguf(tiny, tmp_path / "deep.gguf", change=lambda writer: writer.add_block_count(10**9))
