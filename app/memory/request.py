@@ -289,12 +289,14 @@ def kinds_text(shape: KVShape) -> str:
         kept.append(f"{rest} keep nothing of their own")
     size = human_bytes(sum(2 * layer.state_values + layer.state_bytes for layer in states))
     held = f"; recurrent states take {size} a row, however long it is" if states else ""
-    return f"Of {len(shape.layers)} layers {'; '.join(kept)}{held}. {shape.query_heads} query heads."
+    count, said = len(shape.layers), "; ".join(kept)
+    layers = f"All {count} layers {said.partition(' ')[2]}" if len(kept) == 1 else f"Of {count} layers {said}"
+    return f"{layers}{held}. {shape.query_heads} query heads."
 
 
 def _groups(shape: KVShape) -> list[tuple[LayerShape, int]]:
-    """The layers that keep tokens, alike ones together, with their number."""
-    return list(Counter(layer for layer in shape.layers if layer.keeps != "none").items())
+    """The layers that keep tokens, alike ones together, with their number; those that keep all come first."""
+    return list(Counter([*shape.keeping("all"), *shape.keeping("window")]).items())
 
 
 def _keeps(layer: LayerShape, latent: bool) -> str:
@@ -351,4 +353,4 @@ def _packed_sums(plan: Plan, rows: str) -> list[str]:
     spare, tables = human_bytes(held.spare_bytes), human_bytes(held.shared_bytes)
     found.append(f"  exact: {plan.tokens - held.compressed_tokens:,} tokens{window} = {human_bytes(held.exact_bytes)}")
     found.append(f"  spare room = {spare}, tables shared by all rows = {tables}")
-    return found
+    return [*found, f"  recurrent states{rows} = {human_bytes(held.state_bytes)}"] if held.state_bytes else found

@@ -44,14 +44,15 @@ def check_config_file(path: Path, spec: ModelSpec) -> None:
 
 def too_many(config: dict[str, Any]) -> str | None:
     """Say which number of layers or experts in a parsed config.json is larger than any model's; None where none is."""
-    waiting: list[Any] = [config]
+    waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
-        part = waiting.pop()
-        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
-            if isinstance(value, dict | list):
-                waiting.append(value)
-            elif type(value) is int and value > MOST_LAYERS and str(name).endswith(("layer", "layers", "experts")):
-                return f"its {str(name)[:40]} must be at most {MOST_LAYERS}, got {str(value)[:40]}"
+        name, part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [(str(inner), value) for inner, value in part.items()]
+        elif isinstance(part, list):
+            waiting += [(name, value) for value in part]
+        elif type(part) is int and part > MOST_LAYERS and name.endswith(("layer", "layers", "experts", "types")):
+            return f"its {name[:40]} must be at most {MOST_LAYERS}, got {str(part)[:40]}"
     return None
 
 

@@ -5,7 +5,8 @@ weighed. So the figures follow a method when its layout changes.
 
 Spare room is counted as `cache.layer` keeps it after a context that was read in one call: none behind the codes,
 and an exact window as large as it ever gets between two packings (sinks, residual window and one block). A context that
-is too short to be packed is plain tensors without room. A cache that grows token by token has room for its window from
+is too short to be packed is counted as plain tensors without room, though one of at most a block has room for a second
+one. A cache that grows token by token has room for its window from
 the start, and keeps up to a sixteenth more behind its codes; `growing` counts that.
 """
 
