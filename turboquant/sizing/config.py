@@ -43,7 +43,19 @@ def read_config(data: str | bytes | Mapping[str, Any]) -> KVShape:
         >>> 2 * shape.token_values  # bytes a token at 16 bits
         131072
     """
-    return _read(_text(data))
+    found = _found(_text(data))
+    if isinstance(found, ModelConfigError):
+        raise ModelConfigError(str(found))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _found(text: str | bytes) -> KVShape | ModelConfigError:
+    """Return what `_read` returns, or what it raises: both take time."""
+    try:
+        return _read(text)
+    except ModelConfigError as error:
+        return error
 
 
 def _text(data: str | bytes | Mapping[str, Any]) -> str | bytes:
@@ -55,13 +67,11 @@ def _text(data: str | bytes | Mapping[str, Any]) -> str | bytes:
         raise ModelConfigError(f"This is nothing that a config.json can hold: {str(error)[:120]}.") from None
 
 
-@lru_cache(maxsize=64)
 def _read(text: str | bytes) -> KVShape:
     fields = _parsed(text)
     from turboquant.models.checks import too_many, why_not
-    from turboquant.models.registry import ModelError
     from turboquant.models.sizes import layer_heads
-    from turboquant.sizing.probe import ProbeError, probe, said
+    from turboquant.sizing.probe import ProbeError, probe
 
     if (reason := too_many(fields)) is not None:
         raise ModelConfigError(f"This model is not counted here: {reason}.")
@@ -71,9 +81,6 @@ def _read(text: str | bytes) -> KVShape:
         model, layers = probe(part)
     except ProbeError as error:
         raise ModelConfigError(f"This model is not counted here: {error}.") from None
-    except ModelError as error:
-        cause = said(error.__cause__) if error.__cause__ is not None else "it does not generate text token by token"
-        raise ModelConfigError(f"This model is not counted here: {cause}.") from None
     if not any(layer.keeps != "none" for layer in layers):
         raise ModelConfigError("None of its layers keeps keys and values, so there is no KV cache to count.")
     text_config: Any = part.get_text_config(decoder=True)
