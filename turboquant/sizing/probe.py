@@ -88,7 +88,9 @@ def probe(config: "PreTrainedConfig") -> "tuple[PreTrainedModel, list[LayerShape
         raise ProbeError(_why_none(error.__cause__)) from error
     except Exception as error:  # whatever a model's own code makes of fields nobody has checked, or of no numbers
         raise ProbeError(f"transformers cannot run it without its weights ({said(error)})") from error
-    return model, [_layer(layer, i in packed) for i, layer in enumerate(cache.layers)]
+    alike: dict[LayerShape, LayerShape] = {}  # one object for equal layers: they are counted again and again
+    found = [_layer(layer, i in packed) for i, layer in enumerate(cache.layers)]
+    return model, [alike.setdefault(layer, layer) for layer in found]
 
 
 def _why_none(cause: BaseException | None) -> str:
