@@ -13,7 +13,7 @@ from turboquant import DryRunError, attach, build_cache, cache_report, compare, 
 from turboquant.models.load import LoadedModel, ModelError, ModelSpec, load_model
 from turboquant.records.comparison import Settings
 from turboquant.run.feed import feed, step
-from turboquant.run.memory import cache_shape
+from turboquant.run.memory import full_bytes
 from turboquant.sizing import read_config
 
 METHOD = parse_method("turboquant:bits=4,residual_length=16,group_size=32")
@@ -129,16 +129,15 @@ def test_an_image_text_model_is_loaded_and_compared_as_text(name: str, tmp_path:
 
 def test_the_sizes_of_layers_of_two_widths_are_added_up() -> None:
     model = text_model(*WORKS["Gemma 4"][:2])
-    shape = cache_shape(model.config, "bf16")  # three layers of 64 with a window of 32, one of 128
-    assert shape.token_bytes == 2 * 2 * 128 * 2
-    assert shape.window_bytes == 3 * 32 * 2 * 2 * 64 * 2
+    held = full_bytes(model.config, "bf16", 400)  # three layers of 64 with a window of 32, one of 128
+    assert held == 2 * 2 * (400 * 128 + 3 * 32 * 64) * 2
 
 
 def test_a_window_no_shorter_than_the_positions_is_none() -> None:
     config = {"model_type": "phi3", "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128}
     config |= {"sliding_window": 262_144, "max_position_embeddings": 131_072}
-    assert read_config(config).layers == ("full",) * 4
-    assert read_config({**config, "sliding_window": 2047}).layers == ("sliding",) * 4
+    assert read_config(config).packed_layers == (0, 1, 2, 3)
+    assert [layer.window for layer in read_config({**config, "sliding_window": 2047}).layers] == [2047] * 4
 
 
 @pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Granite 4 hybrid"])
