@@ -6,45 +6,47 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.families import IMAGE_TEXT, REFUSED, WORKS, image_text_model, text_model
+from tests.support.families import IMAGE_TEXT, REFUSED, WORKS
 from tests.support.models import tiny_tokenizer
 from turboquant import DryRunError, attach, build_cache, cache_report, compare, hf_attention, parse_method
+from turboquant.models.families import FAMILIES, Family, family_model
 from turboquant.models.load import ModelError, load_model
 from turboquant.records.comparison import Settings
 from turboquant.run.memory import cache_shape
 from turboquant.sizing import read_config
 
+BERT = Family("bert", "BERT", 0, "bert")
+GEMMA4 = Family("gemma4", "", 0, "gemma4_text", {"global_head_dim": 128, "hidden_size_per_layer_input": 0})
+ONE_A_REASON = {reason: name for name, reason in REFUSED.items() if name != "gemma3n"}
 METHOD = parse_method("turboquant:bits=4,residual_length=16,group_size=32")
 PROMPT = "The keeper of the lighthouse wrote down the weather, the ships and the colour of the sea. "
 
 
 @pytest.mark.parametrize("name", WORKS)
 def test_a_family_that_works_says_the_same_as_by_its_own_attention(name: str) -> None:
-    kind, fields, layers = WORKS[name]
-    model: Any = text_model(kind, fields)
+    model: Any = family_model(FAMILIES[name])
     found = attach(model)
-    assert found.compressed_layers == layers
+    assert found.compressed_layers == WORKS[name]
     assert found.error < 1e-4
     cache = build_cache(model.config, METHOD)
     ids = torch.arange(3, 123)[None]
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert out.shape == (1, 124)
-    assert cache_report(cache).compressed_layers == layers
+    assert cache_report(cache).compressed_layers == WORKS[name]
     assert cache_report(cache).compressed_tokens > 0
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*ONE_A_REASON.values(), "bert"])
 def test_a_family_that_does_not_is_refused_with_the_reason_and_left_as_it_was(name: str) -> None:
-    kind, fields, reason = REFUSED[name]
-    model = text_model(kind, fields)
+    model = family_model(FAMILIES.get(name, BERT))
     before = model.config._attn_implementation
-    with pytest.raises(DryRunError, match=reason):
+    with pytest.raises(DryRunError, match=REFUSED.get(name, "reads text with an encoder")):
         attach(model)
     assert model.config._attn_implementation == before
 
 
 def saved(folder: Path, name: str) -> str:
-    image_text_model(*IMAGE_TEXT[name]).save_pretrained(folder)
+    family_model(FAMILIES[name]).save_pretrained(folder)
     tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(folder)
     return str(folder)
 
@@ -60,7 +62,7 @@ def test_an_image_text_model_is_loaded_and_compared_as_text(name: str, tmp_path:
 
 
 def test_the_sizes_of_layers_of_two_widths_are_added_up() -> None:
-    model = text_model(*WORKS["Gemma 4"][:2])
+    model = family_model(GEMMA4)
     shape = cache_shape(model.config, "bf16")  # three layers of 64 with a window of 32, one of 128
     assert shape.token_bytes == 2 * 2 * 128 * 2
     assert shape.window_bytes == 3 * 32 * 2 * 2 * 64 * 2
@@ -73,9 +75,9 @@ def test_a_window_no_shorter_than_the_positions_is_none() -> None:
     assert read_config({**config, "sliding_window": 2047}).layers == ("sliding",) * 4
 
 
-@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Granite 4 hybrid"])
+@pytest.mark.parametrize("name", ["qwen3.5-text", "lfm2", "granite-4-h"])
 def test_recurrent_states_are_counted(name: str) -> None:
-    model = text_model(*WORKS[name][:2])
+    model = family_model(FAMILIES[name])
     attach(model)
     sizes = []
     for count in (40, 120):
@@ -101,7 +103,7 @@ def test_recurrent_states_are_counted(name: str) -> None:
 
 
 def test_a_model_that_is_attached_already_is_asked_again_by_its_own_attention() -> None:
-    model: Any = text_model(*WORKS["Qwen3"][:2])
+    model: Any = family_model(FAMILIES["qwen3"])
     first = attach(model)
     model.train()
     assert attach(model) == first
@@ -122,7 +124,7 @@ def test_an_attention_that_says_something_else_is_found(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(hf_attention, "sdpa_attention_forward", doubled)
     for attached in (False, True):
-        model: Any = text_model(*WORKS["Qwen3"][:2])
+        model: Any = family_model(FAMILIES["qwen3"])
         if attached:
             hf_attention.register()
             model.set_attn_implementation("turboquant")
@@ -131,7 +133,7 @@ def test_an_attention_that_says_something_else_is_found(monkeypatch: pytest.Monk
 
 
 def test_a_refusal_while_loading_is_one_sentence(tmp_path: Path) -> None:
-    text_model(*REFUSED["DiffLlama"][:2]).save_pretrained(tmp_path)
+    family_model(FAMILIES["diffllama"]).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"cannot be used here: it does not run with packed keys and values") as caught:
         load_model(str(tmp_path), weights="fp32", device="cpu")
