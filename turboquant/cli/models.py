@@ -83,5 +83,5 @@ def _layers(record: "ExperimentRecord") -> str:
     figures = record.metrics
     return (
         f", {figures['compressed_layers']:.0f} of {figures['layers']:.0f} layers; logits differ by "
-        f"{figures['error_lossless']:.1g} lossless, {figures['error_8_bits']:.2g} at 8 bits"
+        f"{figures['lossless_logit_error']:.1g} lossless, {figures['logit_error']:.2g} at 8 bits"
     )

@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from turboquant.records.experiment import ExperimentRecord
-from turboquant.records.metrics import NONE
+from turboquant.records.metrics import NONE, metric
 from turboquant.report.gpu import where
 from turboquant.report.tables import Table
 
-ANSWERED = 48
-"""Tokens of all greedy answers."""
+FIGURES = ("lossless_logit_error", "logit_error", "lossless_same_tokens_pct", "same_tokens_pct")
 
 
 def families_table(records: Iterable[ExperimentRecord]) -> Table:
@@ -23,15 +22,13 @@ def families_table(records: Iterable[ExperimentRecord]) -> Table:
             _outcome(r, ""),
             _own(r),
             _layers(r),
-            _error(r, "error_lossless"),
-            _error(r, "error_8_bits"),
-            *(_count(r, f"greedy_{name}") for name in ("lossless", "8_bits")),
+            *(metric(name).text(r.metrics.get(name)) for name in FIGURES),
             _bytes(r),
         )
         for r in chosen
     )
-    names = ("family", "stands for", "`load_model`", "own model", "layers compressed")
-    figures = ("logits, lossless", "logits, 8 bits", "tokens, lossless", "tokens, 8 bits", "bytes predicted / held")
+    names = ("family", "stands for", "`load_model`", "own model", metric("compressed_layers").label)
+    figures = (*(metric(name).label for name in FIGURES), "estimated size, of that held")
     counted = Counter(str(r.detail["outcome"]) for r in chosen)
     said = ", ".join(f"{count} {name}" for name, count in counted.most_common())
     return Table(
@@ -56,18 +53,8 @@ def _layers(record: ExperimentRecord) -> str:
     return f"{figures['compressed_layers']:.0f} of {figures['layers']:.0f}" if "layers" in figures else NONE
 
 
-def _error(record: ExperimentRecord, name: str) -> str:
-    value = record.metrics.get(name)
-    return NONE if value is None else f"{value:.1g}" if value < 0.001 else f"{value:.3f}"
-
-
-def _count(record: ExperimentRecord, name: str) -> str:
-    value = record.metrics.get(name)
-    return NONE if value is None else f"{value:.0f} of {ANSWERED}"
-
-
 def _bytes(record: ExperimentRecord) -> str:
-    held, predicted = record.metrics.get("held_bytes"), record.metrics.get("predicted_bytes")
+    held, estimated = record.metrics.get("cache_bytes"), record.metrics.get("estimated_bytes")
     if not held:
         return NONE
-    return f"{predicted / held:.3f}" if predicted else f"refused: {record.detail.get('sizing')}"
+    return f"{estimated / held:.3f}" if estimated else f"refused: {record.detail.get('sizing')}"

@@ -33,7 +33,7 @@ def test_families_are_checked_recorded_and_not_checked_again(tmp_path: Path) -> 
     last = json.loads(result.stdout.splitlines()[-1])
     assert last["outcomes"] == last["own_models"] == {"works": 1, "refused": 1}
     works, refused = read_records(output)
-    assert works.metrics["greedy_lossless"] == 48
+    assert works.metrics["lossless_same_tokens_pct"] == 100
     assert works.cache is not None
     assert works.cache.compressed_tokens > 0
     assert works.environment.transformers[0].isdigit()
@@ -49,7 +49,7 @@ def test_what_neither_works_nor_is_refused_ends_with_code_1(tmp_path: Path, monk
     monkeypatch.setattr(families, "LIMIT", -1.0)
     result = invoke("--check", "smollm3", "--output", str(tmp_path / "models.jsonl"))
     assert result.exit_code == 1
-    assert "smollm3              WRONG: error_full is" in result.stderr
+    assert "smollm3              WRONG: logit error, full: " in result.stderr
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:

@@ -33,10 +33,9 @@ def test_a_family_works_or_is_refused_with_the_true_reason(name: str) -> None:
         return
     assert (outcome, own) == ("works", "works"), found.detail
     figures = found.metrics
-    assert figures["error_prefill"] == 0
-    assert (figures["error_lossless"] or 0) < families.LIMIT < (figures["error_8_bits"] or 0) < 0.5
-    assert figures["greedy_lossless"] == 16
-    assert (figures["greedy_8_bits"] or 0) >= 12
+    assert figures["one_call_logit_error"] == 0
+    assert (figures["lossless_logit_error"] or 0) < 1e-4 < (figures["logit_error"] or 0) < 0.5
+    assert figures["lossless_same_tokens_pct"] == 100
     assert 0 < (figures["compressed_layers"] or 0) <= (figures["layers"] or 0)
 
 
