@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from turboquant.cache.count import CompressedLayer, Count, count_layer
+from turboquant.cache.kinds import DenseLayer, keeps_all
 from turboquant.cache.layer import CachedStates, QuantizedLayer
 from turboquant.records.comparison import CacheReport
 
@@ -25,6 +26,7 @@ __all__ = [
     "cache_report",
     "fill_cache",
     "layer_states",
+    "tokens_held",
 ]
 
 
@@ -94,7 +96,8 @@ def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
 
     Args:
         config: The model's config.
-        method: From `parse_method`. `full` gives Hugging Face's own DynamicCache.
+        method: From `parse_method`. `full` gives Hugging Face's own DynamicCache (in which a window that no context
+            can fill is none).
 
     Raises:
         NoSuchLayerError: If the method gives bits to a layer that the model does not have, or does not compress.
@@ -105,7 +108,7 @@ def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
         >>> type(build_cache(model.config, parse_method("turboquant:bits=4"))).__name__
         'CompressedCache'
     """
-    plain = DynamicCache(config=config)
+    plain = _plain_cache(config)
     compressed = compressed_layers(config)
     method.check_layers(len(plain.layers), compressed)
     readers = last_readers(config)
@@ -115,7 +118,14 @@ def build_cache(config: PreTrainedConfig, method: "Method") -> Cache:
     return CompressedCache(method, layers) if method.compresses else plain
 
 
-def _keeps_all(layer: Any, config: PreTrainedConfig) -> bool:
+def _plain_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return Hugging Face's cache, in which layers whose window is none keep all tokens."""
+    cache = DynamicCache(config=config)
+    cache.layers = [DynamicLayer() if _window_is_none(layer, config) else layer for layer in cache.layers]
+    return cache
+
+
+def _window_is_none(layer: Any, config: PreTrainedConfig) -> bool:
     """Does a layer with a window keep all tokens that the model has positions for? Then its window is none.
 
     Phi-4-mini, Phi-3.5 and Ministral 8B are published so.
@@ -126,9 +136,13 @@ def _keeps_all(layer: Any, config: PreTrainedConfig) -> bool:
 
 
 def compressed_layers(config: PreTrainedConfig) -> list[int]:
-    """Return the layers that a compressed cache packs: those that keep keys and values of all tokens."""
-    layers = DynamicCache(config=config).layers
-    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer or _keeps_all(layer, config)]
+    """Return the layers that a compressed cache packs: those that keep keys and values of all tokens.
+
+    Layers that look at an image, once for all tokens, are none of them (Llama 3.2 Vision).
+    """
+    crossing = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
+    layers = _plain_cache(config).layers
+    return [i for i, layer in enumerate(layers) if keeps_all(layer) and i not in crossing]
 
 
 def last_readers(config: PreTrainedConfig) -> dict[int, int]:
@@ -173,7 +187,8 @@ def fill_cache(
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, QuantizedLayer):
         layer.update(key_states, value_states)
-        layer.compress(None)
+        if not isinstance(layer, DenseLayer):
+            layer.compress(None)
     else:
         cache.update(key_states, value_states, layer_idx)
 
@@ -199,6 +214,11 @@ def _payload_bits(method: "Method | None", count: Count) -> float | None:
     return method.payload_bits or 8 * (count.key + count.value) / count.packed_values
 
 
+def tokens_held(cache: Cache) -> int:
+    """Return how many tokens a cache has taken; layers with a recurrent state alone do not know it."""
+    return max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
+
+
 def cache_bytes(cache: Cache) -> int:
     """Return the bytes of every storage reachable from a cache; the total of `cache_report`."""
     return cache_report(cache).bytes
@@ -216,7 +236,7 @@ def cache_report(cache: Cache) -> CacheReport:
         count_layer(layer, count)
     payload = _payload_bits(getattr(cache, "method", None), count)
     full = 2 * count.values + count.state  # recurrent states are the same on both sides
-    tokens = max((int(layer.get_seq_length()) for layer in cache.layers if hasattr(layer, "get_seq_length")), default=0)
+    tokens = tokens_held(cache)
     return CacheReport(
         cache_class=type(cache).__name__,
         tokens=tokens,

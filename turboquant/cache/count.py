@@ -80,15 +80,19 @@ class CompressedLayer(CacheLayerMixin):
         """Add the bytes of every storage reachable from the layer."""
 
 
+def state_tensors(layer: Any) -> list[Tensor]:
+    """Return the recurrent states of a layer: of a fixed size, by kind, instead of keys and values or beside them."""
+    kinds = [kept for kept in vars(layer).values() if isinstance(kept, dict)]
+    return [tensor for kept in kinds for tensor in kept.values() if isinstance(tensor, Tensor)]
+
+
 def count_layer(layer: Any, count: Count) -> None:
     """Add what a layer holds; the plain tensors of Hugging Face's own layers are exact."""
     if not isinstance(layer, CompressedLayer):
         states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
         count.add("exact", states)
         count.add_storages("spare", (t for t in vars(layer).values() if isinstance(t, Tensor)))
-        # Recurrent layers keep states of a fixed size, by kind, instead of keys and values (or beside them).
-        kinds = [kept for kept in vars(layer).values() if isinstance(kept, dict)]
-        count.add_storages("state", (t for kept in kinds for t in kept.values() if isinstance(t, Tensor)))
+        count.add_storages("state", state_tensors(layer))
         count.values += sum(t.numel() for t in states)
         return
     layer.count_bytes(count)

@@ -173,6 +173,24 @@ class QuantizedLayer(CompressedLayer):
         """Tokens held as codes."""
         return self.packed_keys.length
 
+    @property
+    def keys(self) -> Tensor | None:
+        """The exact keys: transformers' own code asks whether a layer has any (Llama 3.2 Vision)."""
+        return None if self.exact_keys is None else self._exact(self.exact_keys)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        """Pass over None, to which Hugging Face's base class sets it."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """The exact values."""
+        return None if self.exact_values is None else self._exact(self.exact_values)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        """Pass over None, as for keys."""
+
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return self.packed_length + self.exact_length

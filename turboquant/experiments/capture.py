@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant.cache.build import build_cache, fill_cache
+from turboquant.cache.kinds import HybridLayer
 from turboquant.experiments.base import Watch
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
@@ -96,15 +97,20 @@ class Captured:
             fill_cache(cache, layer_idx, keys[:, :, : self.before], values[:, :, : self.before])
             trim()
         for layer_idx, layer in self.windows.items():
-            cache.layers[layer_idx] = copy.deepcopy(layer)
+            own = cache.layers[layer_idx]
+            if isinstance(own, HybridLayer):
+                own.take_states(layer)
+                fill_cache(cache, layer_idx, layer.keys, layer.values)
+            else:
+                cache.layers[layer_idx] = copy.deepcopy(layer)
         return cache
 
     @torch.no_grad()
     def replay(self, loaded: LoadedModel, cache: Cache, watch: Watch) -> Float[Tensor, "last vocabulary"]:
         """Read the last chunk with a filled cache and return its logits."""
         with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
-            [(_, logits)] = feed(loaded.model, cache, self.ids, [(self.before, self.ids.shape[1])])
-        return logits[0]
+            parts = feed(loaded.model, cache, self.ids, [(self.before, self.ids.shape[1])])
+            return torch.cat([logits for _, logits in parts], dim=1)[0]
 
 
 @torch.no_grad()
@@ -140,7 +146,7 @@ def capture(
     windows = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if i not in kept}
     recorder = QueryRecorder(watch.cancelled, last=last)
     with observe_queries(recorder):
-        [(_, logits)] = feed(model, cache, ids, [(before, tokens)])
+        logits = torch.cat([part for _, part in feed(model, cache, ids, [(before, tokens)])], dim=1)
     layer_indices = [i for i, layer in kept.items() if layer.is_initialized]
     return Captured(
         ids=ids,
@@ -148,7 +154,7 @@ def capture(
         cache=cache,
         layer_indices=layer_indices,
         windows=windows,
-        queries={i: recorder.queries[i][0] for i in layer_indices},
-        scoring={i: recorder.scoring[i] for i in layer_indices},
+        queries={i: torch.cat(queries, dim=2) for i, queries in recorder.queries.items() if i in layer_indices},
+        scoring={i: scoring for i, scoring in recorder.scoring.items() if i in layer_indices},
         logits=logits[0],
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from turboquant.cache.build import NothingCompressedError, cache_report, layer_states
+from turboquant.cache.kinds import why_dense
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
 from turboquant.experiments.needle_prompt import NeedlePrompt, needle_prompt
@@ -204,9 +205,12 @@ def check(loaded: LoadedModel, settings: HeadsSettings) -> None:
     """Refuse what cannot be measured.
 
     Raises:
-        PromptError: If model or machine have no room for the context, or it has none for the needle or the queries.
+        PromptError: If model or machine have no room for the context, or it has none for the needle or the queries, or
+            the model's layers have no keys of heads to compare.
         ValueError: If there is no such filler.
     """
+    if (reason := why_dense(loaded.model.config)) is not None:
+        raise PromptError(f"attention heads of {loaded.spec.name} cannot be compared: {reason}")
     free = free_bytes(torch.device(loaded.device))
     check_context(loaded.spec.name, loaded.model.config, settings.context, loaded.weights, free)
     build_prompt(loaded, settings)

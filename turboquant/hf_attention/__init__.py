@@ -29,8 +29,13 @@ DROPPED = {
     "sinks": "sinks that depend on the token",
     "indices": "attention to chosen tokens alone",
     "block_indices": "attention to chosen blocks alone",
+    "compressor": "attention to summaries of tokens",
 }
-"""Options of an attention call that nothing here computes; SDPA drops them without a word."""
+"""Options of an attention call that nothing here computes; SDPA drops them without a word.
+
+A compressor is no option but a part of the layer: DeepSeek V4 hides summaries by numbers that it adds to a mask, which
+is one of yes and no here.
+"""
 NOT_OURS = {"position_bias": "a learned position bias", "cache": "a paged cache"}
 """Options that SDPA computes and our own attention does not."""
 SINKS, CAP = "s_aux", "softcap"
@@ -90,6 +95,8 @@ def attention_forward(
     """
     states = key if isinstance(key, CachedStates) else None
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get(CAP), kwargs.get(SINKS))
+    if getattr(module, "compressor", None) is not None:
+        kwargs["compressor"] = module.compressor
     _check_options(kwargs, dropout, states, scoring)
     observer = _observer.get()
     if observer is not None:

@@ -99,9 +99,9 @@ class Method(ABC):
         Raises:
             ImportError: As `check_available`.
         """
-        from turboquant.cache.layer import QuantizedLayer  # brings transformers along
+        from turboquant.cache.kinds import packed_layer  # brings transformers along
 
-        return QuantizedLayer(self, layer_idx, last_reader, config)
+        return packed_layer(self, plain, layer_idx, last_reader, config)
 
     def check_available(self) -> None:  # noqa: B027
         """Raise ImportError where a package that the method needs is missing here."""

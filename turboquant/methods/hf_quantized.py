@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from turboquant.methods import Method, check_choice, check_length
+from turboquant.methods import Method, NoSuchLayerError, check_choice, check_length
 
 GROUP_SIZES = (16, 32, 64, 128)
 
@@ -29,6 +29,13 @@ class HFMethod(Method, ABC):
 
     def layer(self, plain: Any, layer_idx: int, last_reader: int | None = None, config: Any = None) -> Any:
         """Return a new layer; see `turboquant.cache.foreign.foreign_layer`."""
+        from transformers.cache_utils import LinearAttentionLayer
+
+        if isinstance(plain, LinearAttentionLayer):
+            raise NoSuchLayerError(
+                f"{self.name} cannot hold layer {layer_idx}, which keeps a recurrent state beside keys and values: "
+                "choose a method of the lab's own"
+            )
         return self._new_layer()
 
     def check_available(self) -> None:

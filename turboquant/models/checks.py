@@ -95,27 +95,13 @@ def why_not(model: "PreTrainedModel") -> str | None:
     head_dim = min((one.head_dim for one in heads), default=2)
     indexer = any(name.rpartition(".")[2] == "indexer" for name, _ in model.named_modules())
     reasons = {
-        "it reads text with an encoder": _reads_both_ways(model),
-        "its attention does not run through the library's AttentionInterface": not _replaceable(model),
-        "it stores a joint latent in place of keys and values (MLA)": bool(getattr(config, "kv_lora_rank", None)),
+        "it reads text with an encoder": bool(model.config.is_encoder_decoder),
         "an indexer chooses which tokens its attention sees": indexer,
         "it has no layers": not heads,
         "none of its layers keeps keys and values of all tokens": not compressed_layers(model.config),
         f"its head_dim is {head_dim} and must be at least 2": head_dim < 2,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def _reads_both_ways(model: "PreTrainedModel") -> bool:
-    """Do all of the text part's attention modules see later tokens, as BERT's do?"""
-    text = model.get_decoder() if model.config.get_text_config(decoder=True) is not model.config else model
-    said = [getattr(module, "is_causal", None) for module in (text or model).modules()]
-    return bool(model.config.is_encoder_decoder) or (False in said and True not in said)
-
-
-def _replaceable(model: "PreTrainedModel") -> bool:
-    """May the model's attention function be another one? What `set_attn_implementation` itself asks."""
-    return bool(type(model)._can_set_attn_implementation())
 
 
 def unsupported(spec: ModelSpec, why: str) -> str:

@@ -5,22 +5,27 @@ short calls, without any rounding, are held against the model's own attention ov
 wrong then is no quantization error.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report
+from turboquant.cache.kinds import takes_our_attention
 from turboquant.methods import METHODS, Method
 from turboquant.quant.quantizer import PackedTensor, Quantizer
+from turboquant.records.comparison import CacheReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPT, MORE = 6, 3
-"""Tokens of the first call and of the second, which reads the first ones from the cache."""
+AT_ONCE, ONE_BY_ONE = (6, 3), (6, 1, 1, 1)
+"""Tokens of the first call and of those that read the first ones from the cache."""
 LIMITS = {torch.float32: 0.002}
 OTHER_LIMIT = 0.15
 """How far logits may be apart: root mean square of the difference, in standard deviations of the logits. What is wrong
@@ -79,11 +84,17 @@ class DryRun:
         layers: All of the model.
         compressed_layers: Those whose keys and values are packed.
         error: Root mean square difference of the logits, in their standard deviations.
+        one_by_one: Must it be given one token a call behind a filled cache? With several, transformers itself computes
+            something else (Jamba, Bamba, Zamba). `generate()` does so, the lab too; code of your own has to.
     """
 
     layers: int
     compressed_layers: int
     error: float
+    one_by_one: bool = False
+
+
+_SINGLY: "WeakSet[PreTrainedModel]" = WeakSet()
 
 
 def attach(model: "PreTrainedModel") -> DryRun:
@@ -96,7 +107,7 @@ def attach(model: "PreTrainedModel") -> DryRun:
         model: A causal language model of transformers, or an image-text model that answers text.
 
     Returns:
-        How many of its layers are compressed, and how far its logits moved.
+        How many of its layers are compressed, how far its logits moved, and whether it takes tokens one by one.
 
     Raises:
         DryRunError: If a compressed cache cannot serve it, with the reason; its own attention function is set again.
@@ -115,7 +126,8 @@ def attach(model: "PreTrainedModel") -> DryRun:
     try:
         return dry_run(model)
     except DryRunError as error:
-        model.set_attn_implementation(before)
+        if takes_our_attention(type(model.config)):
+            model.set_attn_implementation(before)
         raise DryRunError(f"a compressed cache cannot serve this model: {error}") from error
     finally:
         model.train(trained)
@@ -128,50 +140,95 @@ def dry_run(model: "PreTrainedModel") -> DryRun:
     Raises:
         DryRunError: If the model cannot run so, says something else, or nothing of it is packed.
     """
+    with _no_earlier_answer(model):
+        return _dry_run(model)
+
+
+@contextmanager
+def _no_earlier_answer(model: "PreTrainedModel") -> Iterator[None]:
+    """Hide what Qwen-VL and its like remember of their last answer: where its positions stand behind its images."""
+    kept = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    try:
+        for module, _ in kept:
+            module.rope_deltas = None  # type: ignore[assignment]
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
+
+
+def _dry_run(model: "PreTrainedModel") -> DryRun:
     ids = _tokens(model)
     if model.config.get_text_config(decoder=True)._attn_implementation == "turboquant":  # it cannot be its own witness
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    own = _logits(model, ids, METHODS["full"](), "by its own attention")
-    limit = LIMITS.get(own[0].dtype, OTHER_LIMIT)
-    if (apart := _apart(model(ids).logits[0], own[0])) > limit:
-        raise DryRunError(
-            "transformers itself computes something else for tokens behind a filled cache than for all of them in one "
-            f"call (logits differ by {apart:.2g} standard deviations)"
-        )
+    own, pieces = _own_logits(model, ids)
+    limit = LIMITS.get(own.dtype, OTHER_LIMIT)
     hf_attention.register()
+    if takes_our_attention(type(model.config)):
+        _set_attention(model)
+    full, _ = _logits(model, ids, METHODS["full"](), "with the attention function turboquant", pieces)
+    packed, report = _logits(model, ids, Lossless(), "with packed keys and values", pieces)
+    if not report.compressed_layers:
+        raise DryRunError("none of its layers keeps keys and values of all tokens")
+    if not report.compressed_tokens:
+        raise DryRunError("its layers do not hand keys and values over as they came")
+    apart = max(_apart(own, full), _apart(own, packed))
+    if not apart <= limit:
+        raise DryRunError(
+            f"it says something else than by its own attention (logits differ by {apart:.2g} standard deviations, "
+            f"at most {limit:g} would be rounding)"
+        )
+    _SINGLY.discard(model)
+    if pieces == ONE_BY_ONE:
+        _SINGLY.add(model)
+    return DryRun(report.layers, report.compressed_layers, apart, pieces == ONE_BY_ONE)
+
+
+def feeds_singly(model: "PreTrainedModel") -> bool:
+    """Whether a dry run found that a model must be given one token at a time behind a filled cache."""
+    return model in _SINGLY
+
+
+def _own_logits(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """Return a model's own logits, and in which pieces it computes the same as in one call."""
+    whole, apart, first = model(ids).logits[0], 0.0, AT_ONCE[0]
+    for pieces in (AT_ONCE, ONE_BY_ONE):
+        own, report = _logits(model, ids, METHODS["full"](), "by its own attention", pieces)
+        if report.tokens < ids.shape[1]:
+            raise DryRunError("it does not use the cache of keys and values that it is given")
+        apart, limit = _apart(whole, own), LIMITS.get(own.dtype, OTHER_LIMIT)
+        if apart <= limit:
+            return own, pieces
+        if _apart(whole[:first], own[:first]) > limit:
+            raise DryRunError("it reads text with an encoder: what it says of a token depends on later ones")
+    raise DryRunError(
+        "transformers itself computes something else for tokens behind a filled cache than for all of them in one "
+        f"call (logits differ by {apart:.2g} standard deviations)"
+    )
+
+
+def _set_attention(model: "PreTrainedModel") -> None:
     try:
         model.set_attn_implementation("turboquant")
     except (ValueError, TypeError, AttributeError) as error:
         raise DryRunError(f"its attention function cannot be replaced ({_first_line(error)})") from error
     if model.config.get_text_config(decoder=True)._attn_implementation != "turboquant":
         raise DryRunError("its attention function cannot be replaced")
-    full = _logits(model, ids, METHODS["full"](), "with the attention function turboquant")
-    packed = _logits(model, ids, Lossless(), "with packed keys and values")
-    report = packed[1]
-    if not report.compressed_layers:
-        raise DryRunError("none of its layers keeps keys and values of all tokens")
-    if not report.compressed_tokens:
-        raise DryRunError("its layers do not hand keys and values over as they came")
-    apart = max(_apart(own[0], full[0]), _apart(own[0], packed[0]))
-    if not apart <= limit:
-        raise DryRunError(
-            f"it says something else than by its own attention (logits differ by {apart:.2g} standard deviations, "
-            f"at most {limit:g} would be rounding)"
-        )
-    return DryRun(report.layers, report.compressed_layers, apart)
 
 
 def _tokens(model: "PreTrainedModel") -> Tensor:
     """Some tokens of the model's vocabulary, spread over it; the same every time."""
-    size = int(model.config.get_text_config(decoder=True).vocab_size)
-    places = torch.arange(1, PROMPT + MORE + 1, device=model.device)
-    return (places * (size // (PROMPT + MORE + 2)) % size)[None]
+    size, count = int(model.config.get_text_config(decoder=True).vocab_size), sum(AT_ONCE)
+    places = torch.arange(1, count + 1, device=model.device)
+    return (places * (size // (count + 2)) % size)[None]
 
 
-def _logits(model: "PreTrainedModel", ids: Tensor, method: Method, how: str) -> tuple[Tensor, Any]:
+def _logits(
+    model: "PreTrainedModel", ids: Tensor, method: Method, how: str, pieces: Sequence[int]
+) -> tuple[Tensor, CacheReport]:
     cache = build_cache(model.config, method)
     try:
-        parts = [model(part, past_key_values=cache).logits[0] for part in (ids[:, :PROMPT], ids[:, PROMPT:])]
+        parts = [model(part, past_key_values=cache).logits[0] for part in ids.split(tuple(pieces), dim=1)]
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's own code makes of states that are no tensors

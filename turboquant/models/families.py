@@ -296,6 +296,33 @@ class UnknownFamilyError(LookupError):
     """This version of transformers does not know the family."""
 
 
+def config_of(family: Family) -> "PreTrainedConfig":
+    """Return the configuration of a family's tiny model.
+
+    Raises:
+        UnknownFamilyError: If this version of transformers does not know it, or other fields of it.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    kinds: Any = CONFIG_MAPPING
+    try:
+        kind = kinds[family.kind]
+        if family.eye is None:
+            return kind(**_fields(kind, family.text, TEXT))
+        parts = {
+            name: _fields(kinds[own["model_type"]] if "model_type" in own else kind.sub_configs[name], own, shared)
+            for name, own, shared in (("text_config", family.text, TEXT), ("vision_config", family.eye, EYE))
+        }
+        return kind(**parts, **family.whole)
+    except KeyError as error:
+        raise UnknownFamilyError(f"transformers {__version__} does not know {error}") from error
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever its class makes of fields that it did not have yet
+        last = str(error).strip().rpartition("\n")[2].strip()
+        raise UnknownFamilyError(f"transformers {__version__} knows it otherwise ({last})") from error
+
+
 def _fields(kind: Any, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     """Return the shared fields that a class of configurations has, and a family's own."""
     other_names: dict[str, str] = kind.attribute_map or {}
@@ -306,39 +333,6 @@ def _fields(kind: Any, own: dict[str, Any], shared: dict[str, Any]) -> dict[str,
     elif "head_dim" not in known and shared is TEXT:  # its heads are parts of the whole
         shared = {**shared, "hidden_size": 256, "mamba_n_heads": 16}
     return {other_names.get(name, name): value for name, value in shared.items() if name in known} | own
-
-
-def config_of(family: Family) -> "PreTrainedConfig":
-    """Return the configuration of a family's tiny model.
-
-    Raises:
-        UnknownFamilyError: If this version of transformers does not know it.
-    """
-    from transformers import CONFIG_MAPPING, __version__
-
-    kinds: Any = CONFIG_MAPPING
-
-    def made(kind: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-        return _fields(kinds[kind], own, shared)
-
-    try:
-        kind = kinds[family.kind]
-        if family.eye is None:
-            return kind(**made(family.kind, family.text, TEXT))
-        text, eye = (
-            _part(kind, name, own, shared)
-            for name, own, shared in (("text_config", family.text, TEXT), ("vision_config", family.eye, EYE))
-        )
-        return kind(text_config=text, vision_config=eye, **family.whole)
-    except KeyError as error:
-        raise UnknownFamilyError(f"transformers {__version__} does not know {error}") from error
-
-
-def _part(kind: Any, name: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    from transformers import CONFIG_MAPPING
-
-    part: Any = CONFIG_MAPPING[own["model_type"]] if "model_type" in own else kind.sub_configs[name]
-    return _fields(part, own, shared)
 
 
 def family_model(family: Family) -> "PreTrainedModel":
@@ -365,4 +359,7 @@ def family_model(family: Family) -> "PreTrainedModel":
                     parameter.normal_(0.0, parameter.shape[1] ** -0.5)
                 elif "sink" in name:
                     parameter.normal_()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0.0  # as it is when files are read
     return model.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant.cache.build import build_cache
+from turboquant.cache.kinds import HybridLayer
 from turboquant.cache.layer import QuantizedLayer
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
@@ -300,7 +301,7 @@ def _can_crop(layer: Any, surplus: int, interrupted_prompt: bool) -> bool:
     Plain layers always can; packed ones within their exact window, or where codes stand alone and a cache of the new
     length would have packed as much.
     """
-    if not isinstance(layer, QuantizedLayer):
+    if not isinstance(layer, QuantizedLayer) or isinstance(layer, HybridLayer):  # recurrent states cannot go back
         return type(layer) is DynamicLayer
     if not layer.packed_length:
         return True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turboquant.cache.build import build_cache, cache_report, compressed_layers
+from turboquant.cache.kinds import why_dense
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.models.sizes import layer_heads
@@ -65,6 +66,7 @@ class Event:
     number: int = 0
 
 
+NO_HEADS = "There are no figures of attention heads: {}."
 OnEvent = Callable[[Event], None]
 
 
@@ -305,19 +307,21 @@ def _measure(question: Question, number: int, emit: OnEvent, cancelled: Callable
         emit(Event("phase", text=text + which, fraction=fraction, number=number))
 
     heads, attention = None, None
+    dense = why_dense(question.loaded.model.config)
+    notes = () if dense is None else (NO_HEADS.format(dense),)
     try:
-        if method.has_quantizers:
+        if method.has_quantizers and dense is None:
             heads, attention = _measure_heads(question, method, partial(progress, "Comparing attention heads"))
         report = partial(progress, "Reading the original answer through both caches")
         prompt, answer = original.prompt, original.tokens
         tokens = token_metrics(question.loaded, prompt, answer, method, report, cancelled, history)
-        return Measured(heads, tokens, attention)
+        return Measured(heads, tokens, attention, notes)
     except CancelledError:
-        return Measured(heads, None, attention)
+        return Measured(heads, None, attention, notes)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        return Measured(heads, None, attention, (UNMEASURED,))
+        return Measured(heads, None, attention, (*notes, UNMEASURED))
 
 
 @torch.no_grad()

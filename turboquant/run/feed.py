@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from turboquant.cache.build import tokens_held
 from turboquant.methods import Method
+from turboquant.models.dry_run import feeds_singly
 
 Runs = Sequence[tuple[int, int]]
 """Tokens (start, stop) that go through a cache together."""
@@ -42,7 +44,14 @@ def packing_runs(method: Method, held: int, count: int) -> list[tuple[int, int]]
 def step(
     model: PreTrainedModel, cache: Cache, ids: Int[Tensor, "rows tokens"], **options: Any
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Feed tokens in one call, and return the logits of the token behind the last; `options` go to the model."""
+    """Feed tokens in one call, and return the logits of the token behind the last; `options` go to the model.
+
+    Where a model must be given one token at a time behind a filled cache (`models.dry_run`), it is.
+    """
+    if ids.shape[1] > 1 and _singly(model, cache):
+        for token in ids.split(1, dim=1)[:-1]:
+            model(token, past_key_values=cache, logits_to_keep=1)
+        ids = ids[:, -1:]
     logits: Tensor = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
     return logits[:, -1]
 
@@ -61,9 +70,15 @@ def feed(
         at_once: Tokens of one call at most, since all their logits are held; None for whole runs.
     """
     for start, stop in runs:
-        for first in range(start, stop, at_once or stop - start):
-            part = slice(first, min(first + at_once, stop) if at_once else stop)
+        while start < stop:
+            size = 1 if _singly(model, cache) else at_once or stop - start
+            part = slice(start, min(start + size, stop))
             yield part, model(ids[:, part], past_key_values=cache).logits
+            start = part.stop
+
+
+def _singly(model: PreTrainedModel, cache: Cache) -> bool:
+    return feeds_singly(model) and tokens_held(cache) > 0
 
 
 def answer_logits(

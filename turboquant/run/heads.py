@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from turboquant.cache.build import build_cache
+from turboquant.cache.kinds import keeps_all
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
 from turboquant.methods import METHODS, Method
@@ -149,7 +150,7 @@ def head_metrics(
     Raises:
         CancelledError: If the recorder's caller asked to stop; asked between layers.
     """
-    indices = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and i in recorder.queries]
+    indices = [i for i, layer in enumerate(cache.layers) if keeps_all(layer) and i in recorder.queries]
     served, packed, counts = [], [], [0]
     for done, layer_idx in enumerate(indices):
         if recorder.cancelled():

@@ -32,8 +32,12 @@ SHAPE = {
     "head_dim": 64,
     "pad_token_id": 0,
 }
-# Models whose attention needs what is not computed here: chosen tokens.
+# Models whose attention needs what is not computed here: chosen tokens, summaries of tokens.
 REFUSED = {
+    "DeepseekV4": (
+        {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 32, "num_hidden_layers": 6},
+        "attention to summaries of tokens",
+    ),
     "DeepseekV32": (
         {
             "q_lora_rank": 32,
