@@ -45,7 +45,8 @@ def _list() -> None:
 
     here = set(available_models())
     for name, spec in MODELS.items():
-        typer.echo(f"{name:24} {'here' if name in here else '':5} {spec.hub_id:40} {spec.note}")
+        where, licence = "here" if name in here else "", getattr(spec, "licence", "")
+        typer.echo(f"{name:24} {where:5} {spec.hub_id:44} {licence:16} {spec.note}")
 
 
 def _check(asked: Sequence[str], output: Path, overwrite: bool) -> None:

@@ -123,11 +123,17 @@ class _Reference:
         self.logits = self._try(lambda: _read(model, FULL)[0])
         self.answers = self._try(lambda: _answers(model, FULL))
 
-    def fed_as(self, model: "PreTrainedModel") -> Tensor | None:
-        """Return the logits of tokens that are fed as the model at hand asks for."""
-        if feeds_singly(model):
-            return self._try(lambda: _read(self.model, FULL, chunk=1)[0])
-        return self.logits
+    def fed_as(self, model: "PreTrainedModel") -> Tensor:
+        """Return the logits of tokens that are fed as the model at hand asks for.
+
+        Raises:
+            _WrongError: If there are none.
+        """
+        singly = feeds_singly(model)
+        logits = self._try(lambda: _read(self.model, FULL, chunk=1)[0]) if singly else self.logits
+        if logits is None:
+            raise _WrongError("it was accepted and does not run by its own attention")
+        return logits
 
     def _try(self, work: Callable[[], Tensor]) -> Tensor | None:
         try:
@@ -149,10 +155,10 @@ class _Figures:
         Raises:
             _WrongError: If it says something else than the unmodified model.
         """
-        assert reference is not None
+        if reference is None:
+            raise _WrongError("it was accepted and cannot be made")
         model = loaded.model
         expected = reference.fed_as(model)
-        assert expected is not None
         for side, method in (("full_", FULL), ("lossless_", LOSSLESS), ("", EIGHT)):
             logits, self.report = _read(model, method)
             self.metrics[f"{side}logit_error"] = _apart(logits, expected)
@@ -191,7 +197,6 @@ class _Figures:
             self._by_hand(model, reference)
             raise
         expected = reference.fed_as(model)
-        assert expected is not None
         self.metrics["own_lossless_logit_error"] = _apart(_read(model, LOSSLESS, TOKENS - 1)[0], expected)
         _judge(self.metrics, "own_lossless_logit_error")
 
