@@ -59,7 +59,7 @@ NOT_SHOWN = (
     (
         "Every kind of layer and model.",
         "Layers with a sliding window or linear attention keep the model's own cache, and a run says how many layers "
-        "are compressed. Models with attention sinks as parameters or with soft-capped scores are refused.",
+        "are compressed. Models in which an indexer chooses the tokens that attention sees are refused.",
     ),
     (
         "Real keys, on the Theory page.",

@@ -159,7 +159,7 @@ def test_decode_with_sinks_caps_and_values_of_other_dims(
     keys, values = views(packed)
     assert attention.unsupported(query, keys, values) is None
     generator = torch.Generator().manual_seed(1)
-    learned = torch.randn(2 * groups, generator=generator).to(DEVICE, dtype) * 2 + 4 if sinks else None
+    learned = torch.randn(2 * groups, generator=generator).to(DEVICE, dtype) * 2 + 8 if sinks else None
     scoring = Scoring(dims[0] ** -0.5, cap, learned)
     expected = _reference(query, exact, packed, 4, None, scoring)
     plain = Scoring(dims[0] ** -0.5)
@@ -413,6 +413,33 @@ def test_prefill_of_padded_rows(exact: int, monkeypatch: pytest.MonkeyPatch) -> 
     for row, wanted, torchs in zip(found, expected, plain, strict=True):
         assert error(row, wanted) <= 2 * error(torchs, wanted) + rounding
     assert found.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(33, 2112), (40, 0), (1, 0)], ids=["prefix", "prompt", "step"])
+def test_prefill_gives_learned_sinks_their_share(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a packed prefix, and over plain tensors: a prompt, and a step of an uncompressed cache."""
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(prefill, "_attention", plain_attention)
+    dtype = DTYPES[-1]
+    query = queries(8, rows, 64, dtype)
+    scoring = Scoring(0.125, None, torch.linspace(2, 12, 8).to(DEVICE, dtype))
+    states = exact_states(query, 2, rows + 20 if tokens or rows == 1 else rows)
+    packed = segment("turboquant:bits=4", tokens, 64, dtype) if tokens else None
+
+    def both(scoring: Scoring) -> tuple[Tensor | None, Tensor]:
+        if packed is None:
+            found = prefill.attend_exact(query, *states, scoring)
+            return found, _reference(query, states, None, states[0].shape[2], None, scoring)
+        found = prefill.attend(query, states[0], states[1], views(packed)[0], views(packed)[1], scoring)
+        return found, _reference(query, states, packed, 4, None, scoring)
+
+    found, expected = both(scoring)
+    plain, without = both(Scoring(0.125))
+    allowed = max(2 * error(plain, without), 4e-3)
+    assert error(found, expected) <= allowed
+    assert error(plain, expected) > 10 * allowed
+    assert prefill.attend_exact(query.float(), *states, scoring) is None
+    assert prefill.attend_exact(query, *states, Scoring(0.125, cap=30.0)) is None
 
 
 # -- which implementation runs -----------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def test_a_model_that_takes_tokens_one_by_one_is_given_them_so() -> None:
     model(ids[:, :40], past_key_values=cache)
     assert (model(ids[:, 40:], past_key_values=cache).logits[0, -1] - expected[-1]).abs().max() > 0.01
     assert not attach(family_model(FAMILIES["llama-3"])).one_by_one
+    assert attach(family_model(FAMILIES["jamba"]).to(torch.bfloat16)).one_by_one
+    assert not attach(family_model(FAMILIES["lfm2"]).to(torch.bfloat16)).one_by_one
 
 
 def test_llama_vision_keeps_what_it_saw_of_an_image_as_it_is() -> None:
