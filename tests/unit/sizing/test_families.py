@@ -10,15 +10,10 @@ from turboquant import attach, build_cache, cache_report, parse_method
 from turboquant.models.families import FAMILIES, Family, config_of, family_model
 from turboquant.sizing import KVShape, ModelConfigError, kv_bytes, read_config
 
+LLLG = {"layer_types": [*["sliding_attention"] * 3, "full_attention"]}
 # Files with fields that do not matter to a cache, or that say the same in another way.
 ODD = {
-    "EXAONE 4 with a pattern in letters": Family(
-        "",
-        "",
-        0,
-        "exaone4",
-        {"sliding_window_pattern": "LLLG", "layer_types": [*["sliding_attention"] * 3, "full_attention"]},
-    ),
+    "EXAONE 4 with a pattern in letters": Family("", "", 0, "exaone4", {"sliding_window_pattern": "LLLG", **LLLG}),
     "Qwen2-MoE with a window of 0": Family("", "", 0, "qwen2_moe", {"sliding_window": 0}),
     "Phi-3.5-MoE, whose window is its positions": Family("", "", 0, "phimoe", {"sliding_window": 512}),
 }
