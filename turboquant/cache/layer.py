@@ -287,12 +287,23 @@ class QuantizedLayer(CompressedLayer):
         self.exact_keys = _grown(self._exact(self.exact_keys), room)
         self.exact_values = _grown(self._exact(self.exact_values), room)
         for buffer in (self.packed_keys, self.packed_values):
-            buffer.reserve(round_up(tokens, self._token_group))
+            if buffer.storage is not None:
+                buffer.reserve(round_up(tokens, self._token_group))
+
+    def storages(self) -> tuple[object, ...]:
+        """Return what holds the tokens; while it stays the same, captured steps can read it."""
+        packed = self.packed_keys.storage, self.packed_values.storage
+        return (*packed, self.exact_keys, self.exact_values, self.padding)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a step over these tokens can be captured: it reads no pads but those in front of packed tokens."""
+        return self.exact_keys is not None and self.seen is None and self.last_reader is None
 
     @property
     def due(self) -> bool:
-        """Whether a block of tokens has left the window of a layer that has packed before."""
-        window = self.exact_length - self.sink_length
+        """Whether a block of tokens has left the window (rows without padding)."""
+        window = self.exact_length - (self.sink_length if self.packed_length else self.method.sink_length)
         return window >= self.method.residual_length + self.method.block_length
 
     @property
@@ -562,7 +573,7 @@ def _last(quantizer: Quantizer[Any], packed: TokenBuffer, count: int) -> Tensor:
 
 def _grown(states: Tensor, room: int) -> Tensor:
     """Return storage for `room` tokens that begins with these."""
-    larger = states.new_empty(*states.shape[:2], room, states.shape[3])
+    larger = states.new_zeros(*states.shape[:2], room, states.shape[3])  # what is masked must still be a number
     larger[:, :, : states.shape[2]] = states
     return larger
 
