@@ -290,6 +290,12 @@ class QuantizedLayer(CompressedLayer):
             if buffer.storage is not None:
                 buffer.reserve(round_up(tokens, self._token_group))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next block can be packed without moving what is packed; there is nothing to move at first."""
+        storage = self.packed_keys.storage
+        return storage is None or storage.tokens - self.packed_length >= self.method.block_length
+
     def storages(self) -> tuple[object, ...]:
         """Return what holds the tokens; while it stays the same, captured steps can read it."""
         packed = self.packed_keys.storage, self.packed_values.storage

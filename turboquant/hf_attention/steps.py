@@ -325,12 +325,13 @@ class Replay:
         for layer in self.layers:
             layer.exact_length += 1
         if self.layers[0].due:
+            if not self.layers[0].has_room:
+                self._make_room()
             for layer in self.layers:
                 layer.compress()
                 layer.lengths[0], layer.lengths[1] = layer.packed_length, layer.exact_length
+            # Where that moved them, for the first time or into another format, `fits` sees it, and all begins anew.
             self.held_bytes = None
-            if any(one is not other for one, other in zip(self._storages(), self.storages, strict=True)):
-                self._make_room()
         elif getattr(self.layers[0], "full", False):
             self._make_room()
         self._count()
