@@ -15,7 +15,7 @@ bench() { "$python" -m turboquant bench "$@"; }
 case $part in
 check)
     "$python" -m pytest -q -o addopts= -o filterwarnings=default --import-mode=importlib \
-        tests/unit/kernels/test_triton.py tests/unit/cache/test_graph.py
+        tests/unit/kernels/test_triton.py tests/unit/hf_attention/test_steps.py
     ;;
 kernels)
     to=$out/bench-attention.jsonl
@@ -31,6 +31,12 @@ kernels)
     bench encode --bits 4 3 2 --repeats "$repeats" --output "$out/bench-encode.jsonl"
     ;;
 model)
+    bench model --model mistral-7b --weights bf16 --context 8192 32768 131072 --run generate --steps 128 \
+        --method full turboquant:bits=4 turboquant:bits=3 turboquant:bits=2 --output "$out/bench-model.jsonl"
+    bench model --model mistral-7b --weights bf16 --batch 8 32 --context 4096 --run generate --steps 128 \
+        --output "$out/bench-model.jsonl"
+    bench model --model smollm2-135m --weights bf16 --context 640 8192 --run generate --steps 128 \
+        --output "$out/bench-model.jsonl"
     for batch in 1 2 4 8 16 32; do
         bench model --model mistral-7b --weights bf16 --batch "$batch" --context 4096 --steps "$repeats" \
             --output "$out/bench-model.jsonl"

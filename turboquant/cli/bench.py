@@ -127,7 +127,7 @@ def bench_encode(
 @bench.command("model")
 @takes(
     ModelSpeedSettings,
-    several={"run": ("calls", "graph")},
+    several={"run": ("generate", "graph")},
     flags={"shape": "--model", "repeats": "--steps"},
 )
 def bench_model(
@@ -137,7 +137,7 @@ def bench_model(
     output: Annotated[Path, typer.Option(help="One record a case.")] = Path("results/bench-model.jsonl"),
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Time decode steps of a whole model of a known shape on a GPU, called step by step and as a CUDA graph."""
+    """Time decode steps of a whole model of a known shape on a GPU, by `generate()` and as a CUDA graph."""
     from turboquant.report.gpu import model_table
 
     chosen = read_methods(method, ["full", "turboquant:bits=4"])

@@ -370,8 +370,8 @@ class ModelSpeedSettings(TimedSettings):
     """Tokens a row."""
     repeats: int = Field(64, ge=1, le=MOST_RUNS)
     """Timed decode steps."""
-    run: Literal["calls", "graph"] = "calls"
-    """calls: step by step, as `generate()` does; graph: steps replayed as a CUDA graph."""
+    run: Literal["calls", "graph", "generate"] = "calls"
+    """generate: by `generate()`, as users call it; graph: one step replayed; calls: one forward call after the other."""
 
 
 class LongestContextSettings(TimedSettings):

@@ -173,7 +173,7 @@ def model_table(records: Records) -> Table:
             _device(r),
             _model(r),
             f"{r.cell.settings['batch']} x {r.cell.settings['context']:,}",
-            {"calls": "step by step", "graph": "CUDA graph"}[r.cell.settings["run"]],
+            {"calls": "step by step", "graph": "CUDA graph", "generate": "`generate()`"}[r.cell.settings["run"]],
             code(r.cell.method),
             _figure(r, "step_ms", 2),
             metric("tokens_per_second").text(r.metrics.get("tokens_per_second")),
