@@ -245,7 +245,7 @@ class _Clock(LogitsProcessor):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return scores

@@ -371,7 +371,7 @@ class ModelSpeedSettings(TimedSettings):
     repeats: int = Field(64, ge=1, le=MOST_RUNS)
     """Timed decode steps."""
     run: Literal["calls", "graph", "generate"] = "calls"
-    """generate: by `generate()`, as users call it; graph: one step replayed; calls: one forward call after the other."""
+    """generate: by `generate()`, as users call it; graph: one step replayed; calls: one forward call after another."""
 
 
 class LongestContextSettings(TimedSettings):
