@@ -2,7 +2,7 @@
 
 | Variable | Meaning | Default |
 | --- | --- | --- |
-| TURBOQUANT_MODELS | comma-separated names, hub ids or folders a visitor may pick | every known model |
+| TURBOQUANT_MODELS | comma-separated names, hub ids, folders or GGUF files a visitor may pick | every known model |
 | TURBOQUANT_ALLOW_ANY_MODEL | may a visitor type another hub id | 1 |
 | TURBOQUANT_DEFAULT_MODEL | the model that is loaded at start | smollm2-135m |
 | TURBOQUANT_LOCK_MODEL | offer the default model only | 0 |

@@ -45,7 +45,7 @@ SLOW = {
     "experiments": "heads kernel_speed needle perplexity recommend seeds sweep",
     "hf_attention": "options",
     "kernels": "sass triton",
-    "models": "hub load",
+    "models": "gguf hub load placement stored",
     "quant": "modes",
     "records": "metrics settings",
     "report": "report",

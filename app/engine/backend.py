@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load(name: str, *, weights: str, progress: Progress) -> "LoadedModel":
-    """Load a model of the registry, the hub or a local folder."""
+    """Load a model of the registry, the hub, a local folder or a GGUF file."""
     import_library()
     from turboquant.models.load import load_model
 

@@ -124,7 +124,7 @@ def to_markdown(found: Sequence[PromptRow]) -> str:
     env, model = first.environment, first.model
     parts = [
         "# A set of prompts",
-        f"Model {model.name} ({model.hub_id}, weights {model.weights} on {model.device}), "
+        f"Model {model.name} ({model.hub_id}, weights {model.weights_said} on {model.device}), "
         f"method {first.compressed.method}, up to {first.settings.max_new_tokens} new tokens. "
         f"{env.created[:10]} · {env.device} · commit {env.commit or 'unknown'}. One prompt after the other, each "
         "through both caches; the most damaged first.",

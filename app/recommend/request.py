@@ -146,4 +146,4 @@ def source(found: Recommendation) -> str:
 
     model = found.model
     read = f"Text: {', '.join(found.texts)}; {found.context:,} tokens at once, the first {found.prefill:,} in one call."
-    return f"{read} {model.name} (weights {model.weights}, {model.dtype}). {measured_on([found.environment])}"
+    return f"{read} {model.name} (weights {model.weights_said}, {model.dtype}). {measured_on([found.environment])}"

@@ -26,7 +26,7 @@ def settings_apart(first: Run, second: Run) -> list[tuple[str, str, str]]:
     both = [
         {
             "model": c.model.name,
-            "weights": f"{c.model.weights} on {c.model.device}",
+            "weights": f"{c.model.weights_said} on {c.model.device}",
             "method": c.compressed.method,
             "chat template": "yes" if c.chat else "no",
             "device": f"{c.environment.device}, {c.environment.cpu_threads} threads",

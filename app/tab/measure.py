@@ -141,7 +141,7 @@ def made_with(records: Sequence[ExperimentRecord]) -> str:
     from turboquant.report.summary import measured_on
 
     models = {record.model.name: record.model for record in records if record.model}
-    said = [f"{one.name} (weights {one.weights}, {one.dtype})" for one in models.values()]
+    said = [f"{one.name} (weights {one.weights_said}, {one.dtype})" for one in models.values()]
     parts = [f"{', '.join(said)}."] if said else []
     return " ".join([*parts, measured_on(record.environment for record in records)]) if records else ""
 

@@ -18,7 +18,7 @@ def provenance(c: Comparison, side: Literal["original", "compressed"]) -> str:
     layers = "" if r.compressed_layers in (0, r.layers) else f" in {r.compressed_layers} of {r.layers} layers"
     speed = metric("tokens_per_second").said(result.tokens_per_second)
     held = f" · {human_bytes(r.bytes)} held" if c.compressed.report.compressed_tokens else ""
-    made = f"{r.cache_class} · {result.method} · weights {model.weights} on {model.device}"
+    made = f"{r.cache_class} · {result.method} · weights {model.weights_said} on {model.device}"
     return f"{made} · {exact}{layers}{held} · {speed}"
 
 
@@ -57,7 +57,10 @@ def facts(c: Comparison) -> list[tuple[str, str]]:
     """Every figure of the run with its unit; quality and memory only when tokens were packed."""
     report = c.compressed.report
     rows = [
-        ("Model", f"{c.model.name} ({c.model.hub_id}, weights {c.model.weights}, {c.model.dtype} on {c.model.device})"),
+        (
+            "Model",
+            f"{c.model.name} ({c.model.hub_id}, weights {c.model.weights_said}, {c.model.dtype} on {c.model.device})",
+        ),
         ("Method", c.compressed.method),
         ("Tokens packed / exact", f"{report.compressed_tokens:,} / {report.exact_tokens:,}"),
         *([("Beside the baseline", cache_size(report))] if report.compressed_tokens else []),

@@ -88,13 +88,13 @@ def _model(start: Choices) -> None:
         accept_new_options=config.allow_any_model,
         placeholder="Pick a model",
         disabled=config.lock_model,
-        help="Pick one, or type a hub id (org/name)." if config.allow_any_model else None,
+        help="Type to search the names" + (", or type a hub id (org/name)." if config.allow_any_model else "."),
     )
     spec = MODELS.get(str(st.session_state.get("model")))
     if spec is not None:
         size = f"{spec.parameters * 1000:.0f} million" if spec.parameters < 1 else f"{spec.parameters:g} billion"
-        gated = " Needs a licence and a token." if spec.gated else ""
-        st.caption(f"{size} parameters. {spec.note.rstrip('.')}.{gated}")
+        gated = ", to be accepted on its page" if spec.gated else ""
+        st.caption(f"{size} parameters. {spec.note.rstrip('.')}. Licence: {spec.licence}{gated}.")
 
 
 def _sampling(start: Choices, most: int) -> None:

@@ -11,7 +11,8 @@ trap 'rm -rf "$scratch"' EXIT
 # Caches, attention, generation, loading, probes, tasks and the command line; no pages, no kernels, no figures.
 tests="tests/unit/cache/test_cache.py tests/unit/cache/test_foreign.py tests/unit/cache/test_hf_generate.py
     tests/unit/run/test_generate.py tests/unit/experiments/test_heads.py tests/unit/models/test_load.py
-    tests/unit/models/test_hub.py tests/unit/run/test_heads.py tests/unit/run/test_chat.py
+    tests/unit/models/test_hub.py tests/unit/models/test_gguf.py tests/unit/models/test_stored.py
+    tests/unit/models/test_placement.py tests/unit/run/test_heads.py tests/unit/run/test_chat.py
     tests/unit/run/test_compare.py tests/unit/run/test_scoring.py tests/unit/sizing/test_config.py
     tests/unit/cache/test_graph.py tests/unit/experiments/test_perplexity.py tests/reference/test_smollm2.py
     tests/reference/test_docs.py"

@@ -40,6 +40,20 @@ class CompressedCache(Cache):
     def __init__(self, method: "Method", layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.method = method
+        self.replay: Any = None  # of its decode steps, where `turboquant.hf_attention.steps` has captured them
+
+    def release(self) -> None:
+        """Give the layers back to calls that are not replayed."""
+        if self.replay is not None:
+            self.replay = None
+            for layer in self.layers:
+                if isinstance(layer, QuantizedLayer):
+                    layer.lengths = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no captured step."""
+        self.release()
+        return vars(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -84,6 +98,7 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
+        self.release()
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and not isinstance(layer, CompressedLayer):
                 layer.keys = layer.values = None

@@ -157,7 +157,7 @@ class QuantizedLayer(CompressedLayer):
         self.sink_length = 0  # sinks set apart at the front of the exact tensors; 0 until something is packed
         self.padding: Tensor | None = None  # (batch,) pad tokens in front of each row; None without padding
         self.seen: Tensor | None = None  # (batch, tokens) of the exact tokens behind set-apart sinks; None: all seen
-        self.lengths: Tensor | None = None  # packed and exact tokens, on the device, while `graphs` replays steps
+        self.lengths: Tensor | None = None  # packed and exact tokens, on the device, while steps are replayed
 
     @in_plain_modes
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -282,7 +282,7 @@ class QuantizedLayer(CompressedLayer):
             self.reset()
 
     def _append_at_length(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Write one token where the length on the device says; the lengths here follow by `graphs`."""
+        """Write one token where the length on the device says; whoever replays the step counts it."""
         assert self.lengths is not None
         assert self.exact_keys is not None
         assert self.exact_values is not None
@@ -301,13 +301,11 @@ class QuantizedLayer(CompressedLayer):
         for buffer in (self.packed_keys, self.packed_values):
             buffer.reserve(round_up(tokens, self._token_group))
 
-    def follow(self) -> None:
-        """Count the token that a replayed step wrote, and pack what has left the window."""
-        self.exact_length += 1
-        before = self.packed_length
-        self.compress()
-        if self.lengths is not None and self.packed_length != before:
-            self.lengths[0], self.lengths[1] = self.packed_length, self.exact_length
+    @property
+    def due(self) -> bool:
+        """Whether a block of tokens has left the window of a layer that has packed before."""
+        window = self.exact_length - self.sink_length
+        return window >= self.method.residual_length + self.method.block_length
 
     @in_plain_modes
     def compress(self, visible: Bool[Tensor, "batch tokens"] | None = None, pads: bool = True) -> None:

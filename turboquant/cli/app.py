@@ -36,7 +36,9 @@ app = Commands(cls=Program, no_args_is_help=True, add_completion=False, pretty_e
 bench = Commands(no_args_is_help=True)
 app.add_typer(bench, name="bench", help="Time caches and kernels on this machine.")
 
-ModelOption = Annotated[str, typer.Option("--model", help="Name from `turboquant models`, hub id or local folder.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Name from `turboquant models`, hub id, local folder or .gguf file.")
+]
 MethodOption = Annotated[str, typer.Option("--method", help="How the cache is compressed, such as turboquant:bits=4.")]
 MethodsOption = Annotated[
     list[str] | None,

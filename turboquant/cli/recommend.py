@@ -37,7 +37,7 @@ TRIED = ("kl_mean", ("kl_low", "kl_high"), "same_top_pct", "cache_bytes", "estim
 @app.command()
 @reading()
 def recommend(
-    model: Annotated[str, typer.Argument(help="Name from `turboquant models`, hub id or local folder.")],
+    model: Annotated[str, typer.Argument(help="Name from `turboquant models`, hub id, local folder or .gguf file.")],
     text: Annotated[
         list[str] | None,
         typer.Option("--text", help="A UTF-8 file of yours or a shipped text; may be repeated. Default persuasion."),

@@ -19,9 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_bytes, fill_cache
-from turboquant.cache.graph import GraphDecoder
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.kernel_speed import this_device
+from turboquant.hf_attention.steps import capture_steps, no_graphs
 from turboquant.methods import Method
 from turboquant.records.settings import (
     LongestContextSettings,
@@ -76,6 +76,7 @@ def random_model(name: ModelShape, weights: str = "bf16") -> Any:
     rotary: Any = model.model.rotary_emb
     with torch.device("cuda"):
         model.model.rotary_emb = type(rotary)(config=config)
+    capture_steps(model)
     return model.eval().requires_grad_(False)
 
 
@@ -207,10 +208,12 @@ def _steps(model: Any, method: Method, settings: ModelSpeedSettings) -> Measurem
         times = _timed(_FullGraph(model, cache, batch, context).graph.replay, steps)
         model.set_attn_implementation("turboquant")
     elif graph:
-        times = _timed(GraphDecoder(model, cache, context + steps + 80).step, steps)
+        ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        times = _timed(lambda: model(input_ids=ids, past_key_values=cache, logits_to_keep=1), steps)
     else:
         ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-        times = _timed(lambda: model(ids, past_key_values=cache, logits_to_keep=1), steps)
+        with no_graphs():
+            times = _timed(lambda: model(input_ids=ids, past_key_values=cache, logits_to_keep=1), steps)
     step_ms = timing_spread(times)
     return Measurement(
         metrics={

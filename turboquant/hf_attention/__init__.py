@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.cache.layer import ATTENTION_NAME, CachedStates, QuantizedLayer
+from turboquant.hf_attention.steps import segment
 from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths, attend_exact
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.modes import plain, without_gradients
@@ -232,16 +233,12 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
 
 
 def _replayed_forward(layer: QuantizedLayer, query: Tensor, scoring: Scoring) -> Tensor:
-    """Attend by kernels that read the lengths on the device; packing is left to `graphs`."""
-    keys, values = layer.packed_keys.storage, layer.packed_values.storage
-    assert keys is not None
-    assert values is not None
+    """Attend by kernels that read the lengths on the device; packing is left to `steps`."""
     assert layer.exact_keys is not None
     assert layer.exact_values is not None
     assert layer.lengths is not None
-    segment = PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
-    output = attend_at_lengths(query, layer.exact_keys, layer.exact_values, segment, scoring, layer.lengths)
-    return output.transpose(1, 2)
+    exact, lengths, starts = (layer.exact_keys, layer.exact_values), layer.lengths, layer.padding
+    return attend_at_lengths(query, *exact, segment(layer), scoring, lengths, starts).transpose(1, 2)
 
 
 @dataclass

@@ -101,7 +101,7 @@ class TurboQuantLM(HFLM):
     """A model whose KV cache is compressed, for the harness; see this module's text for what is scored from what.
 
     Args:
-        pretrained: Name of a model, hub id or folder, as in `load_model`; or a model that it returned.
+        pretrained: Name of a model, hub id, folder or GGUF file, as in `load_model`; or a model that it returned.
         method: As for `parse_method`. Several options need JSON, quotes or a dict around them, since the harness
             splits its arguments at commas: `--model_args '{"method": "turboquant:key_bits=4,value_bits=2"}'`.
         weights: Precision of the model, as in `load_model`.

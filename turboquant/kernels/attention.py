@@ -150,22 +150,32 @@ def attend_exact(
 
 
 def attend_at_lengths(
-    query: Tensor, exact_keys: Tensor, exact_values: Tensor, packed: PackedSegment, scoring: Scoring, lengths: Tensor
+    query: Tensor,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    packed: PackedSegment,
+    scoring: Scoring,
+    lengths: Tensor,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attend by kernels over tensors with spare room; (packed, exact) tokens that count are told on the device.
 
-    Nothing here waits for the device, so a CUDA graph can hold it. See `kernels.attention.attend`.
-
-    Raises:
-        RuntimeError: If there are no kernels for the call.
+    Nothing here waits for the device, so a CUDA graph can hold it. Only where `why_no_kernels` has nothing to say. See
+    `kernels.attention.attend`.
     """
     kernels = usable(query, "attention")
+    assert kernels is not None
     views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
-    reason = "Triton or CUDA is missing" if kernels is None else kernels.unsupported(query, *views)
-    if kernels is None or reason is not None:
-        raise RuntimeError(f"steps can be replayed only where GPU kernels attend: {reason}")
-    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scoring, lengths=lengths)
+    output: Tensor = kernels.attend(query, exact_keys, exact_values, *views, scoring, starts, lengths)
     return output
+
+
+def why_no_kernels(query: Tensor, packed: PackedSegment) -> str | None:
+    """Say why no GPU kernels attend from queries such as this one to packed tokens; None where they do."""
+    kernels = usable(query, "attention")
+    views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
+    reason: str | None = "Triton or CUDA is missing" if kernels is None else kernels.unsupported(query, *views)
+    return reason
 
 
 def _fused(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 # Bytes a parameter takes. NF4 with double quantization: 4 bits, 8 more per 64 values, 32 more per 64 * 256 values.
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
-_MARGIN = 1.15  # activations, the cache and buffers while loading
-_GIB = 2**30
 MAX_CONFIG_BYTES = 1_000_000
 MOST_LAYERS = 1024
 """Of layers and of experts; a config's class and the model's skeleton make an object for each."""
@@ -123,29 +122,6 @@ def weight_bytes(skeleton: "PreTrainedModel", weights: str) -> int:
     return int(quantized * BYTES_PER_PARAMETER[weights] + rest * 2)
 
 
-def check_memory(estimate: int, weights: str, device: torch.device, spec: ModelSpec) -> None:
-    """Refuse to load what does not fit.
-
-    Args:
-        estimate: Bytes of the weights.
-        weights: Their precision.
-        device: Where they are to go.
-        spec: The model, for the message.
-
-    Raises:
-        ModelError: If the weights and a margin for running need more than is free; names both in GiB.
-    """
-    free, needed = free_bytes(device), int(estimate * _MARGIN)
-    if needed > free:
-        size = BYTES_PER_PARAMETER
-        others = [other for other in ("bf16", "8bit", "4bit") if size[other] < size[weights]]
-        hint = f"choose weights={' or '.join(others)}, or a smaller model" if others else "choose a smaller model"
-        raise ModelError(
-            f"Not enough memory: {spec.name} as {weights} needs {needed / _GIB:.1f} GiB on {device}, "
-            f"{free / _GIB:.1f} GiB are free; {hint}."
-        )
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device; on the CPU a container's limit counts too."""
     if device.type == "cuda":
@@ -163,12 +139,30 @@ def free_bytes(device: torch.device) -> int:
 
 
 def read_weights(model: "PreTrainedModel") -> str:
-    """The precision the modules really have."""
+    """The precision the modules really have; of weights that are stored quantized, the name of the method."""
     kinds = Counter(type(module).__name__ for module in model.modules())
     if kinds["Linear4bit"] or kinds["Linear8bitLt"]:
         return "4bit" if kinds["Linear4bit"] >= kinds["Linear8bitLt"] else "8bit"
+    if (packed := getattr(model.config, "quantization_config", None)) is not None:
+        method = packed["quant_method"] if isinstance(packed, dict) else packed.quant_method
+        return str(getattr(method, "value", method))
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
     dtype = sizes.most_common(1)[0][0]
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def what_is_missing(error: ImportError) -> str:
+    """Name the package that a model or its weights need, as transformers or Python name it."""
+    texts = (r"requires (?:the )?([\w.-]+)(?: library)?,? but it was not found", r"pip install (?:-U )?['\"]?([\w.-]+)")
+    named = next(filter(None, (re.search(text, str(error), re.IGNORECASE) for text in texts)), None)
+    package = named.group(1).lower() if named else (error.name or "").partition(".")[0]
+    if not package:
+        return first_line(error)
+    return f"it needs the package {package}, which is not installed here (pip install {package})"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from turboquant import hf_attention
 from turboquant.cache.build import build_cache, cache_report
 from turboquant.cache.kinds import takes_our_attention
+from turboquant.hf_attention.steps import capture_steps
 from turboquant.methods import METHODS, Method
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 from turboquant.records.comparison import CacheReport
@@ -182,6 +183,7 @@ def _dry_run(model: "PreTrainedModel") -> DryRun:
     _SINGLY.discard(model)
     if pieces == ONE_BY_ONE:
         _SINGLY.add(model)
+    capture_steps(model)
     return DryRun(report.layers, report.compressed_layers, apart, pieces == ONE_BY_ONE)
 
 

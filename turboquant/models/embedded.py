@@ -101,12 +101,11 @@ def convert(gguf: str, target: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = Path(gguf)
+    from turboquant.models import gguf_file
+
+    header = gguf_file.read_header(Path(gguf))
     print("progress 0.15 Reading the weights", flush=True)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    for name in ("quantization_config", "_model_name_or_path"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+    model, _ = gguf_file.read_model(AutoModelForCausalLM, header, gguf_file.read_config(header), dtype=torch.float32)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     print("progress 0.75 Writing the weights", flush=True)
@@ -114,7 +113,7 @@ def convert(gguf: str, target: str) -> None:
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
     print("progress 0.8 Reading the tokenizer", flush=True)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**gguf_file.options(header.path)).save_pretrained(target)
 
 
 def _gguf() -> Path | None:

@@ -1,14 +1,14 @@
 """What the name of a model stands for: fingerprints that show when its files have changed.
 
-A model of the hub is its commit, and the built-in one the SHA-256 of the file that it comes from. A local folder is the
-content of its files. Of weights beyond `WHOLE` bytes that is the name, the size, the header and samples of the data of
-each file; the dates of these files stand beside it, since samples do not show every change.
+A model of the hub is its commit, and the built-in one the SHA-256 of the file that it comes from. A local folder or
+GGUF file is the content of its files. Of weights beyond `WHOLE` bytes that is the name, the size, the header and
+samples of the data of each file; the dates of these files stand beside it, since samples do not show every change.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,6 @@ FILES = (
     *(f"*{end}" for end in WEIGHTS),
     "*.model",
     "*.tiktoken",
-    "tekken.json",
     "additional_chat_templates/*",
 )
 """What loading a folder may read."""
@@ -47,7 +46,7 @@ def fingerprint(name: str) -> str | None:
 
 
 def fingerprint_of(spec: ModelSpec, folder: Path) -> str | None:
-    """Return the fingerprint of a model that is loaded from a folder.
+    """Return the fingerprint of a model that is loaded from a folder or GGUF file.
 
     Raises:
         OSError: If a file of a local folder cannot be read.
@@ -55,7 +54,9 @@ def fingerprint_of(spec: ModelSpec, folder: Path) -> str | None:
     if is_embedded(spec):
         source = embedded.source_sha256()
         return None if source is None else _SOURCE + source
-    return folder_fingerprint(folder) if is_local(spec) else commit(folder.name)
+    if not is_local(spec):
+        return commit(folder.name)
+    return content_fingerprint({folder.name: folder}) if folder.is_file() else folder_fingerprint(folder)
 
 
 def commit(revision: str) -> str:
@@ -83,7 +84,7 @@ def same_content(one: str, other: str | None) -> bool:
 
 
 def folder_digest(fingerprint: str) -> str | None:
-    """Return the digest in the fingerprint of a local folder; None of other models."""
+    """Return the digest in the fingerprint of a local folder or file; None of other models."""
     return fingerprint.partition(_DATES)[0].removeprefix(_FOLDER) if fingerprint.startswith(_FOLDER) else None
 
 
@@ -93,9 +94,18 @@ def folder_fingerprint(folder: Path) -> str:
     Raises:
         OSError: If one of them cannot be read.
     """
+    found = {path.relative_to(folder).as_posix(): path for pattern in FILES for path in folder.glob(pattern)}
+    return content_fingerprint(found)
+
+
+def content_fingerprint(found: Mapping[str, Path]) -> str:
+    """Return the fingerprint of files by name.
+
+    Raises:
+        OSError: If one of them cannot be read.
+    """
     content, dates = hashlib.sha256(), hashlib.sha256()
     dated, room = False, WHOLE
-    found = {path.relative_to(folder).as_posix(): path for pattern in FILES for path in folder.glob(pattern)}
     for name, path in sorted(found.items()):
         if not path.is_file():
             continue
@@ -115,7 +125,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield the header of a large file of weights, then pieces from all over it."""
+    """Yield the header of a large file of weights, or the start of a GGUF file, then pieces from all over it."""
     start = file.read(8)
     header = int.from_bytes(start, "little")  # its length, in a safetensors file
     yield start + file.read(min(header, MOST_HEADER_BYTES))

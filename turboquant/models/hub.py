@@ -7,7 +7,7 @@ import contextlib
 import errno
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ WANTED = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "tekken.json",
 )
 TIMEOUT_S = 10.0
 
@@ -81,7 +82,7 @@ def download_config(spec: ModelSpec, on_this_machine: list[str]) -> Path:
         info = HfApi().model_info(spec.hub_id, revision=spec.revision, timeout=TIMEOUT_S)
         names = [file.rfilename for file in info.siblings or []]
         if not any(name.startswith("model") and name.endswith(".safetensors") for name in names):
-            raise ModelError(no_safetensors(spec.hub_id))
+            raise ModelError(no_safetensors(spec.hub_id, [name for name in names if name.lower().endswith(".gguf")]))
         # Asked for by the name of the revision, so that the cache remembers which commit that was when offline.
         return Path(hf_hub_download(spec.hub_id, "config.json", revision=spec.revision)).parent
 
@@ -100,8 +101,12 @@ def download(spec: ModelSpec, folder: Path, progress: Progress, on_this_machine:
         return Path(path)
 
 
-def no_safetensors(name: str) -> str:
-    """The sentence for a model that comes without safetensors weights."""
+def no_safetensors(name: str, files: Sequence[str] = ()) -> str:
+    """The sentence for a model that comes without safetensors weights, but perhaps with GGUF files."""
+    if files:
+        return (
+            f"{name} holds GGUF files: download one of them ({files[0]}, for example) and give its path as the model."
+        )
     return (
         f"{name} has no complete safetensors weights; other formats (pickled .bin or .pt files) can run code "
         "and are never loaded, so choose a model that is stored as safetensors."

@@ -14,7 +14,7 @@ from turboquant.records.heads import AttentionDetail
 
 
 class ModelInfo(Record):
-    """The model as it was really loaded."""
+    """The model as it was really loaded; `stored` is how its weights are stored, where that is no plain number."""
 
     name: str
     hub_id: str
@@ -26,6 +26,12 @@ class ModelInfo(Record):
     query_heads: int
     kv_heads: int
     head_dim: int
+    stored: str | None = None
+
+    @property
+    def weights_said(self) -> str:
+        """The precision of the weights, and what they were before."""
+        return self.weights if self.stored in (None, self.weights) else f"{self.weights} from {self.stored}"
 
 
 class CacheReport(Record):

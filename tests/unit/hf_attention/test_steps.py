@@ -1,0 +1,198 @@
+"""Captured decode steps against the model's own calls: interpreted kernels on a CPU, a CUDA graph on a GPU."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from turboquant import attach
+from turboquant.cache.build import build_cache, cache_report
+from turboquant.hf_attention import steps
+from turboquant.hf_attention.steps import capture_steps, no_graphs
+from turboquant.methods import parse_method
+from turboquant.models.tiny import tiny_model
+
+pytest.importorskip("triton")
+
+from turboquant.kernels.triton import attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+TOLERANCE = 5e-2 if DEVICE == "cuda" else 2e-2  # bfloat16 has three bits less
+SPEC = "turboquant:bits=4,group_size=32,residual_length=32,sink_length=4"
+PROMPT, STEPS = 4 + 32 + 64 + 31, 3  # the second step fills the window
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the attention kernels serve CPU tensors too, and steps there be replayed by calls."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(
+            "turboquant.kernels.attention.usable", lambda _, name: attention if name == "attention" else None
+        )
+        monkeypatch.setattr(steps, "_on_gpu", lambda _: True)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    made = tiny_model("llama", num_hidden_layers=2).to(DEVICE, DTYPE)
+    capture_steps(made)
+    return made
+
+
+def prompt(rows: int = 1) -> torch.Tensor:
+    return torch.randint(3, 256, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def started(model: PreTrainedModel, rows: int = 1, mask: torch.Tensor | None = None) -> Any:
+    cache = build_cache(model.config, parse_method(SPEC))
+    model(input_ids=prompt(rows), attention_mask=mask, past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+def test_replayed_steps_are_those_of_calls_across_packings(model: PreTrainedModel) -> None:
+    captured, plain = started(model), started(model)
+    packed = captured.layers[0].packed_length
+    token = prompt()[:, :1]
+    for count in range(STEPS):
+        logits = model(input_ids=token, past_key_values=captured).logits
+        with no_graphs():
+            expected = model(input_ids=token, past_key_values=plain).logits
+        assert captured.replay is not None
+        assert plain.replay is None
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        token = expected[:, -1].argmax(dim=-1, keepdim=True)
+        assert captured.get_seq_length() == plain.get_seq_length() == PROMPT + count + 1
+    assert captured.layers[0].packed_length == plain.layers[0].packed_length > packed
+    # Several tokens at once are no step: the cache is given back, and goes on where it was.
+    more = prompt()[:, :5]
+    logits = model(input_ids=more, past_key_values=captured).logits
+    assert captured.replay is None
+    expected = model(input_ids=more, past_key_values=plain).logits
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("padded", [0, 7], ids=["", "padded"])
+def test_generate_says_the_same_as_call_by_call(model: Any, padded: int, sampled: bool) -> None:
+    mask = torch.ones(2, PROMPT, dtype=torch.long, device=DEVICE)
+    mask[1, :padded] = 0
+    answers, caches = [], list[Any]()
+    blocks: tuple[Any, ...] = (no_graphs(), torch.no_grad())
+    for block in blocks:
+        cache = build_cache(model.config, parse_method(SPEC))
+        torch.manual_seed(0)
+        with block:
+            answers.append(
+                model.generate(
+                    prompt(2), attention_mask=mask, past_key_values=cache, do_sample=sampled, temperature=0.7,
+                    max_new_tokens=6, min_new_tokens=6, pad_token_id=0,
+                )
+            )  # fmt: skip
+        caches.append(cache)
+    assert torch.equal(*answers)
+    assert caches[0].replay is None
+    assert caches[1].replay is not None
+    reports = [cache_report(cache) for cache in caches]
+    assert reports[0].compressed_tokens == reports[1].compressed_tokens
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_more_than_pads_is_not_replayed(model: PreTrainedModel) -> None:
+    cache, plain = started(model), started(model)
+    mask = torch.ones(1, PROMPT + 1, dtype=torch.long, device=DEVICE)
+    for hole in (None, 50, None):
+        mask[0, 50] = hole is None
+        call = {"input_ids": prompt()[:, :1], "attention_mask": mask}
+        logits = model(**call, past_key_values=cache).logits
+        assert (cache.replay is None) == (hole is not None)
+        with no_graphs():
+            expected = model(**call, past_key_values=plain).logits
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["crop", "reorder", "reset", "copy"])
+def test_a_cache_that_was_changed_between_steps_is_read_as_it_is(model: PreTrainedModel, change: str) -> None:
+    token = prompt(2)[:, :1]
+    caches = [started(model, 2), started(model, 2)]
+    for cache in caches:
+        model(input_ids=token, past_key_values=cache)
+    found = []
+    blocks: tuple[Any, ...] = (torch.no_grad(), no_graphs())
+    for cache, block in zip(caches, blocks, strict=True):
+        used = cache
+        if change == "crop":
+            cache.crop(-1)
+        elif change == "reorder":
+            cache.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+        elif change == "reset":
+            cache.reset()
+            model(input_ids=prompt(2), past_key_values=cache)
+        else:
+            used = copy.deepcopy(cache)
+            assert used.replay is None
+        with block:
+            found.append(model(input_ids=token, past_key_values=used).logits)
+    torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_what_is_not_a_step_of_such_a_cache_goes_to_the_model(model: Any) -> None:
+    token = prompt()[:, :1]
+    short: Any = build_cache(model.config, parse_method(SPEC))
+    model(input_ids=token, past_key_values=short)
+    model(input_ids=token, past_key_values=short)
+    assert short.replay is None  # nothing is packed
+    cache = started(model)
+    states = model(input_ids=token, past_key_values=cache, output_hidden_states=True).hidden_states
+    assert states is not None
+    assert cache.replay is None
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    model(input_ids=token, past_key_values=cache)
+    assert cache.replay is None
+    handle.remove()
+    model(input_ids=token, past_key_values=cache)
+    assert cache.replay is not None
+
+
+@torch.no_grad()
+def test_what_cannot_be_captured_runs_call_by_call_with_one_warning(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, plain, token = started(model), started(model), prompt()[:, :1]
+    model(input_ids=token, past_key_values=cache)
+    model(input_ids=token, past_key_values=plain)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("not permitted")))
+    with pytest.warns(RuntimeWarning, match="run call by call.*not permitted"):
+        logits = model(input_ids=token, past_key_values=cache).logits
+    assert cache.replay is None
+    with no_graphs():
+        expected = model(input_ids=token, past_key_values=plain).logits
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    model(input_ids=token, past_key_values=cache)  # without a second warning
+    assert cache.replay is None
+
+
+def test_the_hook_is_put_once_keeps_the_signature_and_leaves_other_hooks_alone() -> None:
+    model: Any = tiny_model("llama")
+    signature = inspect.signature(model.forward)
+    attach(model)
+    hooked = model.forward
+    assert hooked.__func__ is not type(model).forward
+    attach(model)
+    assert model.forward is hooked
+    assert inspect.signature(model.forward) == signature
+    other = copy.deepcopy(model)
+    assert other.forward.__self__ is other
+    accelerated: Any = tiny_model("llama")
+    accelerated.forward = own = lambda *_, **__: None
+    capture_steps(accelerated)
+    assert accelerated.forward is own
