@@ -21,7 +21,10 @@ class TokenBuffer:
         new.copy_into(self.extend(new), 0)
 
     def extend(self, like: PackedTensor) -> PackedTensor:
-        """Make room for as many tokens as `like` has, behind those held, and return it; grow by a sixteenth, in whole groups."""
+        """Make room for as many tokens as `like` has, behind those held, and return it.
+
+        Storage that is full grows by a sixteenth, in whole groups.
+        """
         start, count = self.length, like.tokens
         end = start + count
         if self.storage is None:

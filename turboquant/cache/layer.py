@@ -560,10 +560,8 @@ def _appended(
     if held is None:
         kept = _kept_dtype(None, new) if rounds else new.dtype
         return new.to(kept, copy=True, memory_format=torch.contiguous_format), new.dtype
-    if rounds and new.dtype == dtype:
-        kept = _kept_dtype(held.dtype, new)
-    else:
-        kept = torch.promote_types(held.dtype, new.dtype)
+    alike = rounds and new.dtype == dtype
+    kept = _kept_dtype(held.dtype, new) if alike else torch.promote_types(held.dtype, new.dtype)
     return torch.cat([held.to(kept), new.to(kept)], dim=2), torch.promote_types(dtype, new.dtype)
 
 

@@ -124,6 +124,8 @@ def _is_replayable(layer: QuantizedLayer, ids: Tensor) -> bool:
         return False
     if layer.device != ids.device or layer.batch_size != ids.shape[0]:
         return False
+    if layer.exact_keys.dtype != layer.dtype:  # a float32 model, whose own tokens are read unrounded
+        return False
     return why_no_kernels(layer.exact_keys, segment(layer)) is None
 
 
