@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from turboquant.sizing import KVShape, read_config
 
@@ -19,25 +20,24 @@ class Preset:
         name: As in the address.
         title: As in the list.
         source: Where the numbers come from.
-        shape: What the config says.
-        parameters: Number of weights; estimated, or as the file says where that cannot be done.
+        config: The fields of its config.json that decide sizes.
+        parameters: Number of weights, to order the list by without making the models.
     """
 
     name: str
     title: str
     source: str
-    shape: KVShape
+    config: Mapping[str, Any]
     parameters: int
+
+    @property
+    def shape(self) -> KVShape:
+        """What its cache keeps; the first call takes a second."""
+        return read_config(self.config)
 
 
 @cache
 def presets() -> Mapping[str, Preset]:
     """The shipped models by name, smallest first."""
-    found = []
-    for path in FOLDER.glob("*.json"):
-        entry = json.loads(path.read_text())
-        shape = read_config(entry["config"])
-        parameters = entry.get("parameters") or shape.parameters
-        assert parameters, f"{path.name} must say how many parameters the model has"
-        found.append(Preset(path.stem, entry["title"], entry["source"], shape, parameters))
+    found = [Preset(name=path.stem, **json.loads(path.read_text())) for path in FOLDER.glob("*.json")]
     return {one.name: one for one in sorted(found, key=lambda one: one.parameters)}

@@ -1,8 +1,9 @@
 """The Memory page's arithmetic: presets, what the widgets say (checked again here), and the figures of one plan."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from app.memory.presets import presets
@@ -15,6 +16,7 @@ from turboquant.sizing import (
     MOST_TOKENS,
     KVBytes,
     KVShape,
+    LayerShape,
     ModelConfigError,
     SizingError,
     kv_bytes,
@@ -51,7 +53,7 @@ BITS = (1, 2, 3, 4, 8)
 SHOWN_BITS = (4, 3, 2)
 WEIGHT_BITS = (16, 8, 4, 32)
 CONTEXTS = {tokens_short(2**power): 2**power for power in range(8, 21)}
-MAX_BATCH, MAX_GB, MAX_BILLIONS = 4096, 10_000.0, 10_000.0
+MAX_BATCH, MAX_GB = 4096, 10_000.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Choices:
     gb: float = 24.0
     reserve: float = 1.0
     growing: bool = False
-    billions: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,6 @@ class Plan:
     tokens: int
     batch: int
     weight_bits: int
-    parameters: int
     gpu_bytes: int
     reserve_bytes: int
     growing: bool
@@ -91,7 +91,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights."""
-        return weight_bytes(self.parameters, self.weight_bits)
+        return weight_bytes(self.shape.parameters, self.weight_bits)
 
     @property
     def room_bytes(self) -> int:
@@ -158,11 +158,10 @@ def make_plan(choices: Choices, own: str | bytes = b"") -> Plan:
             shape = read_config(own)
         except ModelConfigError as error:
             raise RequestError(str(error)) from None
-        title, source, known = "Your model", "The config.json you gave.", shape.parameters
+        title, source = "Your model", "The config.json you gave."
     else:
         preset = presets()[choices.model]
         shape, title, source = preset.shape, preset.title, preset.source
-        known = preset.parameters
     method = parse_method(f"{choices.method}:key_bits={choices.keys},value_bits={choices.values}")
     assert isinstance(method, BitsMethod)
     return Plan(
@@ -173,7 +172,6 @@ def make_plan(choices: Choices, own: str | bytes = b"") -> Plan:
         tokens=CONTEXTS[choices.context],
         batch=choices.batch,
         weight_bits=choices.weights,
-        parameters=known or round(choices.billions * 1e9),
         gpu_bytes=round((GPUS[choices.gpu] or choices.gb) * GIB),
         reserve_bytes=round(choices.reserve * GIB),
         growing=choices.growing,
@@ -187,7 +185,7 @@ def _check(choices: Choices) -> None:
         value = getattr(choices, name)
         if isinstance(value, bool) or value not in allowed:
             raise RequestError(f"{name} must be one of {', '.join(map(str, allowed))}, got {str(value)[:40]!r}.")
-    bounds = {"batch": (1, MAX_BATCH), "gb": (1.0, MAX_GB), "reserve": (0.0, MAX_GB), "billions": (0.0, MAX_BILLIONS)}
+    bounds = {"batch": (1, MAX_BATCH), "gb": (1.0, MAX_GB), "reserve": (0.0, MAX_GB)}
     for name, (low, high) in bounds.items():
         value = getattr(choices, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -214,7 +212,7 @@ def measured_points(plan: Plan, runs: Iterable[Run]) -> list[Measured]:
     for run in runs:
         c = run.comparison
         model = c.model
-        same = (len(shape.layers), shape.query_heads, shape.kv_heads, shape.key_dim)
+        same = (len(shape.layers), shape.query_heads, shape.first.kv_heads, shape.first.key_dim)
         if same != (model.layers, model.query_heads, model.kv_heads, model.head_dim):
             continue
         for side in (c.original, c.compressed):
@@ -283,52 +281,65 @@ def tokens_text(tokens: int) -> str:
 
 def kinds_text(shape: KVShape) -> str:
     """Which layers keep what, in one sentence."""
-    heads = f"{shape.kv_heads} KV head{'s' if shape.kv_heads > 1 else ''} for {shape.query_heads} query heads"
-    dims = (
-        f"{shape.key_dim}"
-        if shape.key_dim == shape.value_dim
-        else f"{shape.key_dim} (keys), {shape.value_dim} (values)"
-    )
-    if shape.latent:
-        return (
-            f"{shape.full_layers} layers cache one joint latent of {shape.key_dim} values and a rotary part of "
-            f"{shape.value_dim} for each token, whatever the number of heads (MLA)."
-        )
-    parts = [f"{shape.full_layers} layers keep every token"]
-    if shape.sliding_layers:
-        parts.append(f"{shape.sliding_layers} keep the last {shape.window:,} and stay at 16 bits")
-    if shape.linear_layers:
-        parts.append(f"{shape.linear_layers} are recurrent and keep no tokens")
-    if rest := shape.layers.count("none"):
-        parts.append(f"{rest} keep nothing")
-    return f"{', '.join(parts)}; {heads}, head_dim {dims}."
+    kept = [f"{count} {_keeps(layer, shape.latent)}" for layer, count in _groups(shape)]
+    states = [layer for layer in shape.layers if layer.recurrent]
+    if alone := [layer for layer in states if layer.keeps == "none"]:
+        kept.append(f"{len(alone)} are recurrent and keep no tokens")
+    if rest := len(shape.layers) - len(alone) - sum(count for _, count in _groups(shape)):
+        kept.append(f"{rest} keep nothing of their own")
+    size = human_bytes(sum(2 * layer.state_values + layer.state_bytes for layer in states))
+    held = f"; recurrent states take {size} a row, however long it is" if states else ""
+    count, said = len(shape.layers), "; ".join(kept)
+    layers = f"All {count} layers {said.partition(' ')[2]}" if len(kept) == 1 else f"Of {count} layers {said}"
+    return f"{layers}{held}. {shape.query_heads} query heads."
 
 
-def with_parameters(plan: Plan, billions: float) -> Plan:
-    """The same plan with a number of parameters that the config does not give."""
-    return replace(plan, parameters=round(billions * 1e9))
+def _groups(shape: KVShape) -> list[tuple[LayerShape, int]]:
+    """The layers that keep tokens, alike ones together, with their number; those that keep all come first."""
+    return list(Counter([*shape.keeping("all"), *shape.keeping("window")]).items())
+
+
+def _keeps(layer: LayerShape, latent: bool) -> str:
+    """What a layer keeps of its tokens."""
+    tokens = "every token" if layer.keeps == "all" else f"the last {layer.window:,}, which stay at 16 bits"
+    both = f"head_dim {layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim} + {layer.value_dim}"
+    what = f"{_heads(layer.kv_heads)}, {both}"
+    if latent:
+        what = f"one joint latent of {layer.key_dim} numbers and a rotary part of {layer.value_dim}, whatever the heads"
+    beside = f", and {layer.beside} numbers of an indexer" if layer.beside else ""
+    return f"keep {tokens} ({what}{beside})"
+
+
+def _heads(count: int) -> str:
+    return f"{count} KV head{'s' if count > 1 else ''}"
 
 
 def sums(plan: Plan) -> list[str]:
     """The figures at the chosen context as sums with their numbers, one line a part."""
     shape, size = plan.shape, plan.options["value_bytes"]
-    numbers = f"({shape.key_dim} + {shape.value_dim}) numbers x {size} bytes"
-    heads = f"{shape.kv_heads} KV heads x {numbers}" if not shape.latent else numbers
     rows = f" x {plan.batch:,} rows" if plan.batch > 1 else ""
     full = plan.held(plan.full)
     found = [f"full cache = {human_bytes(full.bytes)}"]
-    for count, kind, tokens in (
-        (shape.full_layers, "full", plan.tokens),
-        (shape.sliding_layers, "sliding", min(plan.tokens, shape.window or 0)),
-    ):
-        if count:
-            total = count * shape.token_values * size * tokens * plan.batch
-            found.append(f"  {count} {kind} layers x {heads} x {tokens:,} tokens{rows} = {human_bytes(total)}")
-    if plan.refusal is not None:
-        return found
-    held = plan.held(plan.method)
-    vectors = shape.full_layers * shape.kv_heads * plan.batch * held.compressed_tokens
-    found.append(f"{plan.method} = {human_bytes(held.bytes)}, {held.bits_per_value:.2f} bits a value")
+    for layer, count in _groups(shape):
+        tokens = min(plan.tokens, layer.window or plan.tokens)
+        heads = "" if shape.latent else f"{_heads(layer.kv_heads)} x "
+        beside = f" + {layer.beside}" if layer.beside else ""
+        numbers = f"{heads}({layer.key_dim} + {layer.value_dim}{beside}) numbers x {size} bytes"
+        total = human_bytes(count * layer.token_values * size * tokens * plan.batch)
+        kind = "sliding" if layer.keeps == "window" else "full"
+        found.append(f"  {count} {kind} layers x {numbers} x {tokens:,} tokens{rows} = {total}")
+    if full.state_bytes:
+        found.append(f"  recurrent states{rows} = {human_bytes(full.state_bytes)}")
+    return found if plan.refusal is not None else [*found, *_packed_sums(plan, rows)]
+
+
+def _packed_sums(plan: Plan, rows: str) -> list[str]:
+    shape, held = plan.shape, plan.held(plan.method)
+    packed = [(layer, count) for layer, count in _groups(shape) if layer.packed]
+    heads = " + ".join(f"{count} layers x {_heads(layer.kv_heads)}" for layer, count in packed)
+    heads = f"({heads})" if len(packed) > 1 else heads
+    vectors = sum(count * layer.kv_heads for layer, count in packed) * plan.batch * held.compressed_tokens
+    found = [f"{plan.method} = {human_bytes(held.bytes)}, {held.bits_per_value:.2f} bits a value"]
     for words, part in (
         ("codes of keys", held.key_bytes),
         ("codes of values", held.value_bytes),
@@ -336,11 +347,10 @@ def sums(plan: Plan) -> list[str]:
     ):
         if vectors:
             each = f"{held.compressed_tokens:,} packed tokens x {part / vectors:.4g} bytes{rows}"
-            heads = f"{shape.full_layers} layers x {shape.kv_heads} KV heads"
             found.append(f"  {words}: {heads} x {each} = {human_bytes(part)}")
-    window = f" and the windows of {shape.sliding_layers} sliding layers" if shape.sliding_layers else ""
+    windows = len(shape.keeping("window"))
+    window = f" and the windows of {windows} sliding layers" if windows else ""
+    spare, tables = human_bytes(held.spare_bytes), human_bytes(held.shared_bytes)
     found.append(f"  exact: {plan.tokens - held.compressed_tokens:,} tokens{window} = {human_bytes(held.exact_bytes)}")
-    found.append(
-        f"  spare room = {human_bytes(held.spare_bytes)}, tables shared by all rows = {human_bytes(held.shared_bytes)}"
-    )
-    return found
+    found.append(f"  spare room = {spare}, tables shared by all rows = {tables}")
+    return [*found, f"  recurrent states{rows} = {human_bytes(held.state_bytes)}"] if held.state_bytes else found

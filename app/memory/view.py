@@ -139,26 +139,11 @@ def plan(choices: Choices) -> Plan | None:
         page.empty("Paste a config.json, or upload one; nothing has to be downloaded to read it.")
         return None
     try:
-        made = sizing.make_plan(choices, own)
+        with st.spinner("Making the model without weights to ask its cache ..."):
+            return sizing.make_plan(choices, own)
     except RequestError as error:
         st.warning(escape(str(error)), icon=":material/error:")
         return None
-    if made.parameters:
-        return made
-    billions = st.number_input(
-        "Parameters (billions)",
-        0.0,
-        sizing.MAX_BILLIONS,
-        _DEFAULT.billions,
-        1.0,
-        key="mem_billions",
-        bind="query-params",
-        width=220,
-        help="The size of the weights cannot be estimated from this config.json.",
-    )
-    if not billions:
-        st.info("The weights count as 0 bytes until you give the number of parameters.", icon=":material/info:")
-    return sizing.with_parameters(made, billions)
 
 
 def about(made: Plan) -> None:
@@ -197,7 +182,7 @@ def figures_row(made: Plan) -> None:
         (
             "Weights",
             human_bytes(made.weight_bytes),
-            f"{made.parameters / 1e9:.2f} billion parameters",
+            f"{made.shape.parameters / 1e9:.2f} billion parameters",
             definitions.WEIGHTS,
         ),
     )

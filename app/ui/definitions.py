@@ -56,7 +56,8 @@ MARGIN = (
 # --- Memory
 KV_ESTIMATE = (
     "Estimated bytes of the cache at the chosen context and batch, everything counted: codes, scales, exact tokens, "
-    "spare room and tables. The same sum as a measurement would find after the context was read in one call."
+    "spare room, tables and recurrent states. The same sum as a measurement would find after the context was read in "
+    "one call."
 )
 LONGEST = (
     "The most tokens a row for which weights, cache and what is kept free fit in the GPU's memory; one more does not. "
@@ -64,8 +65,8 @@ LONGEST = (
 )
 LARGEST_BATCH = "The most rows of the chosen context whose caches fit beside the weights; 0 when not even one does."
 WEIGHTS = (
-    "Parameters times bits. The number of parameters is estimated from the config (embeddings, attention, MLP, "
-    "experts; biases and norms are left out), which is right to about a thousandth for the models offered here."
+    "Parameters times bits. The parameters are those of transformers' model of this config; of an image-text model "
+    "those of its language model, where that is one by itself."
 )
 GROWTH = (
     "Lines are estimates; both axes are logarithmic. Above the dashed line weights and cache no longer fit in the GPU; "

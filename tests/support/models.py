@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, cache_utils
+from transformers import cache_utils
 
 from turboquant.methods import Method
 from turboquant.models import dry_run
 from turboquant.models.load import LoadedModel, ModelSpec, tiny_model
+from turboquant.models.tiny import tiny_tokenizer
 
 # transformers 5.17, the oldest that is allowed, has no fp8 cache.
 HF_FP8 = pytest.param(
@@ -38,16 +37,6 @@ Lossless.name = "lossless"
 def tokens(rows: int, count: int, seed: int = 0) -> Tensor:
     """Random token ids of a tiny model's vocabulary, special tokens left out."""
     return torch.randint(3, 256, (rows, count), generator=torch.Generator().manual_seed(seed))
-
-
-def tiny_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a character: padding, start, end and unknown, then 252 characters; nothing is added to a text."""
-    characters = [chr(code) for code in (*range(32, 127), 10, *range(0xA1, 0xA1 + 156))]
-    names = ["<pad>", "<s>", "</s>", "<unk>", *characters]
-    core = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>"))
-    core.decoder = decoders.Fuse()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **special)
 
 
 def tiny_loaded(

@@ -147,7 +147,7 @@ class _Search:
         self.loaded, self.settings, self.watch, self.keep = loaded, settings, watch, keep
         self.texts = settings.texts if text is None else (TYPED,)
         self.shape = read_config(loaded.model.config.to_dict())
-        if not self.shape.full_layers:
+        if not self.shape.packed_layers:
             raise SizingError("no layer of this model has plain full attention, so nothing of its cache is compressed")
         longest = self.shape.max_positions or MOST_TOKENS
         self.tokens = settings.tokens or min(longest, MOST_TOKENS)
@@ -198,7 +198,7 @@ class _Search:
     @cached_property
     def expected_steps(self) -> int:
         """About how many measurements are made, for the progress."""
-        layers = self.shape.full_layers if self.settings.layers else 0
+        layers = len(self.shape.packed_layers) if self.settings.layers else 0
         return 2 * ceil(log2(len(self.candidates) + 1)) + 2 + layers + (3 + ceil(log2(layers)) if layers else 0)
 
     def record(self, method: str, settings: PerplexitySettings, doing: str) -> ExperimentRecord:
@@ -299,17 +299,17 @@ class _Search:
         quick = self.choosing.model_copy(
             update={"context": min(self.choosing.context, self.choosing.prefill + LAYER_TOKENS)}
         )
-        full_layers = [i for i, kind in enumerate(self.shape.layers) if kind == "full"]
-        for layer in full_layers:
+        packed = self.shape.packed_layers
+        for layer in packed:
             record = self.record(with_layers(found.method, [layer], below.bits), quick, "layer by layer")
             if (kl := record.metrics.get("kl_mean")) is not None:
                 self.layer_kl[layer] = kl
         order = sorted(self.layer_kl, key=lambda layer: self.layer_kl[layer])
 
         def lowered(count: int) -> str:
-            if 2 * count <= len(full_layers):
+            if 2 * count <= len(packed):
                 return with_layers(found.method, order[:count], below.bits)
-            return with_layers(below.method, sorted(set(full_layers) - set(order[:count])), found.bits)
+            return with_layers(below.method, sorted(set(packed) - set(order[:count])), found.bits)
 
         count = most(len(order) - 1, lambda count: self.passes(lowered(count), "choose"))
         while count and not self.passes(lowered(count), "confirm"):

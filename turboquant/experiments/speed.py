@@ -34,7 +34,7 @@ from turboquant.records.comparison import CacheReport
 from turboquant.records.settings import SpeedSettings
 from turboquant.run.feed import step
 from turboquant.run.generate import PromptError
-from turboquant.run.memory import cache_shape, check_context, tokens_that_fit, trim
+from turboquant.run.memory import check_context, tokens_that_fit, trim
 from turboquant.texts import read_text
 
 SAMPLED_MS = 5.0
@@ -177,7 +177,7 @@ def check(loaded: LoadedModel, settings: SpeedSettings) -> None:
     read_text(settings.text)
     config, free = loaded.model.config, free_bytes(torch.device(loaded.device))
     check_context(loaded.spec.name, config, settings.context, loaded.weights, free)
-    fit = tokens_that_fit(cache_shape(config, loaded.weights), free)
+    fit = tokens_that_fit(config, loaded.weights, free)
     if settings.batch * settings.context > fit:
         raise PromptError(
             f"{settings.batch} rows of {settings.context:,} tokens do not fit into the free memory: {fit:,} tokens do"

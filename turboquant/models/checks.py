@@ -32,18 +32,27 @@ def check_config_file(path: Path, spec: ModelSpec) -> None:
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
         raise ModelError(f"{spec.name} has a config.json of {size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
     try:
-        waiting: list[Any] = [json.loads(path.read_bytes())]
+        parsed = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{spec.name} has a config.json that is no JSON: choose another model.") from error
-    if not isinstance(waiting[0], dict):
+    if not isinstance(parsed, dict):
         raise ModelError(f"{spec.name} has a config.json that is no object with named fields: choose another model.")
+    if (reason := too_many(parsed)) is not None:
+        raise ModelError(unsupported(spec, reason))
+
+
+def too_many(config: dict[str, Any]) -> str | None:
+    """Say which number of layers or experts in a parsed config.json is larger than any model's; None where none is."""
+    waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
-        part = waiting.pop()
-        for name, value in part.items() if isinstance(part, dict) else enumerate(part):
-            if isinstance(value, dict | list):
-                waiting.append(value)
-            elif type(value) is int and value > MOST_LAYERS and str(name).endswith(("layer", "layers", "experts")):
-                raise ModelError(unsupported(spec, f"its {name} must be at most {MOST_LAYERS}, got {str(value)[:40]}"))
+        name, part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += [(str(inner), value) for inner, value in part.items()]
+        elif isinstance(part, list):
+            waiting += [(name, value) for value in part]
+        elif type(part) is int and part > MOST_LAYERS and name.endswith(("layer", "layers", "experts", "types")):
+            return f"its {name[:40]} must be at most {MOST_LAYERS}, got {str(part)[:40]}"
+    return None
 
 
 def auto_class(config: "PreTrainedConfig", spec: ModelSpec) -> Any:

@@ -204,7 +204,7 @@ def _own_logits(model: "PreTrainedModel", ids: Tensor) -> tuple[Tensor, Sequence
     if apart <= limit and not (report.state_bytes and limit == OTHER_LIMIT):
         return own, AT_ONCE
     if _apart(whole[:first], own[:first]) > limit:
-        raise DryRunError("it reads text with an encoder: what it says of a token depends on later ones")
+        raise DryRunError("it reads a prompt both ways, as encoders do: what it says of a token depends on later ones")
     singly, _ = _logits(model, ids, METHODS["full"](), "by its own attention", ONE_BY_ONE)
     if apart <= min(limit, 2 * _apart(whole, singly)):
         return own, AT_ONCE

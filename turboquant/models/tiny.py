@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 256,
@@ -95,3 +95,17 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> "PreTraine
     hf_attention.register()
     model.set_attn_implementation("turboquant")
     return model.eval().requires_grad_(False)
+
+
+def tiny_tokenizer(chat_template: str | None = None) -> "PreTrainedTokenizerFast":
+    """One token a character: padding, start, end and unknown, then 252 characters; nothing is added to a text."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(code) for code in (*range(32, 127), 10, *range(0xA1, 0xA1 + 156))]
+    names = ["<pad>", "<s>", "</s>", "<unk>", *characters]
+    core = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, **special)

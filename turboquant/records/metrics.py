@@ -385,6 +385,17 @@ METRICS: dict[str, Metric] = {
     "weight_bytes": Metric("weights held", BYTES, definition="What the model's weights take on the GPU."),
     "vectorised_ms": Metric("all heads at once", "ms", ",.1f", "lower", "As the lab compares them."),
     "loop_ms": Metric("head by head", "ms", ",.1f", None, "The obvious loop over heads and queries."),
+    # families of models
+    "layers": Metric("layers", digits=".0f", definition="All of the model."),
+    "compressed_layers": Metric(
+        "layers compressed", digits=".0f", definition="Those whose keys and values are packed."
+    ),
+    "logit_error": Metric(
+        "logit error",
+        digits=SMALL,
+        better="lower",
+        definition="The largest difference from the unmodified model's logits, in their standard deviations.",
+    ),
     # codes on random unit vectors
     "mse": Metric("MSE", digits=SMALL, better="lower", definition="Mean squared error of a unit vector."),
     "inner_product": Metric(
@@ -421,6 +432,9 @@ METRICS["kl"] = METRICS["kl_mean"]
 _VARIANTS = {
     "full": ("full", "With nothing compressed."),
     "original": ("original", "With the full cache."),
+    "lossless": ("lossless", "Packed without rounding."),
+    "one_call": ("in one call", "Of a prompt that is read in one call."),
+    "own": ("own model", "Of a model that was made elsewhere and attached."),
     "packed": ("packed only", "Over packed tokens alone."),
     "served": ("as served", "Over all tokens, as the model sees them."),
     "sampled": ("sampled", "Of sampled answers."),

@@ -385,3 +385,10 @@ class LongestContextSettings(TimedSettings):
     """GPU memory to stay within, GB."""
     repeats: int = Field(4, ge=1, le=MOST_RUNS)
     """Timed decode steps."""
+
+
+class FamilySettings(CellSettings):
+    """One family of models, as a tiny one with random weights."""
+
+    family: str = "llama-3"
+    """Its name."""

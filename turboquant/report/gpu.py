@@ -12,7 +12,8 @@ LARGE = "llama-3.1-8b", 8, 32_768, 1
 Records = Iterable[ExperimentRecord]
 
 
-def _where(environments: Iterable[Environment]) -> str:
+def where(environments: Iterable[Environment]) -> str:
+    """Say on which machine, with which versions and when this was measured."""
     found = {
         ", ".join(
             (
@@ -91,7 +92,7 @@ def _against_full(records: Iterable[ExperimentRecord], floor: bool) -> Table:
     )
     place = ("GPU", "heads of", "batch x context", *(() if floor else ("chunk",)), "method")
     names = ("full, us", "compressed, us", "20 % to 80 %", "times as fast", *(("byte floor",) if floor else ()))
-    return Table("", (*place, *names), rows, _where(r.environment for r in chosen))
+    return Table("", (*place, *names), rows, where(r.environment for r in chosen))
 
 
 def _steps(records: Records, one: bool) -> list[ExperimentRecord]:
@@ -130,7 +131,7 @@ def scores_table(records: Records) -> Table:
         for r in chosen
     )
     names = ("GPU", "heads of", "batch x context", "method", "float32 keys, us", "packed, us", "20 % to 80 %")
-    return Table("", (*names, "times as fast"), rows, _where(r.environment for r in chosen))
+    return Table("", (*names, "times as fast"), rows, where(r.environment for r in chosen))
 
 
 def encode_table(records: Records) -> Table:
@@ -150,7 +151,7 @@ def encode_table(records: Records) -> Table:
         for r in chosen
     )
     names = ("GPU", "heads of", "vectors", "method", "us", "20 % to 80 %", "GB/s", "of a copy")
-    return Table("", names, rows, _where(r.environment for r in chosen))
+    return Table("", names, rows, where(r.environment for r in chosen))
 
 
 def _model(record: ExperimentRecord) -> str:
@@ -183,7 +184,7 @@ def model_table(records: Records) -> Table:
     )
     names = ("GPU", "model, weights", "batch x context", "run", "method", "ms a step")
     held = (metric("tokens_per_second").label, "cache, GB", "peak, GB")
-    return Table("", (*names, *held), rows, _where(r.environment for r in chosen))
+    return Table("", (*names, *held), rows, where(r.environment for r in chosen))
 
 
 def context_table(records: Records) -> Table:
@@ -205,7 +206,7 @@ def context_table(records: Records) -> Table:
         for r in chosen
     )
     names = ("GPU", "model, weights", "method", "budget, GB", "weights, GB", "longest context", "cache, GB")
-    return Table("", names, rows, _where(r.environment for r in chosen))
+    return Table("", names, rows, where(r.environment for r in chosen))
 
 
 def metrics_table(records: Records) -> Table:
@@ -229,7 +230,7 @@ def metrics_table(records: Records) -> Table:
     )
     sides = (metric(name).label for name in ("vectorised_ms", "loop_ms"))
     names = ("hardware", "threads", "tokens", "queries a head", "heads", *sides, "times as fast")
-    return Table("", names, rows, _where(r.environment for r in chosen))
+    return Table("", names, rows, where(r.environment for r in chosen))
 
 
 def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
@@ -250,7 +251,7 @@ def long_context_table(records: Iterable[ExperimentRecord]) -> Table:
         for r in chosen
     )
     names = ("model", "method", "context", *(metric(name).label for name in figures), "seconds", "peak, GB")
-    return Table("", (*names, "peak, KB a token"), rows, _where(r.environment for r in chosen))
+    return Table("", (*names, "peak, KB a token"), rows, where(r.environment for r in chosen))
 
 
 def _peak(peak: float | None, context: int) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from turboquant.report.gpu import (
     prefill_table,
     scores_table,
 )
+from turboquant.report.models import families_table
 from turboquant.report.summary import ReportError, Results, Summary, summarize
 from turboquant.report.tables import (
     Table,
@@ -51,10 +52,11 @@ BENCHES: "dict[str, Callable[[Sequence[ExperimentRecord]], Table]]" = {
     "Packing keys and values": encode_table,
     "Decode steps of known shapes with random weights": model_table,
     "The longest context in a budget of GPU memory": context_table,
+    "Families of models": families_table,
 }
 OWN_TABLES = (
     *("decode", "kernel-attention", "kernel-scores", "kernel-encode", "model-speed", "longest-context"),
-    "metrics-speed",
+    *("metrics-speed", "families"),
 )
 """Experiments whose records are not averaged: each is a row of one of those tables."""
 

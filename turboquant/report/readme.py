@@ -15,6 +15,7 @@ from turboquant.report.gpu import (
     scores_table,
     speed_table,
 )
+from turboquant.report.models import families_table
 from turboquant.report.summary import ReportError, Results, on_gpu, read_results, summarize
 from turboquant.report.tables import (
     Table,
@@ -90,6 +91,7 @@ README_TABLES: dict[str, Callable[[Results], str]] = {
     "gpu-context": _bench(context_table),
     "gpu-quality": _comparison("perplexity", "gpu-", gpu=True),
     "gpu-long": _long_context,
+    "models": _bench(families_table),
 }
 """What may stand in such a file: functions by name, which return Markdown, or nothing where there are no records."""
 

@@ -1,10 +1,11 @@
-"""What a KV cache takes in memory, computed from a model's config.json alone: no weights, no network, no GPU.
+"""What a KV cache takes in memory, found from a model's config.json alone: no weights, no network, no GPU.
 
-`read_config` turns a config.json into the shape of the cache, `kv_bytes` counts what a method holds for it, part by
-part as `cache_report` measures it, and `longest_context` and `largest_batch` turn that around.
+`read_config` makes the model without weights and asks the layers of its cache what they keep, `kv_bytes` counts what a
+method holds for it, part by part as `cache_report` measures it, and `longest_context` and `largest_batch` turn that
+around.
 """
 
-from turboquant.sizing.config import MAX_CONFIG_BYTES, KVShape, ModelConfigError, read_config
+from turboquant.sizing.config import MAX_CONFIG_BYTES, ModelConfigError, read_config
 from turboquant.sizing.held import (
     MOST_ROWS,
     MOST_TOKENS,
@@ -16,6 +17,7 @@ from turboquant.sizing.held import (
     longest_context,
     weight_bytes,
 )
+from turboquant.sizing.shape import KVShape, LayerShape
 
 __all__ = [
     "MAX_CONFIG_BYTES",
@@ -24,6 +26,7 @@ __all__ = [
     "RESERVE_BYTES",
     "KVBytes",
     "KVShape",
+    "LayerShape",
     "ModelConfigError",
     "SizingError",
     "kv_bytes",

@@ -1,162 +1,178 @@
-"""From a config.json to the shape of the KV cache."""
+"""From a config.json to the shape of the KV cache: the model is made without weights and its cache is asked."""
 
+import json
+import reprlib
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from turboquant.records.base import Record
-from turboquant.sizing.fields import MAX_CONFIG_BYTES, ModelConfig, ModelConfigError, read_fields
-from turboquant.sizing.layers import Kind, layer_kinds, window
-from turboquant.sizing.parameters import parameter_count
+from turboquant.sizing.shape import KVShape
 
-__all__ = ["MAX_CONFIG_BYTES", "KVShape", "ModelConfigError", "read_config"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-# What changes the cache in a way that is not counted here.
-_REFUSED = {
-    "is_encoder_decoder": "an encoder-decoder keeps a second cache over its input",
-    "cross_attention_layers": "its cross-attention layers cache what they see of an image",
-    "global_head_dim": "its full layers have another head_dim than its sliding ones",
-    "num_global_key_value_heads": "its full layers have another number of KV heads than its sliding ones",
-    "swa_num_key_value_heads": "its sliding layers have another number of KV heads than its full ones",
-    "attention_k_eq_v": "its keys serve as values too",
-    "index_topk": "its sparse attention caches keys of an indexer as well",
-    "compress_ratios": "its layers compress successive tokens into one",
-    "block_configs": "its layers differ in their numbers of KV heads",
-}
+MAX_CONFIG_BYTES = 1_000_000
+_NOTED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+# No part of a cache: labels, of which a config's class makes lists, how weights are stored, whose code runs.
+_LEFT_OUT = {"num_labels", "id2label", "label2id", "quantization_config", "dtype", "torch_dtype", "auto_map"}
 
 
-class KVShape(Record):
-    """What decides the size of a model's KV cache.
-
-    Attributes:
-        model_type: As in config.json.
-        layers: The kind of every layer: "full" keeps all tokens, "sliding" the last `window`, "linear" (recurrent) a
-            state of fixed size that is no KV cache and is not counted, "none" keeps nothing.
-        window: Tokens that a sliding layer sees; None where there is none.
-        query_heads: Query heads; they take no room in a cache.
-        kv_heads: Heads whose keys and values are cached; 1 for a joint latent.
-        key_dim: Values of a key of one head; for a joint latent, of the latent.
-        value_dim: Values of a value of one head; for a joint latent, of the rotary part beside it.
-        latent: Multi-head latent attention (MLA): one latent a token in place of keys and values.
-        max_positions: Positions the model has; None where the file does not say.
-        parameters: Estimated number of weights; None where it cannot be estimated.
-        notes: Sentences about what was counted and what was assumed.
-    """
-
-    model_type: str
-    layers: tuple[Kind, ...]
-    window: int | None
-    query_heads: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    latent: bool = False
-    max_positions: int | None = None
-    parameters: int | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def full_layers(self) -> int:
-        """Layers that keep keys and values of all tokens."""
-        return self.layers.count("full")
-
-    @property
-    def sliding_layers(self) -> int:
-        """Layers that keep the last tokens only."""
-        return self.layers.count("sliding")
-
-    @property
-    def linear_layers(self) -> int:
-        """Recurrent layers, whose state does not grow and is not counted."""
-        return self.layers.count("linear")
-
-    @property
-    def token_values(self) -> int:
-        """Values that one token adds to one layer."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
+class ModelConfigError(ValueError):
+    """A config.json cannot be counted; the message is one sentence that names the rule and the value."""
 
 
 def read_config(data: str | bytes | Mapping[str, Any]) -> KVShape:
     """Read a config.json as found on the model hub.
 
+    The model is made on PyTorch's meta device, without weights, and one token is run through it (about a second for
+    models of hundreds of billions of weights; results are kept). Code from a model's repository is never run.
+
     Args:
-        data: The file's text or bytes (at most 1 MB), or what it parses to. `text_config` of multimodal models is
-            followed. What the file leaves to transformers' defaults is looked up there, and noted.
+        data: The file's text or bytes (at most 1 MB), or what it parses to, or `config.to_dict()` of a model. Of a
+            multimodal model the language model is read, where it is a model by itself. What the file leaves to
+            transformers' defaults is taken from there, and noted.
 
     Raises:
-        ModelConfigError: A field is missing, wrong or contradicts another, or the cache is of a kind that is not
-            counted here; one sentence says which field, the rule and the value.
+        ModelConfigError: It is no config.json, transformers cannot make a causal language model from it, or its cache
+            is of a kind that is not counted here; one sentence says which.
 
     Example:
         >>> from turboquant.sizing import read_config
         >>> fields = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
         >>> shape = read_config({"model_type": "llama", **fields})
-        >>> 2 * shape.full_layers * shape.token_values  # bytes a token at 16 bits
+        >>> 2 * shape.token_values  # bytes a token at 16 bits
         131072
     """
-    config, raw, notes = read_fields(data)
-    for name, reason in _REFUSED.items():
-        if raw.get(name) not in (None, False, 0, []):
-            raise ModelConfigError(f"This model is not counted here: {reason} ({name}).")
-    kinds = layer_kinds(config, raw)
-    latent = config.kv_lora_rank is not None
-    key_dim, value_dim = _latent_dims(config) if latent else _head_dims(config)
+    found = _found(_text(data))
+    if isinstance(found, ModelConfigError):
+        raise ModelConfigError(str(found))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _found(text: str | bytes) -> KVShape | ModelConfigError:
+    """Return what `_read` returns, or what it raises: both take time."""
+    try:
+        return _read(text)
+    except ModelConfigError as error:
+        return error
+
+
+def _text(data: str | bytes | Mapping[str, Any]) -> str | bytes:
+    if not isinstance(data, Mapping):
+        return data
+    try:
+        return json.dumps(data, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelConfigError(f"This is nothing that a config.json can hold: {str(error)[:120]}.") from None
+
+
+def _read(text: str | bytes) -> KVShape:
+    fields = _parsed(text)
+    from turboquant.models.checks import too_many, why_not
+    from turboquant.models.sizes import layer_heads
+    from turboquant.sizing.probe import ProbeError, probe
+
+    if (reason := too_many(fields)) is not None:
+        raise ModelConfigError(f"This model is not counted here: {reason}.")
+    config = _config(fields)
+    part = _language_model(config)
+    try:
+        model, layers = probe(part)
+    except ProbeError as error:
+        raise ModelConfigError(f"This model is not counted here: {error}.") from None
+    if not any(layer.keeps != "none" for layer in layers):
+        raise ModelConfigError("None of its layers keeps keys and values, so there is no KV cache to count.")
+    text_config: Any = part.get_text_config(decoder=True)
     return KVShape(
         model_type=config.model_type,
-        layers=kinds,
-        window=window(config, kinds),
-        query_heads=config.num_attention_heads,
-        kv_heads=1 if latent else _kv_heads(config),
-        key_dim=key_dim,
-        value_dim=value_dim,
-        latent=latent,
-        max_positions=config.max_position_embeddings,
-        parameters=parameter_count(config, kinds),
-        notes=(*notes, *_notes(config, raw, kinds)),
+        layers=tuple(layers),
+        query_heads=max(one.query_heads for one in layer_heads(part)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        latent=bool(getattr(text_config, "kv_lora_rank", None)),
+        max_positions=_positions(text_config),
+        notes=tuple(_notes(fields, config, part, why_not(model))),
     )
 
 
-def _latent_dims(config: ModelConfig) -> tuple[int, int]:
-    if config.kv_lora_rank is None or config.qk_rope_head_dim is None:
-        raise ModelConfigError("qk_rope_head_dim is missing; with kv_lora_rank it says how long a cached latent is.")
-    return config.kv_lora_rank, config.qk_rope_head_dim
+def _parsed(data: str | bytes) -> dict[str, Any]:
+    size = len(data) if isinstance(data, bytes) else len(data.encode(errors="replace"))
+    if size > MAX_CONFIG_BYTES:
+        raise ModelConfigError(f"A config.json has at most {MAX_CONFIG_BYTES:,} bytes, got {size:,}.")
+    if not data.strip():
+        raise ModelConfigError("The config.json is empty; paste the whole file, from { to }.")
+    try:
+        parsed = json.loads(data)
+    except RecursionError:
+        raise ModelConfigError("The config.json is nested too deeply to be one of a model.") from None
+    except ValueError as error:
+        raise ModelConfigError(f"The config.json is no JSON: {str(error)[:120]}.") from None
+    if not isinstance(parsed, dict):
+        raise ModelConfigError(f"A config.json is an object with named fields, got {reprlib.repr(parsed)}.")
+    return parsed
 
 
-def _head_dims(config: ModelConfig) -> tuple[int, int]:
-    """head_dim where the file has one, else hidden_size / num_attention_heads: both occur and may differ."""
-    dim = config.head_dim
-    if dim is None:
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        if hidden is None:
-            raise ModelConfigError("head_dim is missing, and hidden_size to derive it from as well.")
-        if hidden % heads:
-            raise ModelConfigError(
-                f"hidden_size must be a multiple of num_attention_heads ({heads}) without a head_dim, got {hidden}."
-            )
-        dim = hidden // heads
-        if not 2 <= dim <= 512:
-            raise ModelConfigError(f"hidden_size / num_attention_heads must be from 2 to 512, got {dim}.")
-    return dim, config.v_head_dim or dim
+def _config(fields: dict[str, Any]) -> "PreTrainedConfig":
+    """Let transformers read the fields, without any code but its own.
 
+    Raises:
+        ModelConfigError: It does not know the type of model, or refuses a field.
+    """
+    import transformers
 
-def _kv_heads(config: ModelConfig) -> int:
-    heads = config.num_attention_heads
-    kv_heads = config.num_key_value_heads or heads
-    if heads % kv_heads:
+    from turboquant.sizing.probe import said
+
+    kind = fields.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelConfigError(f"model_type must be text that names the kind of model, got {reprlib.repr(kind)}.")
+    if kind not in transformers.CONFIG_MAPPING:
         raise ModelConfigError(
-            f"num_attention_heads must be a multiple of num_key_value_heads ({kv_heads}), got {heads}."
+            f"transformers {transformers.__version__} has no model type {kind[:40]!r}, and code from a model's "
+            "repository is not run here: what its layers cache is not known."
         )
-    return kv_heads
+    try:
+        config = transformers.CONFIG_MAPPING[kind].from_dict(_own(fields))
+        encodes = config.is_encoder_decoder
+    except Exception as error:  # whatever a config's own code makes of fields that nobody has checked
+        raise ModelConfigError(f"transformers cannot read this config.json: {said(error)}.") from None
+    if encodes:
+        raise ModelConfigError("This model is not counted here: an encoder-decoder keeps a second cache of its input.")
+    return config
 
 
-def _notes(config: ModelConfig, raw: dict[str, Any], kinds: tuple[Kind, ...]) -> list[str]:
+def _own(part: Any) -> Any:
+    """Return the fields without those that are left out, at any depth."""
+    if isinstance(part, list):
+        return [_own(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    left_out = [name for name in part if name in _LEFT_OUT or name.endswith(("_implementation", "_internal"))]
+    return {name: _own(value) for name, value in part.items() if name not in left_out}
+
+
+def _language_model(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Return the part of a multimodal configuration that is a language model by itself, else all of it."""
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config(decoder=True)
+    return text if type(text) in AutoModelForCausalLM._model_mapping else config
+
+
+def _positions(config: Any) -> int | None:
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if type(limit) is int and limit > 0 else None
+
+
+def _notes(fields: dict[str, Any], config: "PreTrainedConfig", part: "PreTrainedConfig", why: str | None) -> list[str]:
     notes = []
-    if config.num_key_value_heads is None and config.kv_lora_rank is None:
-        notes.append("num_key_value_heads is not given: as many as query heads are counted.")
-    if shared := config.num_kv_shared_layers:
-        notes.append(f"The last {shared} layers reuse the keys and values of others and keep none.")
-    if linear := kinds.count("linear"):
-        notes.append(f"{linear} of {len(kinds)} layers are recurrent: their state has a fixed size and is not counted.")
-    if raw.get("attn_logit_softcapping") or config.model_type == "gpt_oss":
-        why = "its attention has learned sinks" if config.model_type == "gpt_oss" else "it caps its attention scores"
+    if part is not config:
+        notes.append("Only the language model is counted, not the other parts of this multimodal config.")
+        nested = {name: value for name, value in fields.items() if isinstance(value, dict)}
+        fields = next((value for name, value in nested.items() if getattr(config, name, None) is part), {})
+    missing = [name for name in _NOTED if not {name, part.attribute_map.get(name, name)} & fields.keys()]
+    values = {name: getattr(part, name, None) for name in missing}
+    if taken := ", ".join(f"{name} {value}" for name, value in values.items() if value is not None):
+        notes.append(f"The file leaves these to transformers' defaults for {part.model_type}: {taken}.")
+    if why is not None:
         notes.append(f"The sizes are right, but this lab cannot run the model with a compressed cache: {why}.")
     return notes

@@ -4,19 +4,21 @@ What a vector costs is not written down here: the method's own quantizers pack o
 weighed. So the figures follow a method when its layout changes.
 
 Spare room is counted as `cache.layer` keeps it after a context that was read in one call: none behind the codes,
-and an exact window as large as it ever gets between two packings (sinks, residual window and one block; a context
-shorter than that is plain tensors, and may hold less room than counted). A cache that grows token by token keeps up to
-a sixteenth more behind its codes; `growing` counts that.
+and an exact window as large as it ever gets between two packings (sinks, residual window and one block). A context that
+is too short to be packed is counted as plain tensors without room, though one of at most a block has room for a second
+one. A cache that grows token by token has room for its window from
+the start, and keeps up to a sixteenth more behind its codes; `growing` counts that.
 """
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from turboquant.records.base import Record
-from turboquant.sizing.config import KVShape
+from turboquant.sizing.shape import KVShape, LayerShape
 
 if TYPE_CHECKING:
     from turboquant.methods import Method
@@ -36,7 +38,8 @@ class SizingError(ValueError):
 class KVBytes(Record):
     """What a cache is estimated to hold; the fields are those of `CacheReport`, all in bytes.
 
-    `full_precision_bytes` is the 16-bit baseline: 2 bytes for every value of every token that a layer keeps.
+    `state_bytes` are those of recurrent layers. `full_precision_bytes` is the 16-bit baseline: 2 bytes for every value
+    of every token that a layer keeps, and the recurrent states.
     """
 
     tokens: int
@@ -48,19 +51,20 @@ class KVBytes(Record):
     exact_bytes: int
     spare_bytes: int
     shared_bytes: int
+    state_bytes: int
     full_precision_bytes: int
-    state_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """Everything held."""
         codes = self.key_bytes + self.value_bytes + self.scale_bytes
-        return codes + self.exact_bytes + self.spare_bytes + self.shared_bytes
+        return codes + self.exact_bytes + self.spare_bytes + self.shared_bytes + self.state_bytes
 
     @property
     def bits_per_value(self) -> float:
-        """Everything held, in bits, divided by the number of cached values; 0 for an empty cache."""
-        return 16 * self.bytes / self.full_precision_bytes if self.full_precision_bytes else 0.0
+        """Everything held but recurrent states, in bits, divided by the number of cached values; 0 without any."""
+        values = self.full_precision_bytes - self.state_bytes
+        return 16 * (self.bytes - self.state_bytes) / values if values else 0.0
 
     @property
     def compression_ratio(self) -> float:
@@ -79,10 +83,20 @@ class _Packed:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How the full layers of a model are packed: number of layers, keys, values; and the tables they all share."""
+class _Group:
+    """Layers that are packed alike: their number, KV heads, keys and values."""
 
-    layers: tuple[tuple[int, _Packed, _Packed], ...]
+    count: int
+    kv_heads: int
+    keys: _Packed
+    values: _Packed
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the layers of a model are packed, and the bytes of all their tables."""
+
+    groups: tuple[_Group, ...]
     table_bytes: int
 
 
@@ -103,25 +117,28 @@ def _tables(quantizers: "tuple[Quantizer[Any], Quantizer[Any]]") -> dict[int, in
 
 
 @lru_cache(maxsize=128)
-def _layout(method: "Method", key_dim: int, value_dim: int, places: tuple[int, ...]) -> _Layout:
+def _layout(method: "Method", layers: tuple[LayerShape, ...]) -> _Layout:
     """Pack zeros in the first layer of each kind the method makes; a second layer tells which tables are shared."""
     import torch
 
-    kinds: dict[object, list[int]] = {}
+    places = [i for i, layer in enumerate(layers) if layer.packed]
+    method.check_layers(len(layers), places)
+    alike: dict[tuple[object, LayerShape], list[int]] = {}
     for place in places:
-        kinds.setdefault(method.layer_kind(place), []).append(place)
-    layers, shared, own, kept = [], dict[int, int](), 0, []
-    for part in kinds.values():
-        pairs = [method.quantizers(key_dim, value_dim, i, torch.device("cpu")) for i in part[:2]]
+        alike.setdefault((method.layer_kind(place), layers[place]), []).append(place)
+    groups, shared, own, kept = [], dict[int, int](), 0, []
+    for (_, layer), part in alike.items():
+        pairs = [method.quantizers(layer.key_dim, layer.value_dim, i, torch.device("cpu")) for i in part[:2]]
         kept.append(pairs)  # a freed table's address may be given to the next
         first = pairs[0]
         assert first is not None
-        layers.append((len(part), _weigh(first[0], key_dim), _weigh(first[1], value_dim)))
+        keys, values = _weigh(first[0], layer.key_dim), _weigh(first[1], layer.value_dim)
+        groups.append(_Group(len(part), layer.kv_heads, keys, values))
         tables = [_tables(pair) for pair in pairs if pair is not None]
         common = {address: size for address, size in tables[0].items() if address in tables[-1]}
         shared |= common
         own += len(part) * (sum(tables[0].values()) - sum(common.values()))
-    return _Layout(tuple(layers), sum(shared.values()) + own)
+    return _Layout(tuple(groups), sum(shared.values()) + own)
 
 
 def kv_bytes(
@@ -151,25 +168,26 @@ def kv_bytes(
     for name, number, most in (("tokens", tokens, MOST_TOKENS), ("batch", batch, MOST_ROWS)):
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= most:
             raise SizingError(f"{name} must be a whole number from 0 to {most:,}, got {number!r}")
-    check_method(shape, method)
-    rows = batch * shape.kv_heads
-    cost = value_bytes * rows * (shape.key_dim + shape.value_dim)
-    held = {name: 0 for name in ("key", "value", "scale", "shared")}
-    exact, spare, packed_tokens = tokens, 0, 0
-    if method.compresses and shape.full_layers and tokens and batch:
+    check_method(method)
+    held = dict.fromkeys(("key", "value", "scale", "spare", "shared"), 0)
+    packed_tokens, room = 0, tokens
+    if method.compresses and shape.packed_layers and tokens and batch:
         packed_tokens = method.packed_length(tokens)
-        exact = tokens - packed_tokens
-        places = tuple(i for i, kind in enumerate(shape.layers) if kind == "full")
         try:
-            method.check_layers(len(shape.layers), places)
-            layout = _layout(method, shape.key_dim, shape.value_dim, places)
+            layout = _layout(method, shape.layers)
         except ValueError as error:  # the method's own rule about dims
             raise SizingError(f"{method.name} cannot hold this model's cache: {error}.") from None
-        held, spare = _packed_bytes(layout, method, packed_tokens, rows, growing)
-        room = method.sink_length + method.residual_length + method.block_length
-        spare += shape.full_layers * cost * (room - exact)
-    window = shape.window or 0
-    seen, kept = min(tokens, window), min(tokens, max(window - 1, 0))  # a layer keeps one token less than it sees
+        held = _packed_bytes(layout, method, packed_tokens, batch, growing)
+        if packed_tokens or growing:
+            room = method.sink_length + method.residual_length + method.block_length
+    values = exact = allotted = 0
+    for layer, count in Counter(shape.layers).items():
+        kept = layer.tokens_kept(tokens)
+        seen = room if layer.packed else min(tokens, layer.window or tokens)
+        values += count * layer.token_values * kept
+        exact += count * layer.token_values * (kept - packed_tokens * layer.packed)
+        allotted += count * layer.token_values * seen
+    state = sum(layer.state_values * value_bytes + layer.state_bytes for layer in shape.layers) if tokens else 0
     return KVBytes(
         tokens=tokens,
         batch=batch,
@@ -177,52 +195,41 @@ def kv_bytes(
         key_bytes=held["key"],
         value_bytes=held["value"],
         scale_bytes=held["scale"],
-        exact_bytes=cost * (shape.full_layers * exact + shape.sliding_layers * kept),
-        spare_bytes=spare + cost * shape.sliding_layers * (seen - kept),
+        exact_bytes=value_bytes * batch * exact,
+        spare_bytes=value_bytes * batch * (allotted - exact) + held["spare"],
         shared_bytes=held["shared"],
-        full_precision_bytes=2
-        * batch
-        * shape.token_values
-        * (shape.full_layers * tokens + shape.sliding_layers * kept),
+        state_bytes=batch * state,
+        full_precision_bytes=batch * (2 * values + state),
     )
 
 
-def check_method(shape: KVShape, method: "Method") -> None:
-    """Refuse a method that cannot be estimated for a shape.
+def check_method(method: "Method") -> None:
+    """Refuse a method whose layers cannot be estimated.
 
     Raises:
         SizingError: Says why.
     """
-    if not method.compresses:
-        return
-    if shape.latent:
-        raise SizingError(
-            "This model caches one joint latent a token (MLA) in place of keys and values; the methods here compress "
-            "keys and values head by head, so there is no compressed figure."
-        )
-    if not method.has_quantizers:
+    if method.compresses and not method.has_quantizers:
         raise SizingError(
             f"{method.name} belongs to Hugging Face's cache, which packs at moments that depend on how the tokens "
             "came; measure it with cache_report instead."
         )
 
 
-def _packed_bytes(
-    layout: _Layout, method: "Method", tokens: int, rows: int, growing: bool
-) -> tuple[dict[str, int], int]:
-    """Return bytes of codes, scales and tables of all full layers, and of the room behind the codes."""
-    held = {"key": 0, "value": 0, "scale": 0, "shared": layout.table_bytes}
-    spare = 0
-    for count, *pair in layout.layers:
-        group = max(packed.group for packed in pair)
+def _packed_bytes(layout: _Layout, method: "Method", tokens: int, batch: int, growing: bool) -> dict[str, int]:
+    """Return bytes of codes, scales and tables of all packed layers, and of the room behind the codes."""
+    held = {"key": 0, "value": 0, "scale": 0, "spare": 0, "shared": layout.table_bytes}
+    for group in layout.groups:
+        rows, pair = group.count * batch * group.kv_heads, (group.keys, group.values)
+        unit = max(packed.group for packed in pair)
         more = max(method.block_length, tokens // 16) if growing and tokens else 0
-        more = -(-more // group) * group
+        more = -(-more // unit) * unit
         for name, packed in zip(("key", "value"), pair, strict=True):
-            groups = tokens // packed.group
-            held[name] += count * rows * groups * packed.codes
-            held["scale"] += count * rows * (groups * packed.scales + (packed.once if tokens else 0))
-            spare += count * rows * (more // packed.group) * (packed.codes + packed.scales)
-    return held, spare
+            parts = tokens // packed.group
+            held[name] += rows * parts * packed.codes
+            held["scale"] += rows * (parts * packed.scales + (packed.once if tokens else 0))
+            held["spare"] += rows * (more // packed.group) * (packed.codes + packed.scales)
+    return held
 
 
 def weight_bytes(parameters: int, bits: int) -> int:

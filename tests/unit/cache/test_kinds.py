@@ -6,32 +6,23 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.families import text_model
 from tests.support.models import Lossless, tiny_tokenizer, tokens
 from turboquant import attach
 from turboquant.cache.build import build_cache, cache_bytes, cache_report, layer_states
 from turboquant.cache.kinds import DenseLayer, HybridLayer, why_dense
 from turboquant.methods import NoSuchLayerError, parse_method
+from turboquant.models.families import FAMILIES, family_model
 from turboquant.models.load import LoadedModel, ModelSpec, tiny_model
 from turboquant.records.comparison import Settings
 from turboquant.run.compare import compare
 
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_d_ssm": 256, "mamba_n_groups": 1}
-DENSE: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {**LATENT, **EXPERTS, "num_key_value_heads": 4, "n_shared_experts": 1},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
-    "bloom": {"n_layer": 4, "n_head": 4},
-    "jetmoe": {"num_key_value_heads": 4, "kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 4},
-    "diffllama": {"head_dim": 32},
-}
-HYBRID = "falcon_h1", {**MAMBA, "head_dim": 32}
+DENSE = ("deepseek-v3", "falcon-40b", "bloom", "jetmoe", "diffllama")
+HYBRID = "falcon-h1"
 
 
-@pytest.fixture(scope="module", params=[*DENSE, HYBRID[0]])
+@pytest.fixture(scope="module", params=[*DENSE, HYBRID])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    made = text_model(request.param, {**DENSE, HYBRID[0]: HYBRID[1]}[request.param])
+    made = family_model(FAMILIES[request.param])
     assert attach(made).compressed_layers == 4
     return made
 
@@ -133,7 +124,7 @@ def test_a_comparison_measures_tokens_and_says_why_heads_are_missing(model: PreT
 
 @pytest.fixture(scope="module")
 def hybrid() -> PreTrainedModel:
-    made = text_model(*HYBRID)
+    made = family_model(FAMILIES[HYBRID])
     attach(made)
     return made
 

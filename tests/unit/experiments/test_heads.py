@@ -20,7 +20,7 @@ from turboquant.methods import METHODS, Method, parse_method
 from turboquant.models.load import LoadedModel, tiny_model
 from turboquant.records.settings import HeadsSettings
 from turboquant.run.generate import CancelledError, PromptError, QueryRecorder
-from turboquant.run.memory import WORKSPACE_BYTES, cache_shape, check_context, tokens_that_fit
+from turboquant.run.memory import WORKSPACE_BYTES, check_context, full_bytes, tokens_that_fit
 from turboquant.run.metrics import Span, compare_layer
 
 QUERIES = 24
@@ -348,8 +348,7 @@ def test_16k_tokens_take_model_and_full_cache_and_a_quarter() -> None:
     """And the workspace that `check_context` reckons with; a square of scores alone would be 1 GiB a head."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=240, check=True)
     before, peak = map(int, done.stdout.split())
-    shape = cache_shape(tiny_model("llama", num_hidden_layers=2, num_key_value_heads=4).config, "fp32")
-    full = shape.full_bytes(16384)
+    full = full_bytes(tiny_model("llama", num_hidden_layers=2, num_key_value_heads=4).config, "fp32", 16384)
     assert full == 16384 * 2 * 2 * 4 * 64 * 4
     assert peak - before <= 1.25 * full + WORKSPACE_BYTES
     assert peak - before > full
@@ -357,9 +356,8 @@ def test_16k_tokens_take_model_and_full_cache_and_a_quarter() -> None:
 
 def test_how_many_tokens_fit_is_said() -> None:
     config = tiny_model("llama", max_position_embeddings=10**6).config
-    shape = cache_shape(config, "fp32")
-    free = WORKSPACE_BYTES + 5000 * shape.token_bytes
-    assert tokens_that_fit(shape, free) == 4000
+    free = WORKSPACE_BYTES + full_bytes(config, "fp32", 5000)
+    assert tokens_that_fit(config, "fp32", free) == 4000
     check_context("tiny", config, 4000, "fp32", free)
     with pytest.raises(
         PromptError, match=r"a context of 4,001 tokens needs 0\.3 GiB .* 0\.3 GiB are free: 4,000 tokens fit"
@@ -367,14 +365,14 @@ def test_how_many_tokens_fit_is_said() -> None:
         check_context("tiny", config, 4001, "fp32", free)
     with pytest.raises(PromptError, match="0 tokens fit"):
         check_context("tiny", config, 10, "fp32", -5)
-    assert cache_shape(config, "4bit").token_bytes * 2 == shape.token_bytes
+    assert 2 * full_bytes(config, "4bit", 5000) == full_bytes(config, "fp32", 5000)
 
 
 def test_window_layers_take_their_window() -> None:
     config = tiny_model("gemma3").config
-    shape = cache_shape(config, "fp32")
     layer = 2 * 2 * 64 * 4
-    assert (shape.token_bytes, shape.window_bytes) == (layer, 2 * 32 * layer)
+    assert full_bytes(config, "fp32", 20) == 3 * 20 * layer
+    assert full_bytes(config, "fp32", 400) == (400 + 2 * 32) * layer
 
 
 def test_the_cache_is_left_as_it_was_by_the_comparison() -> None:

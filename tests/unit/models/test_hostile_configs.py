@@ -20,6 +20,10 @@ from turboquant.models.load import ModelError, load_model
         ('{"model_type": "qwen2", "num_hidden_layers": 1000000000000}', "num_hidden_layers must be at most 1024"),
         ('{"text_config": {"n_layer": ' + "9" * 1000 + "}}", "n_layer must be at most 1024, got 999"),
         ('{"a": [{"num_local_experts": 1000000}]}', "num_local_experts must be at most 1024"),
+        (
+            '{"attention_types": [[["global", "local"], 1000000000000]]}',
+            "attention_types must be at most 1024",
+        ),
         ('{"model_type": "llama", "num_attention_heads": 0}', "configuration that this version"),
         ('{"model_type": "llama", "num_attention_heads": NaN}', "configuration that this version"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "configuration that this version"),
@@ -27,7 +31,7 @@ from turboquant.models.load import ModelError, load_model
         ('{"model_type": "llama", "vocab_size": -5}', "no model can be made from its configuration"),
         ('{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 1000000}', "Not enough memory"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_hostile_configurations_are_refused_in_a_sentence(tmp_path: Path, text: str, words: str) -> None:
     """Before the library makes an object for each of a billion layers."""

@@ -31,6 +31,7 @@ SMALL = {
     "kernel-scores": {"shape": "smollm2-135m", "context": 128, "repeats": 1},
     "kernel-encode": {"shape": "smollm2-135m", "tokens": 128, "repeats": 1},
     "longest-context": {"shape": "smollm2-135m", "weights": "bf16", "budget_gb": 4.0},
+    "families": {},
     "metrics-speed": {"tokens": 64, "queries": 8, "repeats": 1},
     "model-speed": {"shape": "smollm2-135m", "weights": "bf16", "context": 512, "repeats": 4},
     "validate": {"dim": 64, "bits": 2, "vectors": 8, "seeds": 3},

@@ -296,7 +296,7 @@ def test_a_readme_that_cannot_be_filled_is_refused(tmp_path: Path, text: str, me
         fill_readme(text, tmp_path)
 
 
-GPU_TABLES: dict[str, Callable[[ExperimentRecord], bool]] = {
+RECORDED: dict[str, Callable[[ExperimentRecord], bool]] = {
     "gpu-attention": lambda r: bench(r, "kernel-attention") and r.cell.settings["query_tokens"] == 1,
     "gpu-speed": lambda r: (
         bench(r, "kernel-attention")
@@ -308,8 +308,9 @@ GPU_TABLES: dict[str, Callable[[ExperimentRecord], bool]] = {
     "gpu-encode": lambda r: bench(r, "kernel-encode"),
     "gpu-model": lambda r: bench(r, "model-speed"),
     "gpu-context": lambda r: bench(r, "longest-context"),
+    "models": lambda r: bench(r, "families"),
 }
-"""Which recorded benchmarks each shows."""
+"""Which records of this repository each shows."""
 
 
 def bench(made: ExperimentRecord, name: str) -> bool:
@@ -344,8 +345,8 @@ def test_every_readme_table_says_when_and_where(tmp_path: Path, name: str) -> No
         older = record_.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", record_, record_.model_copy(update={"environment": older}))
         day, commit = record_.environment.created[:10], record_.environment.commit
-    elif name in GPU_TABLES:
-        newest = next(r for r, _ in read_results([ROOT / "results"]).records if GPU_TABLES[name](r))
+    elif name in RECORDED:
+        newest = next(r for r, _ in read_results([ROOT / "results"]).records if RECORDED[name](r))
         older = newest.environment.model_copy(update={"created": "2020-01-01"})
         write(tmp_path / "bench.jsonl", newest.model_copy(update={"environment": older}), newest)
         day, commit = newest.environment.created[:10], newest.environment.commit
@@ -366,7 +367,7 @@ def test_the_projects_own_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(ROOT)
     result = RUNNER.invoke(cli.app, ["report", "--check"])
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["readme"] == ["README.md", "docs/recipe.md", "docs/results.md"]
+    assert json.loads(result.stdout)["readme"] == ["README.md", "docs/models.md", "docs/recipe.md", "docs/results.md"]
 
 
 def test_several_files_are_filled_or_none(tmp_path: Path) -> None:

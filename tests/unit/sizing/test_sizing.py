@@ -103,12 +103,12 @@ def test_room_that_depends_on_how_tokens_came_stays_within_what_is_stated(method
 @pytest.mark.parametrize("tokens", [20, 31, 32, 200])
 def test_sliding_layers_hold_a_window(tokens: int) -> None:
     report, shape = measured("gemma3", "turboquant:bits=4", tokens - 1, single=1)
-    assert (shape.sliding_layers, shape.full_layers, shape.window) == (2, 1, 32)
+    assert [layer.window for layer in shape.layers] == [32, 32, 0]
     estimate = kv_bytes(shape, parse_method("turboquant:bits=4"), tokens)
     assert estimate.exact_bytes == report.exact_bytes
     assert estimate.full_precision_bytes == report.full_precision_bytes
     if tokens == 200:  # but for the 8-byte counter that Hugging Face's layers hold
-        assert report.bytes - estimate.bytes == 8 * shape.sliding_layers
+        assert report.bytes - estimate.bytes == 8 * 2
 
 
 def test_values_kept_exact_take_four_bytes_in_float32() -> None:
@@ -120,26 +120,27 @@ def test_values_kept_exact_take_four_bytes_in_float32() -> None:
     assert estimate.bytes == cache_report(cache).bytes
 
 
-def test_a_joint_latent_is_counted_once_a_layer_as_transformers_caches_it() -> None:
-    from transformers import AutoModelForCausalLM, DynamicCache
-    from transformers.models.deepseek_v2 import DeepseekV2Config
-
-    fields = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32}
-    fields |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4}
-    fields |= {"kv_lora_rank": 24, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    config = DeepseekV2Config(**fields, first_k_dense_replace=3, num_experts_per_tok=1, topk_group=1, n_group=1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    cache = DynamicCache(config=config)
-    with torch.no_grad():
-        model(torch.full((2, 30), 5), past_key_values=cache)
-    shape = read_config({**fields, "model_type": "deepseek_v2", "head_dim": 8})
-    assert shape.latent
-    assert kv_bytes(shape, parse_method("full"), 30, 2).bytes == cache_report(cache).bytes == 2 * 30 * 2 * 3 * (24 + 8)
+def test_a_joint_latent_is_counted_like_one_head_with_keys_and_values_of_two_widths() -> None:
+    shape, method = preset("deepseek-v2-lite"), parse_method("turboquant:bits=4")
+    assert (shape.latent, shape.first.kv_heads, shape.first.key_dim, shape.first.value_dim) == (True, 1, 512, 64)
+    assert kv_bytes(shape, parse_method("full"), 1000).bytes == 2 * 27 * 1000 * (512 + 64)
+    estimate = kv_bytes(shape, method, 1000)
+    assert estimate.key_bytes == 27 * estimate.compressed_tokens * 512 // 2
+    assert estimate.value_bytes == 27 * estimate.compressed_tokens * 64 // 2
 
 
-def test_no_compressed_figure_of_a_joint_latent() -> None:
-    with pytest.raises(SizingError, match="one joint latent a token"):
-        kv_bytes(preset("deepseek-v2-lite"), parse_method("turboquant"), 100)
+@pytest.mark.parametrize("spec", ["kivi:bits=4", "turboquant:bits=4", "turboquant:bits=4,residual_length=1024"])
+@pytest.mark.parametrize("tokens", [100, 131])
+def test_a_context_that_came_in_one_call_and_is_too_short_to_be_packed_has_no_room(spec: str, tokens: int) -> None:
+    report, shape = measured("llama", spec, tokens)
+    assert kv_bytes(shape, parse_method(spec), tokens).bytes == report.bytes
+
+
+def test_what_fits_below_the_window_is_not_refused_for_room_that_nothing_takes() -> None:
+    shape, method = read_config({**LLAMA, "num_key_value_heads": 32}), parse_method("turboquant:residual_length=32768")
+    longest = longest_context(shape, method, 12 * 2**30, 8 * 2**30)
+    assert longest == longest_context(shape, parse_method("full"), 12 * 2**30, 8 * 2**30) - 1  # tables
+    assert largest_batch(shape, method, 24 * 2**30, 8 * 2**30, 32) == 15 * 2**30 // (32 * 2**19) - 1
 
 
 def test_caches_of_hugging_face_are_not_estimated() -> None:
@@ -148,7 +149,7 @@ def test_caches_of_hugging_face_are_not_estimated() -> None:
 
 
 def test_a_methods_own_rule_about_dims_is_a_refusal() -> None:
-    odd = read_config({**LLAMA, "head_dim": 33})
+    odd = read_config({"model_type": "gpt2", "n_layer": 4, "n_embd": 132, "n_head": 4})
     with pytest.raises(SizingError, match=r"polarquant cannot hold this model's cache: .* even head_dim, got 33"):
         largest_batch(odd, parse_method("polarquant"), 2**40, 0, 100)
     assert kv_bytes(odd, parse_method("turboquant"), 10_000).compression_ratio > 3
@@ -227,7 +228,7 @@ def test_nothing_fits_beside_weights_that_do_not() -> None:
 
 def test_a_window_in_every_layer_limits_no_context() -> None:
     shape = read_config(tiny_config("mistral").to_dict())
-    assert shape.sliding_layers == 3
+    assert len(shape.keeping("window")) == 3
     assert longest_context(shape, parse_method("turboquant"), 2**30, 0, reserve_bytes=0) == MOST_TOKENS
 
 
@@ -237,38 +238,12 @@ def test_a_window_in_every_layer_limits_no_context() -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_says_where_its_numbers_come_from(path: Path) -> None:
     entry = json.loads(path.read_text())
-    assert set(entry) <= {"title", "source", "parameters", "config"}
+    assert set(entry) == {"title", "source", "parameters", "config"}
     assert "hub" in entry["source"]
     shape = read_config(entry["config"])
     assert kv_bytes(shape, parse_method("full"), 1000).bytes > 0
-    assert shape.parameters or entry["parameters"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "smollm2-135m",
-        "qwen2.5-0.5b",
-        "mistral-7b-v0.3",
-        "phi-2",
-        "gemma-2-9b",
-        "gemma-3-1b",
-        "gpt-oss-20b",
-        "deepseek-v2-lite",
-    ],
-)
-def test_weights_are_estimated_within_a_thousandth(name: str) -> None:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    entry = json.loads(next(path for path in PRESETS if path.stem == name).read_text())
-    fields = {key: value for key, value in entry["config"].items() if key != "model_type"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[entry["config"]["model_type"]](**fields))
-    assert preset(name).parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=1e-3)
-
-
-def test_weights_of_experts_behind_a_joint_latent() -> None:
-    assert preset("deepseek-v2-lite").parameters == pytest.approx(15_706_484_224, rel=1e-4)  # counted in transformers
+    assert shape.parameters == entry["parameters"]
+    assert not any("leaves these" in note for note in shape.notes)
 
 
 def test_presets_of_registered_models_have_their_size() -> None:
@@ -276,12 +251,6 @@ def test_presets_of_registered_models_have_their_size() -> None:
 
     for name, known in (("qwen2.5-3b", "qwen2.5-3b-instruct"), ("mistral-7b-v0.3", "mistral-7b-instruct")):
         assert preset(name).parameters == pytest.approx(MODELS[known].parameters * 1e9, rel=0.005)
-
-
-def test_weights_that_cannot_be_estimated_are_not() -> None:
-    assert preset("qwen3-next-80b").parameters is None
-    assert read_config({**LLAMA, "vocab_size": None}).parameters is None
-    assert read_config({**LLAMA, "intermediate_size": None}).parameters is None
 
 
 def test_bytes_of_weights() -> None:
