@@ -7,7 +7,7 @@ How a layer behaves:
 2. After each call all but the sinks and the last `residual_length` tokens are packed, in blocks of the method's
    `block_length`. No full-precision copy of a packed token is kept, and nothing is quantized twice.
 3. What is kept beyond its call takes 16 bits a value at most: float32 states are rounded to float16, or to bfloat16
-   where they do not fit. Codes are made from what is kept, so they do not depend on how the tokens came.
+   where they do not fit. Codes are made from what is kept.
 4. Codes are written into preallocated storage that grows by a sixteenth at a time. Exact tokens have no spare room.
 
 A layer stores the tokens of a row as: sinks, packed, exact window. In a left-padded row the sinks are the first real
