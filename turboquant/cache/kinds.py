@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 from turboquant.cache.count import Count, state_tensors
 from turboquant.cache.layer import Packing, QuantizedLayer
+from turboquant.cache.roomy import RoomyLayer
 from turboquant.quant.modes import gradients_wanted, without_gradients
 
 WORK_ON_STATES = {"diffllama", "doge", "jetmoe"}
@@ -44,7 +45,7 @@ def takes_our_attention(config_class: type[PreTrainedConfig]) -> bool:
 
 def keeps_all(layer: Any) -> bool:
     """Is it one of Hugging Face's own layers that keep keys and values of all tokens, with or without other states?"""
-    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+    return type(layer) in (DynamicLayer, RoomyLayer, LinearAttentionAndFullAttentionLayer)
 
 
 class DenseLayer(QuantizedLayer):

@@ -299,12 +299,23 @@ class QuantizedLayer(CompressedLayer):
         self.exact_keys = _grown(keys, max(steady, self.exact_length))
         self.exact_values = _grown(values, max(steady, self.exact_length))
         for buffer in (self.packed_keys, self.packed_values):
-            buffer.reserve(round_up(tokens, self._token_group))
+            if buffer.storage is not None:
+                buffer.reserve(round_up(tokens, self._token_group))
+
+    def storages(self) -> tuple[object, ...]:
+        """Return what holds the tokens; while it stays the same, captured steps can read it."""
+        packed = self.packed_keys.storage, self.packed_values.storage
+        return (*packed, self.exact_keys, self.exact_values, self.padding)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a step over these tokens can be captured: it reads no pads but those in front of packed tokens."""
+        return self.exact_keys is not None and self.seen is None and self.last_reader is None
 
     @property
     def due(self) -> bool:
-        """Whether a block of tokens has left the window of a layer that has packed before."""
-        window = self.exact_length - self.sink_length
+        """Whether a block of tokens has left the window (rows without padding)."""
+        window = self.exact_length - (self.sink_length if self.packed_length else self.method.sink_length)
         return window >= self.method.residual_length + self.method.block_length
 
     @in_plain_modes
@@ -404,11 +415,12 @@ class QuantizedLayer(CompressedLayer):
         return exact[:, :, : self.exact_length]
 
     def _without(self, exact: Tensor | None, start: int, stop: int) -> Tensor:
-        """Drop tokens start..stop: in storage of their own size, or in place while `graphs` replays steps."""
+        """Drop tokens start..stop: in storage of their own size, or in place while steps are replayed."""
         held = self._exact(exact)
         parts = held[:, :, :start], held[:, :, stop:]
         if self.lengths is None:
-            return torch.cat(parts, dim=2)
+            kept = torch.cat(parts, dim=2)
+            return kept.to(_kept_dtype(None, kept)) if self.method.rounds_exact else kept
         assert exact is not None
         tail = parts[1].clone()  # source and target may overlap
         exact[:, :, start : start + tail.shape[2]] = tail
@@ -598,7 +610,7 @@ def _last(quantizer: Quantizer[Any], packed: TokenBuffer, count: int) -> Tensor:
 
 def _grown(states: Tensor, room: int) -> Tensor:
     """Return storage for `room` tokens that begins with these."""
-    larger = states.new_empty(*states.shape[:2], room, states.shape[3])
+    larger = states.new_zeros(*states.shape[:2], room, states.shape[3])  # what is masked must still be a number
     larger[:, :, : states.shape[2]] = states
     return larger
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from turboquant.cache.build import build_cache, fill_cache
 from turboquant.cache.kinds import HybridLayer
+from turboquant.cache.roomy import RoomyLayer
 from turboquant.experiments.base import Watch
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
@@ -25,26 +26,6 @@ from turboquant.models.load import LoadedModel
 from turboquant.run.feed import feed, step
 from turboquant.run.generate import QueryRecorder
 from turboquant.run.memory import trim
-
-
-class RoomyLayer(DynamicLayer):
-    """A plain layer with room for a known number of tokens: growing copies nothing and leaves no holes in memory."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write behind the tokens held; return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [t.new_empty(*t.shape[:2], self.room, t.shape[3]) for t in (key_states, value_states)]
-        start = self.get_seq_length()
-        stop = start + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = new
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
-        return self.keys, self.values
 
 
 @dataclass

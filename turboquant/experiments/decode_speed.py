@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
+from turboquant.cache.build import NothingCompressedError, cache_report
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.kernel_speed import this_device
 from turboquant.kernels.scoring import Scoring
@@ -17,7 +17,7 @@ from turboquant.records.comparison import CacheReport, Settings
 from turboquant.records.environment import device_name
 from turboquant.records.settings import DecodeSettings, MetricsSpeedSettings
 from turboquant.records.spread import timing_spread
-from turboquant.run.generate import Generation, QueryRecorder, check_length
+from turboquant.run.generate import Generation, QueryRecorder, check_length, new_cache
 from turboquant.run.metrics import TOP, Pair, Span, compare_layer
 from turboquant.run.threads import busy_processes
 
@@ -41,7 +41,7 @@ def _run(loaded: LoadedModel, ids: Tensor, method: Method, settings: Settings) -
     generation = Generation(
         loaded,
         ids,
-        build_cache(loaded.model.config, method),
+        new_cache(loaded.model.config, loaded.model.device, method),
         settings,
         QueryRecorder(keep=False),
         ignore_eos=True,

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from turboquant.cache.build import NothingCompressedError, build_cache, cache_report
+from turboquant.cache.build import NothingCompressedError, cache_report
 from turboquant.experiments import perplexity
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.perplexity import BLOCK, text_windows
@@ -31,7 +31,7 @@ from turboquant.records.experiment import ExperimentRecord
 from turboquant.records.settings import PerplexitySettings, SeedsSettings
 from turboquant.records.spread import Difference, Spread95, paired_difference, spread
 from turboquant.run.feed import answer_logits, packing_runs, step
-from turboquant.run.generate import QueryRecorder, logits_processors
+from turboquant.run.generate import QueryRecorder, logits_processors, new_cache
 
 COMPARED = ("kl_mean", "delta_ppl_pct", "same_top_pct", "agreed_tokens")
 """Metrics of the cells without a sampling seed that are compared rotation seed by rotation seed."""
@@ -82,7 +82,7 @@ def full_answers(
     loaded: LoadedModel, ids: Int[Tensor, "prompts tokens"], settings: Settings, watch: Watch
 ) -> Int[Tensor, "prompts new"]:
     """Generate `max_new_tokens` tokens for every prompt with the full cache, past ends of sequence."""
-    cache = build_cache(loaded.model.config, METHODS["full"]())
+    cache = new_cache(loaded.model.config, loaded.model.device, METHODS["full"]())
     choose = _Choice(settings, len(ids), ids.device)
     answers: list[Tensor] = []
     with observe_queries(QueryRecorder(watch.cancelled, keep=False)):
@@ -121,7 +121,7 @@ def first_divergences(
     watch: Watch,
 ) -> Divergences:
     """Return where a compressed cache's answers would first differ from the full cache's; see the module's notes."""
-    cache = build_cache(loaded.model.config, method)
+    cache = new_cache(loaded.model.config, loaded.model.device, method)
     choose = _Choice(settings, len(ids), ids.device)
     first: list[int | None] = [None] * len(ids)
     runs = packing_runs(method, ids.shape[1], answers.shape[1] - 1)

@@ -24,7 +24,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from turboquant.cache.build import NothingCompressedError, QuantizedLayer, build_cache, cache_bytes, cache_report
+from turboquant.cache.build import NothingCompressedError, QuantizedLayer, cache_bytes, cache_report
+from turboquant.cache.roomy import RoomyCache
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.hf_attention import time_attention
 from turboquant.methods import METHODS, Method
@@ -33,7 +34,7 @@ from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import CacheReport
 from turboquant.records.settings import SpeedSettings
 from turboquant.run.feed import step
-from turboquant.run.generate import PromptError
+from turboquant.run.generate import PromptError, new_cache
 from turboquant.run.memory import check_context, tokens_that_fit, trim
 from turboquant.texts import read_text
 
@@ -226,6 +227,8 @@ def generate_batch(
             _wait(ids.device)
             clock.append(time.perf_counter())
     first, rest = 1e3 * (clock[1] - clock[0]), 1e3 * (clock[2] - clock[1])
+    if isinstance(cache, RoomyCache):  # what Hugging Face's own would hold
+        cache.shrink()
     return Run(torch.cat(chosen, dim=1), first, rest, cache_report(cache))
 
 
@@ -233,7 +236,7 @@ def _instrumented(
     loaded: LoadedModel, prompts: Prompts, method: Method, settings: SpeedSettings, watch: Watch
 ) -> _Side:
     side = _Side()
-    cache = build_cache(loaded.model.config, method)
+    cache = new_cache(loaded.model.config, loaded.model.device, method)
     cache.layers = [
         _TimedLayer(layer, side.instruments) if isinstance(layer, QuantizedLayer) else layer for layer in cache.layers
     ]
@@ -318,7 +321,7 @@ def run(
     total = len(every) * (settings.repeats + 1)
     watch.progress(0.0, f"{settings.batch} rows, warm-up")
     # The first forward call brings weights into memory, which is not what the first side holds.
-    generate_batch(loaded, prompts, build_cache(loaded.model.config, full), 2, watch)
+    generate_batch(loaded, prompts, new_cache(loaded.model.config, loaded.model.device, full), 2, watch)
     for i, method in enumerate(every):
         watch.progress(i / total, f"{settings.batch} rows, instrumented: {method}")
         side = _instrumented(loaded, prompts, method, settings, watch)
@@ -331,7 +334,7 @@ def run(
         for i, (method, side) in enumerate(sides.items()):
             done = (len(every) * (repeat + 1) + i) / total
             watch.progress(done, f"{settings.batch} rows, round {repeat + 1} of {settings.repeats}: {method}")
-            cache = build_cache(loaded.model.config, method)
+            cache = new_cache(loaded.model.config, loaded.model.device, method)
             side.runs.append(generate_batch(loaded, prompts, cache, settings.new_tokens, watch))
     for method in methods:
         if method in sides:

@@ -6,11 +6,10 @@ SDPA cannot, that of `kernels.attention`. Both must be registered: without the m
 mask of the prefill would silently be lost.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.cache.layer import ATTENTION_NAME, CachedStates, QuantizedLayer
-from turboquant.hf_attention.steps import segment
+from turboquant.hf_attention import steps
+from turboquant.hf_attention.steps import QueryObserver, segment
 from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths, attend_exact
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.modes import plain, without_gradients
@@ -44,38 +44,14 @@ SINKS, CAP = "s_aux", "softcap"
 NOTES = "turboquant_notes"
 
 
-@runtime_checkable
-class QueryObserver(Protocol):
-    """Sees the queries of every layer, after rotary embedding."""
-
-    def record(self, layer_idx: int, query: Tensor, scoring: Scoring) -> None:
-        """Take the queries (batch, heads, queries, dim) of one forward call and what becomes of their scores."""
-
-
-Clock = Callable[[], AbstractContextManager[None]]
-
-_observer: ContextVar[QueryObserver | None] = ContextVar("turboquant_query_observer", default=None)
-_clock: ContextVar[Clock] = ContextVar("turboquant_attention_clock", default=nullcontext)
-
-
-@contextmanager
-def observe_queries(observer: QueryObserver) -> Iterator[None]:
+def observe_queries(observer: QueryObserver) -> AbstractContextManager[None]:
     """Send queries to `observer` while the block runs, in this thread or task only."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return steps.observing(observer)
 
 
-@contextmanager
-def time_attention(clock: Clock) -> Iterator[None]:
+def time_attention(clock: steps.Clock) -> AbstractContextManager[None]:
     """Run every attention, without the packing after it, inside `clock()`, in this thread or task only."""
-    token = _clock.set(clock)
-    try:
-        yield
-    finally:
-        _clock.reset(token)
+    return steps.timing(clock)
 
 
 def attention_forward(
@@ -99,13 +75,13 @@ def attention_forward(
     if getattr(module, "compressor", None) is not None:
         kwargs["compressor"] = module.compressor
     _check_options(kwargs, dropout, states, scoring)
-    observer = _observer.get()
+    observer = steps.observer()
     if observer is not None:
         observer.record(int(module.layer_idx), query, scoring)  # type: ignore[arg-type]
     if states is None:
         assert isinstance(key, Tensor)
         assert isinstance(value, Tensor)
-        with _clock.get()():
+        with steps.clock()():
             return _attend_plain(module, query, (key, value), attention_mask, dropout, scoring, kwargs), None
     _check_reading(states, attention_mask)
     layer, home = states.layer, query.device
@@ -114,7 +90,7 @@ def attention_forward(
     if layer.device != home:  # a layer on another device shares its keys and values
         query, scoring = query.to(layer.device), scoring.on(layer.device)
         attention_mask = None if attention_mask is None else attention_mask.to(layer.device)
-    with _clock.get()():
+    with steps.clock()():
         output = _attend(module, query, states, attention_mask, scoring, kwargs).to(home)
     if layer.last_reader is None or layer.last_reader == module.layer_idx:
         layer.compress(*_visible(attention_mask))
@@ -233,12 +209,20 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
 
 
 def _replayed_forward(layer: QuantizedLayer, query: Tensor, scoring: Scoring) -> Tensor:
-    """Attend by kernels that read the lengths on the device; packing is left to `steps`."""
+    """Attend with the lengths read on the device; packing is left to `steps`."""
     assert layer.exact_keys is not None
     assert layer.exact_values is not None
     assert layer.lengths is not None
-    exact, lengths, starts = (layer.exact_keys, layer.exact_values), layer.lengths, layer.padding
-    return attend_at_lengths(query, *exact, segment(layer), scoring, lengths, starts).transpose(1, 2)
+    exact, lengths = (layer.exact_keys, layer.exact_values), layer.lengths
+    if layer.packed_length:
+        return attend_at_lengths(query, *exact, segment(layer), scoring, lengths, layer.padding).transpose(1, 2)
+    if not scoring.plain:
+        raise RuntimeError("sinks and caps are not computed over plain tensors in a captured step")
+    mask = torch.arange(exact[0].shape[2], device=query.device) < lengths[1]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, *exact, attn_mask=mask[None, None, None], scale=scoring.scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous()
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""Decode steps of a compressed cache on a GPU, captured as a CUDA graph and replayed: one launch in place of hundreds.
+"""Decode steps on a GPU, captured as a CUDA graph and replayed: one launch in place of hundreds.
 
 `capture_steps(model)` (which `turboquant.attach` and `load_model` call) lets a model's own `forward` do so, as a hook
-around it. `model.generate()` and every other caller get it without knowing: a call with one token a row and a
-compressed cache that can be replayed is, every other call goes to the model as it came.
+around it. `model.generate()` and every other caller get it without knowing: a call with one token a row and a cache of
+ours that can be replayed is, every other call goes to the model as it came. Ours are compressed caches, and the
+uncompressed one that comparisons are made with (`turboquant.cache.roomy`).
 
 Between two packings a step changes only what stands on the device: the tokens, their positions and the lengths of the
 layers. When a window is full, the layers pack it as always, outside the graph, into storage whose place does not
@@ -13,10 +14,10 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -25,18 +26,26 @@ from transformers import PreTrainedModel
 
 from turboquant.cache.build import CompressedCache
 from turboquant.cache.layer import ATTENTION_NAME, QuantizedLayer
+from turboquant.cache.roomy import RoomyCache, RoomyLayer
 from turboquant.kernels.attention import PackedSegment, why_no_kernels
+from turboquant.kernels.scoring import Scoring
 
 WARM_STEPS = 1
 """Steps run one by one before a capture: kernels compile and libraries choose their algorithms."""
-AHEAD = 256
+AHEAD = 128
 """Tokens that there is room for, at least, when a step is captured; an eighth of what is held where that is more."""
 INPUTS = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step; they are copied to where the graph reads them."""
 TOLD = {"use_cache": True, "return_dict": True, "logits_to_keep": None, "output_attentions": None}
 """What else a call may say, and what it says where it says nothing."""
 
+Clock = Callable[[], AbstractContextManager[None]]
+Watched = Callable[[int, Tensor, Scoring], None]
+"""Takes the queries of one layer in one call."""
+
 _off: ContextVar[bool] = ContextVar("turboquant_no_graphs", default=False)
+_observer: ContextVar["QueryObserver | None"] = ContextVar("turboquant_query_observer", default=None)
+_clock: ContextVar[Clock] = ContextVar("turboquant_attention_clock", default=nullcontext)
 _failed: "WeakSet[PreTrainedModel]" = WeakSet()
 
 
@@ -48,6 +57,47 @@ def no_graphs() -> Iterator[None]:
         yield
     finally:
         _off.reset(token)
+
+
+@runtime_checkable
+class QueryObserver(Protocol):
+    """Sees the queries of every layer, after rotary embedding.
+
+    One whose attribute `keep` is false is not asked in steps that are replayed.
+    """
+
+    def record(self, layer_idx: int, query: Tensor, scoring: Scoring) -> None:
+        """Take the queries (batch, heads, queries, dim) of one forward call and what becomes of their scores."""
+
+
+@contextmanager
+def observing(observer: QueryObserver | None) -> Iterator[None]:
+    """Send queries to `observer`, or to nobody, while the block runs, in this thread or task only."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def observer() -> QueryObserver | None:
+    """Return who sees the queries of this thread or task."""
+    return _observer.get()
+
+
+def clock() -> Clock:
+    """Return what attention is timed by in this thread or task."""
+    return _clock.get()
+
+
+@contextmanager
+def timing(clock: Clock) -> Iterator[None]:
+    """Run every attention, without the packing after it, inside `clock()`, in this thread or task only."""
+    token = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(token)
 
 
 def capture_steps(model: PreTrainedModel) -> None:
@@ -66,12 +116,14 @@ def _around(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def captured(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if args or not isinstance(cache, CompressedCache):
+        if args or not isinstance(cache, CompressedCache | RoomyCache):
             return forward(self, *args, **kwargs)
         own = functools.partial(forward, self)
-        replay = _replay_of(self, cache, kwargs)
+        watcher = observer()
+        watched = watcher is not None and getattr(watcher, "keep", True)
+        replay = _replay_of(self, cache, kwargs, watched)
         if replay is not None:
-            output = replay.run(own, kwargs)
+            output = replay.run(own, kwargs, watcher.record if watcher is not None and watched else None)
             if output is not None:
                 return output
         cache.release()
@@ -80,17 +132,20 @@ def _around(forward: Callable[..., Any]) -> Callable[..., Any]:
     return captured
 
 
-def _replay_of(model: PreTrainedModel, cache: CompressedCache, call: Mapping[str, Any]) -> "Replay | None":
+def _replay_of(
+    model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any], watched: bool
+) -> "Replay | None":
     """Return what replays a call, made anew where the last one does not fit; None where nothing can."""
-    if _off.get() or torch.is_grad_enabled() or model in _failed or not _is_step(call):
+    if _off.get() or torch.is_grad_enabled() or model in _failed or not _is_step(call) or clock() is not nullcontext:
         return None
-    if cache.replay is not None and cache.replay.fits(call):
-        return cache.replay
+    if cache.replay is not None and cache.replay.fits(call, watched):
+        found: Replay = cache.replay
+        return found
     cache.release()
     if not _can_replay(model, cache, call):
         return None
-    cache.replay = Replay(model, cache, call)
-    return cache.replay if cache.replay.fits(call) else None
+    new = cache.replay = Replay(model, cache, call, watched)
+    return new if new.fits(call, watched) else None
 
 
 def _is_step(call: Mapping[str, Any]) -> bool:
@@ -106,9 +161,9 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _can_replay(model: PreTrainedModel, cache: CompressedCache, call: Mapping[str, Any]) -> bool:
-    """Have all layers packed something, in a way that kernels read with their lengths on the device?"""
-    layers = [layer for layer in cache.layers if type(layer) is QuantizedLayer]
+def _can_replay(model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any]) -> bool:
+    """Can all layers be read with their lengths on the device?"""
+    layers = [layer for layer in cache.layers if type(layer) in (QuantizedLayer, RoomyLayer)]
     set_to = model.config.get_text_config(decoder=True)._attn_implementation
     if len(layers) < len(cache.layers) or set_to != ATTENTION_NAME:
         return False
@@ -119,14 +174,13 @@ def _can_replay(model: PreTrainedModel, cache: CompressedCache, call: Mapping[st
     return all(_is_replayable(layer, call["input_ids"]) for layer in layers)
 
 
-def _is_replayable(layer: QuantizedLayer, ids: Tensor) -> bool:
-    if not layer.packed_length or layer.exact_keys is None or layer.seen is not None or layer.last_reader is not None:
+def _is_replayable(layer: Any, ids: Tensor) -> bool:
+    if not layer.replayable or layer.device != ids.device or layer.exact_keys.shape[0] != ids.shape[0]:
         return False
-    if layer.device != ids.device or layer.batch_size != ids.shape[0]:
-        return False
-    if layer.exact_keys.dtype != layer.dtype:  # a float32 model, whose own tokens are read unrounded
-        return False
-    return why_no_kernels(layer.exact_keys, segment(layer)) is None
+    if not layer.packed_length:
+        return True
+    # Tokens of a float32 model are kept in 16 bits, and its queries are none.
+    return layer.exact_keys.dtype == layer.dtype and why_no_kernels(layer.exact_keys, segment(layer)) is None
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
@@ -154,39 +208,48 @@ class Replay:
 
     Args:
         model: The model.
-        cache: All of its layers are packed ones, and hold packed tokens.
+        cache: All of its layers can be replayed.
         call: The arguments of the first call; later ones differ in their tensors' contents alone.
+        watched: Whether somebody wants to see queries.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: CompressedCache, call: Mapping[str, Any]) -> None:
-        self.model, self.cache = model, cache
-        self.layers: list[QuantizedLayer] = list(cache.layers)  # type: ignore[arg-type]
+    def __init__(
+        self, model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any], watched: bool
+    ) -> None:
+        self.model, self.cache, self.watched = model, cache, watched
+        self.layers: list[Any] = list(cache.layers)
         self.inputs = {name: call[name].clone() for name in INPUTS if isinstance(call.get(name), Tensor)}
         self.given = {name: tensor.shape for name, tensor in self.inputs.items()}
         if "position_ids" not in self.inputs:
             self.inputs["position_ids"] = torch.empty_like(self.inputs["input_ids"])
         self.told = {name: call.get(name, told) for name, told in TOLD.items()}
-        self.padding = self.layers[0].padding
+        self.padding = getattr(self.layers[0], "padding", None)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
+        self.queries: dict[int, tuple[Tensor, Scoring]] = {}
         self.warm = 0
-        self.lengths = (0, 0)
+        self.held_bytes: int | None = None  # of the cache, once somebody has counted; forgotten where that changes
         self._make_room()
         for layer in self.layers:
-            layer.lengths = torch.tensor(
-                [layer.packed_length, layer.exact_length], dtype=torch.int32, device=layer.device
-            )
-        self.storages = self._storages()
+            counts = [layer.packed_length, layer.exact_length]
+            layer.lengths = torch.tensor(counts, dtype=torch.int32, device=layer.device)
         self._count()
 
     def _make_room(self) -> None:
         held = self.layers[0].get_seq_length()
         for layer in self.layers:
             layer.reserve(held + max(AHEAD, held // 8))
+        self.graph, self.storages, self.held_bytes = None, self._storages(), None
 
-    def fits(self, call: Mapping[str, Any]) -> bool:
+    def _storages(self) -> list[object]:
+        return [held for layer in self.layers for held in layer.storages()]
+
+    def _count(self) -> None:
+        self.lengths = (self.layers[0].packed_length, self.layers[0].exact_length)
+
+    def fits(self, call: Mapping[str, Any], watched: bool) -> bool:
         """Can this call be replayed: is the cache as the last step left it, and does the mask say nothing else?"""
-        if {name: call.get(name, told) for name, told in TOLD.items()} != self.told:
+        if {name: call.get(name, told) for name, told in TOLD.items()} != self.told or watched != self.watched:
             return False
         if {name: call[name].shape for name in INPUTS if isinstance(call.get(name), Tensor)} != self.given:
             return False
@@ -207,20 +270,7 @@ class Replay:
         real = torch.arange(held, device=mask.device) >= self.padding[:, None]
         return bool((mask.bool() == real).all())
 
-    def _storages(self) -> list[object]:
-        return [
-            held
-            for layer in self.layers
-            for held in (
-                layer.packed_keys.storage, layer.packed_values.storage, layer.exact_keys, layer.exact_values,
-                layer.padding,
-            )
-        ]  # fmt: skip
-
-    def _count(self) -> None:
-        self.lengths = (self.layers[0].packed_length, self.layers[0].exact_length)
-
-    def run(self, forward: Callable[..., Any], call: Mapping[str, Any]) -> Any:
+    def run(self, forward: Callable[..., Any], call: Mapping[str, Any], watch: Watched | None) -> Any:
         """Run the step, and return the model's output; None where it cannot be captured, and then nothing was done."""
         for name, held in self.inputs.items():
             if name in self.given:
@@ -231,32 +281,38 @@ class Replay:
             return None
         if self.graph is not None:
             self.graph.replay()
+        if watch is not None:
+            for layer_idx, seen in self.queries.items():
+                watch(layer_idx, *seen)
         self._follow()
         return type(self.output)(
             **{name: value.clone() if isinstance(value, Tensor) else value for name, value in self.output.items()}
         )
+
+    def record(self, layer_idx: int, query: Tensor, scoring: Scoring) -> None:
+        """Note where a captured step leaves the queries of a layer."""
+        self.queries[layer_idx] = query, scoring
 
     def _forward(self, forward: Callable[..., Any]) -> None:
         told = {name: value for name, value in self.told.items() if value is not None}
         self.output = forward(**self.inputs, **told, past_key_values=self.cache)
 
     def _capture(self, forward: Callable[..., Any]) -> bool:
-        """Run the step by calls while kernels are warmed up, then capture it."""
+        """Run the step by calls while kernels are warmed up, then capture it; what fails so has changed nothing."""
         try:
-            if self.warm < WARM_STEPS or not _on_gpu(self.inputs["input_ids"]) or not torch.cuda.is_available():
-                self._forward(forward)
-                self.warm += 1
-                return True
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with their own work meanwhile (sessions of the app).
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._forward(forward)
+            with observing(self if self.watched else None):
+                if self.warm < WARM_STEPS or not torch.cuda.is_available():
+                    self._forward(forward)
+                    self.warm += 1
+                    return True
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may go on with their own work meanwhile (sessions of the app).
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._forward(forward)
             self.graph = graph
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model's own code does that no graph can hold
-            if self.warm < WARM_STEPS:
-                raise
             _failed.add(self.model)
             warnings.warn(
                 "decode steps of this model run call by call, for they cannot be captured as a CUDA graph: "
@@ -268,15 +324,16 @@ class Replay:
         return True
 
     def _follow(self) -> None:
-        """Count the token of a step, and pack what has left the window."""
+        """Count the token of a step, pack what has left the window, and see to room for the next one."""
         for layer in self.layers:
             layer.exact_length += 1
         if self.layers[0].due:
             for layer in self.layers:
                 layer.compress()
-                assert layer.lengths is not None
                 layer.lengths[0], layer.lengths[1] = layer.packed_length, layer.exact_length
+            self.held_bytes = None
             if any(one is not other for one, other in zip(self._storages(), self.storages, strict=True)):
                 self._make_room()
-                self.graph, self.storages = None, self._storages()
+        elif getattr(self.layers[0], "full", False):
+            self._make_room()
         self._count()

@@ -20,16 +20,16 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from turboquant.cache.build import build_cache
 from turboquant.cache.kinds import HybridLayer
 from turboquant.cache.layer import QuantizedLayer
+from turboquant.cache.roomy import RoomyLayer
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
 from turboquant.records.base import Record
 from turboquant.records.comparison import Comparison, Settings
 from turboquant.run.compare import OnEvent, Question, answer_twice
 from turboquant.run.feed import packing_runs
-from turboquant.run.generate import SIDES, Generation, QueryRecorder, check_length, conversation_ids
+from turboquant.run.generate import SIDES, Generation, QueryRecorder, check_length, conversation_ids, new_cache
 
 SideName = Literal["original", "compressed"]
 DIFFERENT_HISTORIES = (
@@ -96,7 +96,7 @@ class Session:
     def __init__(self, loaded: LoadedModel, method: Method, chat: bool = True) -> None:
         self.method, self.chat = method, chat
         self._name, self._fingerprint = _name(loaded), loaded.fingerprint
-        self._config = loaded.model.config
+        self._config, self._device = loaded.model.config, loaded.model.device
         self._loaded: LoadedModel | None = loaded
         self.reset()
 
@@ -133,7 +133,7 @@ class Session:
         self._sides = {name: self._empty(m) for name, m in zip(SIDES, (METHODS["full"](), self.method), strict=True)}
 
     def _empty(self, method: Method) -> _Side:
-        return _Side(method, build_cache(self._config, method))
+        return _Side(method, new_cache(self._config, self._device, method))
 
     def cache(self, side: SideName) -> Cache:
         """Return one side's cache, to be measured or looked at."""
@@ -241,7 +241,7 @@ class Session:
         )
 
     def _drop_cache(self, side: _Side) -> None:
-        side.cache, side.pieces = build_cache(self._config, side.method), []
+        side.cache, side.pieces = new_cache(self._config, self._device, side.method), []
 
     def _settle(self, side: _Side, generation: Generation) -> None:
         """Note what went through the cache; a call that was stopped half-way is taken out of the layers it reached."""
@@ -302,7 +302,7 @@ def _can_crop(layer: Any, surplus: int, interrupted_prompt: bool) -> bool:
     length would have packed as much.
     """
     if not isinstance(layer, QuantizedLayer) or isinstance(layer, HybridLayer):  # recurrent states cannot go back
-        return type(layer) is DynamicLayer
+        return type(layer) in (DynamicLayer, RoomyLayer)
     if not layer.packed_length:
         return True
     if interrupted_prompt:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from turboquant.cache.build import build_cache, cache_report, compressed_layers
+from turboquant.cache.build import cache_report, compressed_layers
 from turboquant.cache.kinds import why_dense
 from turboquant.methods import METHODS, Method
 from turboquant.models.load import LoadedModel
@@ -34,6 +34,7 @@ from turboquant.run.generate import (
     QueryRecorder,
     check_length,
     generate_in_turn,
+    new_cache,
     prompt_ids,
 )
 from turboquant.run.heads import attention_collector, head_metrics, token_metrics
@@ -138,7 +139,11 @@ def compare_methods(  # noqa: PLR0913
     check_length(loaded, ids.shape[1], settings.max_new_tokens)
     original, *compressed = (
         Generation(
-            loaded, ids, build_cache(loaded.model.config, method), settings, QueryRecorder(cancelled, keep=index == 0)
+            loaded,
+            ids,
+            new_cache(loaded.model.config, loaded.model.device, method),
+            settings,
+            QueryRecorder(cancelled, keep=index == 0),
         )
         for index, method in enumerate((METHODS["full"](), *methods))
     )

@@ -12,12 +12,20 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.cache_utils import Cache
 
-from turboquant.cache.build import cache_bytes
+from turboquant.cache.build import build_cache, cache_bytes
+from turboquant.cache.roomy import RoomyCache, roomy
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
+from turboquant.methods import Method
 from turboquant.models.load import LoadedModel
 from turboquant.records.comparison import Settings
 from turboquant.run.feed import step
@@ -167,6 +175,15 @@ def logits_processors(settings: Settings) -> LogitsProcessorList:
     return processors
 
 
+def new_cache(config: PreTrainedConfig, device: torch.device, method: Method) -> Cache:
+    """Return an empty cache for an answer.
+
+    On a GPU an uncompressed one has room for tokens to come, so that its decode steps are captured as well.
+    """
+    cache = build_cache(config, method)
+    return cache if method.compresses or device.type != "cuda" else roomy(cache, config)
+
+
 class Generation:
     """One answer in progress: its cache, tokens, text and timing.
 
@@ -213,6 +230,8 @@ class Generation:
         """
         started = time.perf_counter()
         try:
+            if self.recorder.cancelled():  # a step that is replayed asks nobody
+                raise CancelledError
             with observe_queries(self.recorder):
                 logits = step(self.loaded.model, self.cache, self.next_ids)
             token = self._sample(logits.float())
@@ -225,8 +244,22 @@ class Generation:
         else:
             self.step_ms.append(elapsed)
         if self.measure_bytes:
-            self.cache_bytes.append(cache_bytes(self.cache))
+            self.cache_bytes.append(self._held_bytes())
         self._take(token)
+        if self.finish is not None and isinstance(self.cache, RoomyCache):
+            self.cache.shrink()
+
+    def _held_bytes(self) -> int:
+        """Bytes of the cache; the room of an uncompressed one is left out, since Hugging Face's own has none."""
+        if isinstance(self.cache, RoomyCache):
+            layers: list[Any] = self.cache.layers
+            return sum(int(state.nbytes) for layer in layers for state in (layer.keys, layer.values))
+        replay = getattr(self.cache, "replay", None)
+        if replay is None:
+            return cache_bytes(self.cache)
+        if replay.held_bytes is None:  # it stays the same until something is packed
+            replay.held_bytes = cache_bytes(self.cache)
+        return int(replay.held_bytes)
 
     def run(self) -> None:
         """Go on to the end of the answer.

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from transformers import PreTrainedModel
 
 from turboquant import attach
 from turboquant.cache.build import build_cache, cache_report
-from turboquant.hf_attention import steps
+from turboquant.cache.roomy import roomy
+from turboquant.hf_attention import observe_queries, steps
 from turboquant.hf_attention.steps import capture_steps, no_graphs
 from turboquant.methods import parse_method
 from turboquant.models.tiny import tiny_model
+from turboquant.run.generate import QueryRecorder
 
 pytest.importorskip("triton")
 
@@ -149,7 +152,7 @@ def test_what_is_not_a_step_of_such_a_cache_goes_to_the_model(model: Any) -> Non
     short: Any = build_cache(model.config, parse_method(SPEC))
     model(input_ids=token, past_key_values=short)
     model(input_ids=token, past_key_values=short)
-    assert short.replay is None  # nothing is packed
+    assert short.replay is not None
     cache = started(model)
     states = model(input_ids=token, past_key_values=cache, output_hidden_states=True).hidden_states
     assert states is not None
@@ -196,3 +199,42 @@ def test_the_hook_is_put_once_keeps_the_signature_and_leaves_other_hooks_alone()
     accelerated.forward = own = lambda *_, **__: None
     capture_steps(accelerated)
     assert accelerated.forward is own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["unpacked", "uncompressed"])
+def test_steps_before_anything_is_packed_and_of_an_uncompressed_cache_are_replayed(model: Any, kind: str) -> None:
+    ids = prompt()[:, :60]  # the first block is packed at 68 tokens
+    caches: list[Any] = []
+    for _ in range(2):
+        cache = build_cache(model.config, parse_method(SPEC if kind == "unpacked" else "full"))
+        caches.append(cache if kind == "unpacked" else roomy(cache, model.config))
+        model(input_ids=ids, past_key_values=caches[-1])
+    token = ids[:, :1]
+    for _ in range(10):
+        logits = model(input_ids=token, past_key_values=caches[0]).logits
+        with no_graphs():
+            expected = model(input_ids=token, past_key_values=caches[1]).logits
+        assert caches[0].replay is not None
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        token = expected[:, -1].argmax(dim=-1, keepdim=True)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 70
+    if kind == "unpacked":
+        assert caches[0].layers[0].packed_length == caches[1].layers[0].packed_length == 32
+
+
+@torch.no_grad()
+def test_queries_of_replayed_steps_are_seen(model: Any) -> None:
+    token, found = prompt()[:, :1], []
+    for block in (nullcontext(), no_graphs()):
+        cache, recorder = started(model), QueryRecorder()
+        with block, observe_queries(recorder):
+            for _ in range(3):
+                model(input_ids=token, past_key_values=cache)
+        found.append(recorder)
+    captured, plain = found
+    assert captured.queries.keys() == plain.queries.keys() == {0, 1}
+    for layer in (0, 1):
+        assert captured.scoring[layer].scaling == plain.scoring[layer].scaling
+        for one, other in zip(captured.queries[layer], plain.queries[layer], strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
