@@ -12,7 +12,7 @@ from tests.support.models import reachable_storages
 from turboquant.cache.build import CompressedCache, QuantizedLayer, build_cache, cache_report
 from turboquant.methods import parse_method
 from turboquant.models.load import tiny_model
-from turboquant.models.tiny import ARCHITECTURES
+from turboquant.models.tiny import ARCHITECTURES, tiny_config
 
 TINY_WINDOW = "residual_length=8,sink_length=2"
 EIGHT = f"turboquant:bits=8,{TINY_WINDOW}"
@@ -181,6 +181,23 @@ def test_exact_tokens_are_kept_in_the_finest_16_bits_that_hold_them(size: float,
     if 1 <= size < torch.inf:
         assert torch.allclose(held[:, :, :5], usual, rtol=2**-7, atol=1e-7)
         assert torch.allclose(held[:, :, 5:], states, rtol=2**-7)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 6.0), (3, 5.1), (2, 4.2)])
+def test_a_cache_is_never_much_larger_than_one_in_16_bits(bits: int, most: float) -> None:
+    """In the shape of the built-in model, everything counted, from a prompt of 36 tokens on."""
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    cache = build_cache(tiny_config("llama", **shape), parse_method(f"turboquant:bits={bits}"))
+    reports = {}
+    for count in (36, *[1] * 130, 634 - 166, 1024 - 634):
+        for layer in cache.layers:
+            put(layer, torch.randn(1, 3, count, 64), torch.randn(1, 3, count, 64))
+        report = cache_report(cache)
+        reports[report.tokens] = report
+    assert all(report.bytes <= 1.05 * report.full_precision_bytes for report in reports.values())
+    assert reports[166].compressed_tokens == 64
+    assert reports[634].compression_ratio > 2.4
+    assert reports[1024].bits_per_value <= most
 
 
 def test_room_is_given_in_the_dtype_of_the_model() -> None:
