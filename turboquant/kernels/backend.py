@@ -25,6 +25,19 @@ def gpu_kernels(name: str) -> ModuleType | None:
         return None
 
 
+@cache
+def _cpu_module(name: str) -> ModuleType | None:
+    try:
+        return import_module(f"turboquant.kernels.{name}")
+    except ImportError:  # numba is not installed
+        return None
+
+
+def cpu_kernels(name: str) -> ModuleType | None:
+    """The module `turboquant.kernels.<name>`, compiled on its first import; None where the reference must serve."""
+    return None if name in _failed else _cpu_module(name)
+
+
 def usable(tensor: Tensor, name: str) -> ModuleType | None:
     """The kernels for a tensor, or None where the reference must serve it."""
     return gpu_kernels(name) if tensor.is_cuda and name not in _failed else None

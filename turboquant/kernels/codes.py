@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from turboquant.kernels.backend import cpu_kernels
 from turboquant.quant.packing import Planes, unpack_bits
 
 KERNEL_ROWS = 32
@@ -33,6 +34,7 @@ def compile_kernels() -> None:
     """Compile the CPU kernels now (seconds the first time on a machine, then from disk) and not in the first answer."""
     if _cpu_kernels() is None:
         return
+    cpu_kernels("cpu_attention")  # compiles on import
 
     def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="cpu")
