@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from turboquant.kernels.backend import cpu_kernels, guarded, usable
+from turboquant.kernels.backend import guarded, usable, usable_on_cpu
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 
@@ -202,11 +202,11 @@ def _fused_on_cpu(
     starts: Tensor | None,
 ) -> Tensor | None:
     """Attend by the CPU kernel; None where it cannot serve the call."""
-    kernels = cpu_kernels("cpu_attention") if query.device.type == "cpu" else None
+    kernels = usable_on_cpu(query, "attention")
     if kernels is None or (mask is not None and starts is None):
         return None
     sides = (packed.key_quantizer, packed.keys), (packed.value_quantizer, packed.values)
-    return guarded("cpu_attention", lambda: kernels.attend(query, exact, sides, scoring, starts))
+    return guarded("CPU attention", lambda: kernels.attend(query, exact, sides, scoring, starts))
 
 
 def _reference(

@@ -1,4 +1,4 @@
-"""What the CPU kernel of `cpu_attention` is told: one structure with the addresses, shapes and strides of a call."""
+"""What the CPU kernel of `cpu.attention` is told: one structure with the addresses, shapes and strides of a call."""
 
 import ctypes
 from dataclasses import dataclass

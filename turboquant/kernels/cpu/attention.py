@@ -20,8 +20,8 @@ from numba.core import types
 from torch import Tensor
 
 from turboquant.kernels import openmp
-from turboquant.kernels.cpu_intrinsics import PERMUTES, float_of, pointer, spread, take
-from turboquant.kernels.cpu_job import Job, numbers, prepare, readable
+from turboquant.kernels.cpu.intrinsics import PERMUTES, float_of, pointer, spread, take
+from turboquant.kernels.cpu.job import Job, numbers, prepare, readable
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 
