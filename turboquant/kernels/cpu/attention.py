@@ -35,7 +35,7 @@ GRAIN = 2**20
 
 # Sums may be taken in any order; infinities and NaN stay what they are.
 _MATHS = {"reassoc", "contract", "nsz", "arcp"}
-_jit: Any = numba.njit(fastmath=_MATHS, error_model="numpy")
+_jit: Any = numba.njit(fastmath=_MATHS, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _entry: Any = numba.cfunc(types.void(types.voidptr), fastmath=_MATHS, error_model="numpy", cache=True)
 _JOB = np.dtype(Job)
 _LOWEST = np.float32(-1e30)
@@ -240,7 +240,7 @@ def _add_weighted(weights: Any, levels: Any, count: int, sums: Any) -> None:
                 out[i] += w0 * l0[i] + w1 * l1[i] + w2 * l2[i] + w3 * l3[i]
 
 
-@numba.njit(fastmath=True)
+@numba.njit(fastmath=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _greatest(row: Any, count: int) -> Any:
     """The greatest of some scores, of which those that are no number may be passed over; so it is vectorised."""
     found = row[0]
