@@ -12,6 +12,8 @@ from turboquant.kernels import attention
 from turboquant.kernels.attention import PackedSegment
 from turboquant.kernels.scoring import Scoring
 from turboquant.methods import parse_method
+from turboquant.methods.scalar import TurboQuantMSE
+from turboquant.quant.rotation import random_rotation
 
 kernel = pytest.importorskip("turboquant.kernels.cpu.attention")
 CPU = torch.device("cpu")
@@ -104,6 +106,18 @@ def test_a_qjl_stage(bits: int) -> None:
 @pytest.mark.parametrize("options", ["", ",center=false", ",rotation=qr"])
 def test_groups_means_and_rotations(group_size: int, options: str) -> None:
     Case(f"turboquant:bits=3,group_size={group_size}{options}", packed=256, batch=2).check()
+
+
+@pytest.mark.parametrize("group_size", [16, 96])
+def test_groups_that_are_no_tile(group_size: int) -> None:
+    case, rotation = Case(), random_rotation("hadamard", 64, 0, 0, CPU)
+    case.quantizers = (
+        TurboQuantMSE(64, 3, rotation, center=True, group_size=group_size),
+        TurboQuantMSE(64, 3, rotation, group_size=group_size),
+    )
+    states = torch.randn(2, 1, 2, 192, 64, generator=torch.Generator().manual_seed(1)) + 1
+    case.keys, case.values = (one.quantize(part) for one, part in zip(case.quantizers, states, strict=True))
+    case.check()
 
 
 @pytest.mark.parametrize("groups", [1, 4, 8])

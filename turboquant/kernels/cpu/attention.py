@@ -12,6 +12,7 @@ twenty arrays takes as long as the attention itself at a few hundred tokens.
 
 import ctypes
 import math
+from functools import partial
 from typing import Any
 
 import numba
@@ -26,7 +27,7 @@ from turboquant.kernels.scoring import Scoring
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 
 TILE = 64
-"""Packed tokens unpacked at once; a divisor or a multiple of every group's size."""
+"""Tokens unpacked at once, at most; packed ones lie in one group."""
 MAX_ROWS = 32
 """Query rows of a KV head (its query heads times query tokens); beyond, matrix products are faster."""
 PARTS_A_THREAD = 3
@@ -35,7 +36,8 @@ GRAIN = 2**20
 
 # Sums may be taken in any order; infinities and NaN stay what they are.
 _MATHS = {"reassoc", "contract", "nsz", "arcp"}
-_jit: Any = numba.njit(fastmath=_MATHS, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_inner: Any = partial(numba.njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # only kernels call them
+_jit: Any = _inner(fastmath=_MATHS, error_model="numpy")
 _entry: Any = numba.cfunc(types.void(types.voidptr), fastmath=_MATHS, error_model="numpy", cache=True)
 _JOB = np.dtype(Job)
 _LOWEST = np.float32(-1e30)
@@ -240,7 +242,7 @@ def _add_weighted(weights: Any, levels: Any, count: int, sums: Any) -> None:
                 out[i] += w0 * l0[i] + w1 * l1[i] + w2 * l2[i] + w3 * l3[i]
 
 
-@numba.njit(fastmath=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+@_inner(fastmath=True)
 def _greatest(row: Any, count: int) -> Any:
     """The greatest of some scores, of which those that are no number may be passed over; so it is vectorised."""
     found = row[0]
@@ -362,11 +364,7 @@ def _split_packed(
     levels, codes, mean, scales, scores, _ = room
     rows, dim, value_dim = rotated.shape[0], job.keys.dim, job.values.dim
     keys, values = job.keys, job.values
-    tile = TILE
-    if keys.group:
-        tile = min(tile, keys.group)
-    if values.group:
-        tile = min(tile, values.group)
+    tile = job.tile
     offset = np.zeros(rows, np.float32)
     if keys.center.address:
         _center(keys, b, h, mean[:dim])
@@ -529,6 +527,7 @@ def attend(
         queries=queries,
         exact=exact_length,
         packed=packed_length,
+        tile=math.gcd(TILE, keys.side.group, values.side.group),
         parts=parts,
         scaling=scoring.scaling,
         cap=scoring.cap or 0.0,

@@ -81,6 +81,7 @@ class Job(ctypes.Structure):
         ("queries", _i64),
         ("exact", _i64),
         ("packed", _i64),
+        ("tile", _i64),
         ("parts", _i64),
         ("taken", _i64),
         ("counter", _i64),
