@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from turboquant.cache.buffer import TokenBuffer
@@ -140,6 +142,44 @@ def test_caps_and_learned_sinks() -> None:
 
 def test_pads_in_front_of_rows_are_not_seen() -> None:
     Case(batch=3, pads=(0, 64, 131), queries=2).check()
+
+
+@given(
+    bits=st.integers(1, 8),
+    dims=st.tuples(st.integers(2, 40), st.integers(2, 40)),
+    shape=st.fixed_dictionaries(
+        {"batch": st.integers(1, 3), "kv_heads": st.integers(1, 3), "groups": st.integers(1, 4)}
+    ),
+    queries=st.integers(1, 5),
+    window=st.integers(0, 140),
+    packed=st.integers(1, 5),
+    cap=st.sampled_from([None, 1.0, 30.0]),
+    sinks=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape(  # noqa: PLR0913
+    bits: int,
+    dims: tuple[int, int],
+    shape: dict[str, int],
+    queries: int,
+    window: int,
+    packed: int,
+    cap: float | None,
+    sinks: bool,
+    data: st.DataObject,
+) -> None:
+    pads = data.draw(st.none() | st.tuples(*[st.integers(0, 64 * packed)] * shape["batch"]))
+    Case(
+        f"turboquant:bits={bits}",
+        dims,
+        **shape,
+        queries=queries,
+        packed=64 * packed,
+        exact=queries + window,
+        cap=cap,
+        sinks=sinks,
+        pads=pads,
+    ).check()
 
 
 def test_outliers_kept_with_plain_scales() -> None:
