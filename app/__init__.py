@@ -1,5 +1,5 @@
 """The web app: engine, runs, charts and Streamlit components around the `turboquant` library."""
 
-from turboquant.run.threads import sleep_while_waiting
+from turboquant.run.threads import settle_threads
 
-sleep_while_waiting()  # before a module of the app imports PyTorch
+settle_threads()  # before a module of the app imports PyTorch

@@ -15,6 +15,7 @@ from app.ui import definitions
 from turboquant.kernels.backend import attention_backend
 from turboquant.records.environment import Environment, environment
 from turboquant.records.metrics import metric
+from turboquant.run.threads import affinity, quota
 
 SHORTCUTS = (("Ctrl + Enter (⌘ + Enter on a Mac)", "Compare the prompt"), ("Esc", "Stop what is at work"))
 NOT_SHOWN = (
@@ -250,12 +251,17 @@ def surroundings() -> dict[str, str]:
         "Commit": here.commit or "not known",
         "Device": here.device,
         "CPU threads": str(here.cpu_threads),
+        "CPUs for this app": _processors(affinity(), quota()),
         "Python": here.python,
         "PyTorch": here.torch,
         "Transformers": here.transformers,
         "Streamlit": _version("streamlit"),
         "Compressed attention by": attention_backend("cuda" if torch.cuda.is_available() else "cpu"),
     }
+
+
+def _processors(allowed: int, granted: float | None) -> str:
+    return f"{allowed}" if granted is None else f"{allowed}, with the time of {granted:.3g} (the container's quota)"
 
 
 def limits(config: AppConfig, upload_mb: int) -> dict[str, str]:

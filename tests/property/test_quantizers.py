@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turboquant.kernels import codes as ops
-from turboquant.kernels import cpu
+from turboquant.kernels.cpu import codes as cpu
 from turboquant.methods import METHODS, BitsMethod, parse_method
 from turboquant.quant.packing import PLANE_WIDTHS, pack_bits, unpack_bits
 from turboquant.quant.quantizer import PackedTensor

@@ -7,8 +7,19 @@ class TokenBuffer:
     """Preallocated room for packed tokens of one kind (keys or values)."""
 
     def __init__(self) -> None:
-        self.storage: PackedTensor | None = None
+        self.storage = None
         self.length = 0
+
+    @property
+    def storage(self) -> PackedTensor | None:
+        """The tokens and spare room behind them; None before the first."""
+        return self._storage
+
+    @storage.setter
+    def storage(self, storage: PackedTensor | None) -> None:
+        self._storage = storage
+        self._view: PackedTensor | None = None  # a view would keep the storage before alive
+        self._viewed = 0
 
     def append(self, new: PackedTensor) -> None:
         """Write tokens behind those held; where one side needs a wider float than the other, both take it."""
@@ -44,9 +55,11 @@ class TokenBuffer:
             self.storage = larger
 
     def view(self) -> PackedTensor:
-        """Return the tokens held, without the spare room."""
+        """Return the tokens held, without the spare room: the same object until tokens come or go."""
         assert self.storage is not None
-        return self.storage.narrow(0, self.length)
+        if self._view is None or self._viewed != self.length:
+            self._view, self._viewed = self.storage.narrow(0, self.length), self.length
+        return self._view
 
 
 def round_up(tokens: int, group: int) -> int:

@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from turboquant.cli.app import app
-from turboquant.run.threads import sleep_while_waiting
+from turboquant.run.threads import settle_threads
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -19,5 +19,5 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line."""
-    sleep_while_waiting()
+    settle_threads()
     app()

@@ -241,9 +241,9 @@ class _Notes:
     def hides_pads_of(self, layer: QuantizedLayer) -> bool:
         """Return whether the mask says no more than causality and hides exactly the pads in front of a layer's rows.
 
-        Only kernels ask, on GPUs: the answer is waited for, once for all layers of a call, whose pads are the same.
+        Only kernels ask: on a GPU the answer is waited for, once for all layers of a call, whose pads are the same.
         """
-        if self.real is None or layer.padding is None or not self.real.is_cuda:
+        if self.real is None or layer.padding is None:
             return False
         if self._hides_pads is None:
             place = torch.arange(self.real.shape[1], device=self.real.device)

@@ -2,12 +2,12 @@
 
 import sys
 
-from turboquant.run.threads import sleep_while_waiting
+from turboquant.run.threads import settle_threads
 
 
 def lm_eval() -> None:
     """Run lm-evaluation-harness with the model class `turboquant`: the console script `turboquant-lm-eval`."""
-    sleep_while_waiting()
+    settle_threads()
     try:
         from turboquant.integrations.lm_eval import main
     except ModuleNotFoundError as error:

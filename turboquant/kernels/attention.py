@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from turboquant.kernels.backend import guarded, usable
+from turboquant.kernels.backend import guarded, usable, usable_on_cpu
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.quantizer import PackedTensor, Quantizer
 
@@ -106,7 +106,7 @@ def attend(
     scoring: Scoring,
     starts: Tensor | None = None,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
-    """Attend from the last `queries` tokens to all tokens of a layer, on a GPU by its kernels where they can serve it.
+    """Attend from the last `queries` tokens to all tokens of a layer, by compiled kernels where they can serve it.
 
     Args:
         query: Queries after rotary embedding; heads are grouped by KV head as in Hugging Face's `repeat_kv`.
@@ -121,9 +121,10 @@ def attend(
             the mask says; None where the mask may say more.
 
     Returns:
-        The attention output, in float32 from the reference and in the dtype of the query from kernels.
+        The attention output, in the dtype of the query from GPU kernels and otherwise in float32.
     """
-    fused = _fused(query, (exact_keys, exact_values), packed, mask, scoring, starts)
+    compiled = _fused if query.is_cuda else _fused_on_cpu
+    fused = compiled(query, (exact_keys, exact_values), packed, mask, scoring, starts)
     if fused is not None:
         return fused
     return _reference(query, (exact_keys, exact_values), packed, sink_length, mask, scoring)
@@ -200,6 +201,22 @@ def _fused(
     if prefill is None or prefill.unsupported(query, *views, scoring) is not None:
         return None
     return guarded("prefill", lambda: prefill.attend(query, *exact, *views, scoring, starts))
+
+
+def _fused_on_cpu(
+    query: Tensor,
+    exact: tuple[Tensor, Tensor],
+    packed: PackedSegment,
+    mask: Tensor | None,
+    scoring: Scoring,
+    starts: Tensor | None,
+) -> Tensor | None:
+    """Attend by the CPU kernel; None where it cannot serve the call."""
+    kernels = usable_on_cpu(query, "attention")
+    if kernels is None or (mask is not None and starts is None):
+        return None
+    sides = (packed.key_quantizer, packed.keys), (packed.value_quantizer, packed.values)
+    return guarded("CPU attention", lambda: kernels.attend(query, exact, sides, scoring, starts))
 
 
 def _reference(

@@ -25,9 +25,23 @@ def gpu_kernels(name: str) -> ModuleType | None:
         return None
 
 
+@cache
+def cpu_kernels(name: str) -> ModuleType | None:
+    """The module `turboquant.kernels.cpu.<name>`, or None where numba is not installed."""
+    try:
+        return import_module(f"turboquant.kernels.cpu.{name}")
+    except ImportError:
+        return None
+
+
 def usable(tensor: Tensor, name: str) -> ModuleType | None:
     """The kernels for a tensor, or None where the reference must serve it."""
     return gpu_kernels(name) if tensor.is_cuda and name not in _failed else None
+
+
+def usable_on_cpu(tensor: Tensor, name: str) -> ModuleType | None:
+    """The same for a tensor on the CPU; those that fail are known to `guarded` as "CPU <name>"."""
+    return cpu_kernels(name) if tensor.device.type == "cpu" and f"CPU {name}" not in _failed else None
 
 
 def guarded(name: str, run: Callable[[], T]) -> T | None:

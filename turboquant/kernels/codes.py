@@ -4,13 +4,13 @@ A vector is ``scale * codebook[codes]``. The plain-torch reference unpacks what 
 for a few query rows on the CPU a compiled kernel reads the codes row by row and unpacks nothing.
 """
 
-from functools import cache
 from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from turboquant.kernels.backend import cpu_kernels
 from turboquant.quant.packing import Planes, unpack_bits
 
 KERNEL_ROWS = 32
@@ -19,20 +19,11 @@ REFERENCE_TILE_TOKENS = 512
 KERNEL_TILE_TOKENS = 16384
 
 
-@cache
-def _cpu_kernels() -> ModuleType | None:
-    """The compiled kernels, or None where numba is not installed."""
-    try:
-        from turboquant.kernels import cpu
-    except ImportError:
-        return None
-    return cpu
-
-
 def compile_kernels() -> None:
     """Compile the CPU kernels now (seconds the first time on a machine, then from disk) and not in the first answer."""
-    if _cpu_kernels() is None:
+    if cpu_kernels("codes") is None:
         return
+    cpu_kernels("attention")  # compiles on import
 
     def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device="cpu")
@@ -46,7 +37,7 @@ def compile_kernels() -> None:
 def _kernels(rows: Tensor, bits: int) -> ModuleType | None:
     if rows.device.type != "cpu" or rows.shape[2] > KERNEL_ROWS or not bits or rows.dtype != torch.float32:
         return None
-    return _cpu_kernels()
+    return cpu_kernels("codes")
 
 
 def tile_tokens(rows: Tensor, bits: int) -> int:

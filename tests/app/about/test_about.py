@@ -11,6 +11,7 @@ from app.about import facts as about
 from app.config import AppConfig
 from app.ui import definitions
 from turboquant.records.metrics import metric
+from turboquant.run.threads import affinity
 
 
 def test_every_definition_is_in_the_table() -> None:
@@ -26,11 +27,17 @@ def test_surroundings_name_versions_but_neither_host_nor_folders() -> None:
     assert re.match(r"\d+\.\d+", found["PyTorch"])
     assert re.match(r"\d+\.\d+", found["Streamlit"])
     assert int(found["CPU threads"]) >= 1
+    assert found["CPUs for this app"].startswith(str(affinity()))
     assert re.match(r"(triton|numba) \d|torch", found["Compressed attention by"])
     said = " ".join(found.values())
     assert socket.gethostname() not in said
     assert "/" not in said
     assert str(Path.home()) not in said
+
+
+def test_a_containers_quota_is_said() -> None:
+    assert about._processors(8, None) == "8"
+    assert about._processors(8, 1.5) == "8, with the time of 1.5 (the container's quota)"
 
 
 def test_limits_are_those_of_the_deployment() -> None:

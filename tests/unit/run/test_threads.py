@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.process import Server
-from turboquant.run.threads import SPINS, busy_processes
+from turboquant.run import threads
+from turboquant.run.threads import SPINS, busy_processes, quota
 
 STARTS = {
     "command": [sys.executable, "-m", "turboquant", "methods", "--list"],
@@ -50,6 +51,62 @@ def test_what_the_user_has_set_stays(settings: dict[str, str]) -> None:
         STARTS["app"], env=environment(**settings), capture_output=True, text=True, timeout=120, check=True
     )
     assert spins(done.stderr) != SPINS
+
+
+def group(root: Path, own: str, files: dict[str, str]) -> Path:
+    """A machine whose process is in the control group `own`, with these files below /sys/fs/cgroup."""
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()} | {"proc/self/cgroup": own}
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/pod/box\n", {"pod/cpu.max": "200000 100000\n", "pod/box/cpu.max": "max 100000\n"}, 2.0),
+        ("0::/pod/box\n", {"pod/cpu.max": "400000 100000\n", "pod/box/cpu.max": "300000 100000\n"}, 3.0),
+        ("2:memory:/\n1:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ("1:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("0::/elsewhere\n", {}, None),
+    ],
+)
+def test_quotas_of_containers(tmp_path: Path, own: str, files: dict[str, str], expected: float | None) -> None:
+    assert quota(group(tmp_path, own, files)) == expected
+
+
+def test_a_machine_without_control_groups_has_no_quota(tmp_path: Path) -> None:
+    assert quota(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("granted", "own", "expected"),
+    [(1.5, None, "1"), (0.5, None, "1"), (3.9, None, "3"), (9.0, None, None), (None, None, None), (2.0, "6", "6")],
+)
+def test_threads_stay_within_the_quota(
+    monkeypatch: pytest.MonkeyPatch, granted: float | None, own: str | None, expected: str | None
+) -> None:
+    monkeypatch.setattr(threads, "quota", lambda: granted)
+    monkeypatch.setattr(threads, "affinity", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    threads.stay_within_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+
+
+@LINUX
+def test_pytorch_has_a_thread_for_each_processor_allowed() -> None:
+    code = "import app, torch; print(torch.get_num_threads())"
+    one = sorted(os.sched_getaffinity(0))[:1]
+    command = ["taskset", "-c", ",".join(map(str, one)), sys.executable, "-c", code]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_importing_the_library_alone_changes_nothing() -> None:
