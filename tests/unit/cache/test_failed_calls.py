@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, BloomConfig, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from tests.support.models import tokens
 from turboquant import hf_attention
@@ -10,6 +10,7 @@ from turboquant.cache.build import build_cache, cache_report
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
 from turboquant.methods import parse_method
+from turboquant.models.families import FAMILIES, family_model
 from turboquant.models.load import tiny_model
 
 SPECS = ["turboquant:bits=4,residual_length=16", "kivi:residual_length=16", "hf-quanto:residual_length=16"]
@@ -105,13 +106,14 @@ def test_the_advice_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
         model(tokens(1, 20), past_key_values=cache)
 
 
-def test_a_model_that_works_on_keys_itself_is_not_told_to_do_what_was_done() -> None:
-    config = BloomConfig(vocab_size=256, hidden_size=128, n_layer=2, n_head=4)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+def test_a_model_that_works_on_keys_itself_is_not_told_to_do_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JetMoE does, if nothing here knew it: a model that is new and does so too."""
+    monkeypatch.setattr("turboquant.cache.kinds.WORK_ON_STATES", set())
+    model = family_model(FAMILIES["jetmoe"])
     hf_attention.register()
-    config._attn_implementation = "turboquant"  # set_attn_implementation leaves such a model as it is
+    model.set_attn_implementation("turboquant")
     with pytest.raises(RuntimeError, match="this model cannot use a compressed cache: its layers work on") as caught:
-        model(tokens(1, 20), past_key_values=build_cache(config, parse_method("turboquant")))
+        model(tokens(1, 20), past_key_values=build_cache(model.config, parse_method("turboquant")))
     assert "register()" not in str(caught.value)
 
 
