@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from turboquant.cache.count import CompressedLayer, Count, count_layer
 from turboquant.cache.kinds import DenseLayer, keeps_all
 from turboquant.cache.layer import CachedStates, QuantizedLayer
+from turboquant.cache.roomy import Replayable
 from turboquant.records.comparison import CacheReport
 
 if TYPE_CHECKING:
@@ -34,26 +35,12 @@ class NothingCompressedError(RuntimeError):
     """A quality or memory figure was asked of a run in which no token was packed."""
 
 
-class CompressedCache(Cache):
+class CompressedCache(Replayable, Cache):
     """A cache in which every full-attention layer is a `CompressedLayer`; other layers are Hugging Face's own."""
 
     def __init__(self, method: "Method", layers: list[Any]) -> None:
         super().__init__(layers=layers)
         self.method = method
-        self.replay: Any = None  # of its decode steps, where `turboquant.hf_attention.steps` has captured them
-
-    def release(self) -> None:
-        """Give the layers back to calls that are not replayed."""
-        if self.replay is not None:
-            self.replay = None
-            for layer in self.layers:
-                if isinstance(layer, QuantizedLayer):
-                    layer.lengths = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold no captured step."""
-        self.release()
-        return vars(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -77,7 +64,7 @@ class CompressedCache(Cache):
         """
         layers: list[Any] = self.layers
         own = layers[layer_idx]
-        if not isinstance(own, CompressedLayer) or getattr(own, "lengths", None) is not None:  # there `graphs` counts
+        if not isinstance(own, CompressedLayer) or getattr(own, "lengths", None) is not None:  # there `steps` counts
             return
         first = next(i for i, layer in enumerate(layers) if isinstance(layer, CompressedLayer))
         before = own.get_seq_length()
@@ -99,6 +86,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
         self.release()
+        self.given_up = 0
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and not isinstance(layer, CompressedLayer):
                 layer.keys = layer.values = None

@@ -8,6 +8,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from turboquant.cache.layer import CachedStates
 
+FEW = 4
+"""Steps that a captured one has to last to have been worth it."""
+
 
 class RoomyLayer(DynamicLayer):
     """A plain layer with room behind its tokens.
@@ -106,18 +109,32 @@ class RoomyLayer(DynamicLayer):
         self.is_initialized = False
 
 
-class RoomyCache(DynamicCache):
-    """Hugging Face's cache of a model whose every layer keeps all tokens, with room in its layers."""
+class Replayable:
+    """A cache whose decode steps `turboquant.hf_attention.steps` can capture; a mixin in front of Hugging Face's."""
 
+    layers: list[Any]
     replay: Any = None
+    given_up = 0
+    """How many captured steps were given up soon after; where rows are chosen anew all the time (beams), none lasts."""
 
     def release(self) -> None:
         """Give the layers back to calls that are not replayed."""
-        if self.replay is not None:
-            self.replay = None
-            for layer in self.layers:
-                if isinstance(layer, RoomyLayer):
-                    layer.lengths = None
+        if self.replay is None:
+            return
+        self.given_up += self.replay.runs < FEW
+        self.replay = None
+        for layer in self.layers:
+            if hasattr(layer, "lengths"):
+                layer.lengths = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no captured step."""
+        self.release()
+        return vars(self)
+
+
+class RoomyCache(Replayable, DynamicCache):
+    """Hugging Face's cache of a model whose every layer keeps all tokens, with room in its layers."""
 
     def shrink(self) -> None:
         """Give all room back: what is held then is what Hugging Face's own cache would hold."""
@@ -125,11 +142,6 @@ class RoomyCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, RoomyLayer):
                 layer.shrink()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold no captured step."""
-        self.release()
-        return vars(self)
 
 
 def roomy(plain: Cache, config: PreTrainedConfig) -> Cache:

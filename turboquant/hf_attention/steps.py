@@ -32,6 +32,8 @@ from turboquant.kernels.scoring import Scoring
 
 WARM_STEPS = 1
 """Steps run one by one before a capture: kernels compile and libraries choose their algorithms."""
+TRIES = 2
+"""How often a cache may give up a captured step at once before no other is tried."""
 AHEAD = 128
 """Tokens that there is room for, at least, when a step is captured; an eighth of what is held where that is more."""
 INPUTS = ("input_ids", "position_ids", "cache_position")
@@ -142,7 +144,7 @@ def _replay_of(
         found: Replay = cache.replay
         return found
     cache.release()
-    if not _can_replay(model, cache, call):
+    if cache.given_up > TRIES or not _can_replay(model, cache, call):
         return None
     new = cache.replay = Replay(model, cache, call, watched)
     return new if new.fits(call, watched) else None
@@ -227,7 +229,7 @@ class Replay:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
         self.queries: dict[int, tuple[Tensor, Scoring]] = {}
-        self.warm = 0
+        self.warm = self.runs = 0
         self.held_bytes: int | None = None  # of the cache, once somebody has counted; forgotten where that changes
         self._make_room()
         for layer in self.layers:
@@ -281,6 +283,7 @@ class Replay:
             return None
         if self.graph is not None:
             self.graph.replay()
+        self.runs += 1
         if watch is not None:
             for layer_idx, seen in self.queries.items():
                 watch(layer_idx, *seen)
