@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from turboquant.cache.layer import CachedStates
+from turboquant.quant.modes import in_plain_modes
 
 FEW = 4
 """Steps that a captured one has to last to have been worth it."""
@@ -48,6 +49,11 @@ class RoomyLayer(DynamicLayer):
             self.lengths[1:] += 1  # in place: a CUDA graph replays this with the same addresses
             states: Any = CachedStates(self, 1)  # type: ignore[arg-type]
             return states, states
+        self._append(key_states, value_states)
+        return self.keys, self.values
+
+    @in_plain_modes
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         stop = self.exact_length + key_states.shape[2]
         if not self.buffers:
             self.lazy_initialization(key_states, value_states)
@@ -58,8 +64,8 @@ class RoomyLayer(DynamicLayer):
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.exact_length : stop] = new
         self.exact_length = stop
-        return self.keys, self.values
 
+    @in_plain_modes
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all; what stands in it is zero."""
         for side, old in enumerate(self.buffers):

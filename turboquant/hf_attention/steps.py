@@ -29,6 +29,7 @@ from turboquant.cache.layer import ATTENTION_NAME, QuantizedLayer
 from turboquant.cache.roomy import RoomyCache, RoomyLayer
 from turboquant.kernels.attention import PackedSegment, why_no_kernels
 from turboquant.kernels.scoring import Scoring
+from turboquant.quant.modes import in_plain_modes
 
 WARM_STEPS = 1
 """Steps run one by one before a capture: kernels compile and libraries choose their algorithms."""
@@ -115,21 +116,24 @@ def capture_steps(model: PreTrainedModel) -> None:
 
 @functools.cache
 def _around(forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(forward).parameters)[1:]
+
     @functools.wraps(forward)
     def captured(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if args or not isinstance(cache, CompressedCache | RoomyCache):
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = call.get("past_key_values")
+        if not isinstance(cache, CompressedCache | RoomyCache):
             return forward(self, *args, **kwargs)
-        own = functools.partial(forward, self)
         watcher = observer()
         watched = watcher is not None and getattr(watcher, "keep", True)
-        replay = _replay_of(self, cache, kwargs, watched)
+        replay = _replay_of(self, cache, call, watched)
         if replay is not None:
-            output = replay.run(own, kwargs, watcher.record if watcher is not None and watched else None)
+            own = functools.partial(forward, self)
+            output = replay.run(own, call, watcher.record if watcher is not None and watched else None)
             if output is not None:
                 return output
         cache.release()
-        return own(**kwargs)
+        return forward(self, *args, **kwargs)
 
     return captured
 
@@ -215,6 +219,7 @@ class Replay:
         watched: Whether somebody wants to see queries.
     """
 
+    @in_plain_modes
     def __init__(
         self, model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any], watched: bool
     ) -> None:

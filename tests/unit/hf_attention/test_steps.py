@@ -105,6 +105,23 @@ def test_generate_says_the_same_as_call_by_call(model: Any, padded: int, sampled
     assert reports[0].compressed_tokens == reports[1].compressed_tokens
 
 
+@torch.no_grad()
+def test_calls_by_position_and_modes_between_steps(model: Any) -> None:
+    """A step in inference mode, one without, several tokens given by position, and a step again."""
+    captured, plain = started(model), started(model)
+    token, more = prompt()[:, :1], prompt()[:, 5:9]
+    for count in range(4):
+        mode = torch.inference_mode() if count == 0 else torch.no_grad()
+        ids = more if count == 2 else token
+        with mode:
+            logits = model(ids, past_key_values=captured).logits.clone()
+        assert (captured.replay is None) == (count == 2)
+        with no_graphs():
+            expected = model(ids, past_key_values=plain).logits
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        assert captured.get_seq_length() == plain.get_seq_length()
+
+
 def test_beams_which_choose_rows_anew_are_soon_left_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     answers = []
