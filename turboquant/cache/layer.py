@@ -6,9 +6,7 @@ How a layer behaves:
    the first `sink_length` real tokens of each row and the most recent ones.
 2. After each call all but the sinks and the last `residual_length` tokens are packed, in blocks of the method's
    `block_length`. No full-precision copy of a packed token is kept, and nothing is quantized twice.
-3. What is kept beyond its call takes 16 bits a value at most: float32 states are rounded to float16, or to bfloat16
-   where they do not fit. Codes are made from what is kept.
-4. Codes are written into preallocated storage that grows by a sixteenth at a time. Exact tokens have no spare room.
+3. Codes are written into preallocated storage that grows by a sixteenth at a time.
 
 A layer stores the tokens of a row as: sinks, packed, exact window. In a left-padded row the sinks are the first real
 tokens, which stand behind the pads; `slots` gives that order, so that masks can follow it. Pads have no say in the
@@ -48,8 +46,6 @@ class Packing(Protocol):
     def residual_length(self) -> int: ...  # noqa: D102
     @property
     def block_length(self) -> int: ...  # noqa: D102
-    @property
-    def rounds_exact(self) -> bool: ...  # noqa: D102
 
     def packed_length(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are packed once they have been processed."""
@@ -146,10 +142,9 @@ class QuantizedLayer(CompressedLayer):
         """Forget all tokens."""
         self.is_initialized = False
         self.packed_keys, self.packed_values = TokenBuffer(), TokenBuffer()
-        self.exact_keys: Tensor | None = None  # (batch, kv_heads, tokens, dim): sinks first, then the exact window
+        self.exact_keys: Tensor | None = None  # (batch, kv_heads, room, dim): sinks first, then the exact window
         self.exact_values: Tensor | None = None
         self.exact_length = 0
-        self.own: tuple[Tensor, Tensor] | None = None  # tokens of the call at work, as the model made them
         self.added = 0  # tokens of the call at work, which its attention has not finished reading
         self.all_count = False  # may tokens that nothing has seen yet be shown later?
         self.marked = False  # has a reader of that call said what it sees?
@@ -162,7 +157,7 @@ class QuantizedLayer(CompressedLayer):
     @in_plain_modes
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the quantizers once dims and device are known."""
-        self.dtype, self.value_dtype, self.device = key_states.dtype, value_states.dtype, key_states.device
+        self.dtype, self.device = key_states.dtype, key_states.device
         quantizers = self.method.quantizers(
             key_states.shape[-1], value_states.shape[-1], self.layer_idx, key_states.device
         )
@@ -181,7 +176,7 @@ class QuantizedLayer(CompressedLayer):
     @property
     def keys(self) -> Tensor | None:
         """The exact keys: transformers' own code asks whether a layer has any (Llama 3.2 Vision)."""
-        return None if self.exact_keys is None else self.exact()[0]
+        return None if self.exact_keys is None else self._exact(self.exact_keys)
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
@@ -190,7 +185,7 @@ class QuantizedLayer(CompressedLayer):
     @property
     def values(self) -> Tensor | None:
         """The exact values."""
-        return None if self.exact_values is None else self.exact()[1]
+        return None if self.exact_values is None else self._exact(self.exact_values)
 
     @values.setter
     def values(self, states: Tensor | None) -> None:
@@ -231,8 +226,7 @@ class QuantizedLayer(CompressedLayer):
                 count.add(purpose, codes)
                 count.add("scale", (tensor for tensor in used.tensors() if not any(tensor is code for code in codes)))
         if self.exact_keys is not None:
-            count.add("exact", (self._exact(self.exact_keys), self._exact(self.exact_values)))
-        count.add_storages("spare", self.own or ())
+            count.add("exact", self.exact())
         count.add_storages("scale", (notes for notes in (self.padding, self.seen) if notes is not None))
         if hasattr(self, "key_quantizer"):
             count.add_storages("shared", (*self.key_quantizer.tables(), *self.value_quantizer.tables()))
@@ -262,22 +256,17 @@ class QuantizedLayer(CompressedLayer):
         if self.lengths is not None:
             self._append_at_length(key_states, value_states)
             return
-        self._keep(key_states, value_states)
-        self.own = key_states, value_states
-        self.added, self.marked = self.added + key_states.shape[2], False
-
-    def _keep(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Write states behind the exact ones."""
-        kept, rounds = self.exact_length, self.method.rounds_exact
-        self.exact_keys, self.dtype = _appended(self.exact_keys, key_states, kept, self.dtype, rounds)
-        self.exact_values, self.value_dtype = _appended(self.exact_values, value_states, kept, self.value_dtype, rounds)
-        self.exact_length += key_states.shape[2]
+        added = key_states.shape[2]
+        self.exact_keys = _appended(self.exact_keys, key_states, self.exact_length, self._room(added))
+        self.exact_values = _appended(self.exact_values, value_states, self.exact_length, self._room(added))
+        self.dtype = self.exact_keys.dtype
+        self.exact_length += added
+        self.added, self.marked = self.added + added, False
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` tokens, which `update` has taken and nothing has packed."""
         self.exact_length -= count
         self.added -= count
-        self.own = None
         if not self.get_seq_length():
             self.reset()
 
@@ -294,10 +283,9 @@ class QuantizedLayer(CompressedLayer):
     @in_plain_modes
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that no later step or packing moves the storage."""
-        steady = self.method.sink_length + self.method.residual_length + self.method.block_length
-        keys, values = self.exact()
-        self.exact_keys = _grown(keys, max(steady, self.exact_length))
-        self.exact_values = _grown(values, max(steady, self.exact_length))
+        room = max(self._steady_room, self.exact_length)
+        self.exact_keys = _grown(self._exact(self.exact_keys), room)
+        self.exact_values = _grown(self._exact(self.exact_values), room)
         for buffer in (self.packed_keys, self.packed_values):
             if buffer.storage is not None:
                 buffer.reserve(round_up(tokens, self._token_group))
@@ -324,6 +312,19 @@ class QuantizedLayer(CompressedLayer):
         window = self.exact_length - (self.sink_length if self.packed_length else self.method.sink_length)
         return window >= self.method.residual_length + self.method.block_length
 
+    @property
+    def _steady_room(self) -> int:
+        """Exact tokens held between two packings, at most."""
+        return self.method.sink_length + self.method.residual_length + self.method.block_length
+
+    def _room(self, added: int) -> int:
+        """Exact tokens to make room for: single steps should rarely need new storage, a long call shrinks anyway."""
+        end = self.exact_length + added
+        if added > self.method.block_length:
+            return end
+        grown = end + max(self.method.block_length, end // 8)
+        return min(grown, self._steady_room) if end <= self._steady_room else grown
+
     @in_plain_modes
     def compress(self, visible: Bool[Tensor, "batch tokens"] | None = None, pads: bool = True) -> None:
         """Pack what has left the exact window.
@@ -334,7 +335,7 @@ class QuantizedLayer(CompressedLayer):
             pads: Whether the others are pads, as a 2D mask says; otherwise a later call may see them.
         """
         self.mark(visible, pads)
-        self.added, self.own = 0, None
+        self.added = 0
         first = not self.packed_length
         if first:
             self.padding = _leading_pads(self.seen)
@@ -421,16 +422,18 @@ class QuantizedLayer(CompressedLayer):
         return exact[:, :, : self.exact_length]
 
     def _without(self, exact: Tensor | None, start: int, stop: int) -> Tensor:
-        """Drop tokens start..stop: in storage of their own size, or in place while steps are replayed."""
+        """Drop tokens start..stop; the storage shrinks back to its steady size once a long call is packed."""
         held = self._exact(exact)
-        parts = held[:, :, :start], held[:, :, stop:]
-        if self.lengths is None:
-            kept = torch.cat(parts, dim=2)
-            return kept.to(_kept_dtype(None, kept)) if self.method.rounds_exact else kept
         assert exact is not None
-        tail = parts[1].clone()  # source and target may overlap
-        exact[:, :, start : start + tail.shape[2]] = tail
-        return exact
+        tail = held[:, :, stop:].clone()  # source and target may overlap
+        room = max(self._steady_room, start + tail.shape[2])
+        if exact.shape[2] <= room:
+            target = exact
+        else:
+            target = exact.new_empty(*exact.shape[:2], room, exact.shape[3])
+            target[:, :, :start] = held[:, :, :start]
+        target[:, :, start : start + tail.shape[2]] = tail
+        return target
 
     def slots(self, tokens: int, sinks: int | None = None) -> Int[Tensor, "batch tokens"]:
         """Return the position (in the order of the attention mask) of the token in each stored place.
@@ -450,13 +453,8 @@ class QuantizedLayer(CompressedLayer):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:
-        """Return keys and values held exactly in the model's dtype: sinks, then window.
-
-        Those of the call at work are as the model made them, earlier ones as they are kept.
-        """
-        keys, values = self._exact(self.exact_keys), self._exact(self.exact_values)
-        own_keys, own_values = self.own or (None, None)
-        return _read(keys, own_keys, self.dtype), _read(values, own_values, self.value_dtype)
+        """Return keys and values held exactly: sinks, then window."""
+        return self._exact(self.exact_keys), self._exact(self.exact_values)
 
     @in_plain_modes
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -494,15 +492,14 @@ class QuantizedLayer(CompressedLayer):
             self.reset()
             return
         self.added = max(0, self.added + tokens_to_remove)  # those of a call that was stopped midway go first
-        self.own = None
         group = self._token_group
         if self.packed_length and (kept - self.sink_length) // group * group <= self._padded_front:
             # No whole group is left behind sinks and pads: give up the packed order.
-            keys, values = self.dense()
+            keys, values = (states[:, :, :kept].clone() for states in self.dense())
             padding = self.padding
             self.reset()
             self.is_initialized = True
-            self._keep(keys[:, :, :kept], values[:, :, :kept])
+            self.exact_keys, self.exact_values, self.exact_length = keys, values, kept
             if padding is not None:
                 self.seen = torch.arange(kept, device=padding.device) >= padding[:, None]
             return
@@ -519,15 +516,15 @@ class QuantizedLayer(CompressedLayer):
 
     def _unpack(self, start: int, count: int) -> None:
         """Take `count` tokens of the group at `start` back to the (empty) exact window, dequantized."""
-        group = self._token_group
-        keys, values = (
-            quantizer.dequantize(packed.view().narrow(start, group))[:, :, :count]
-            for quantizer, packed in (
-                (self.key_quantizer, self.packed_keys),
-                (self.value_quantizer, self.packed_values),
-            )
-        )
-        self._keep(keys.to(self.dtype), values.to(self.value_dtype))
+        pair = []
+        for quantizer, packed, exact in (
+            (self.key_quantizer, self.packed_keys, self.exact_keys),
+            (self.value_quantizer, self.packed_values, self.exact_values),
+        ):
+            group = quantizer.dequantize(packed.view().narrow(start, self._token_group))[:, :, :count]
+            pair.append(_appended(exact, group.to(self.dtype), self.exact_length, self._room(count)))
+        self.exact_keys, self.exact_values = pair
+        self.exact_length += count
 
     @in_plain_modes
     def _map(self, fn: Any) -> None:
@@ -562,51 +559,17 @@ class QuantizedLayer(CompressedLayer):
             self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
 
-def _appended(
-    buffer: Tensor | None, new: Tensor, length: int, dtype: torch.dtype, rounds: bool
-) -> tuple[Tensor, torch.dtype]:
-    """Return `length` tokens of `buffer` with `new` behind them, and the dtype in which they are read.
-
-    Args:
-        buffer: What is held already.
-        new: Tokens to hold too.
-        length: How many tokens of `buffer` count.
-        dtype: In which those are read. Where `new` has another, both are held in the wider one.
-        rounds: May they be held in 16 bits?
-    """
-    held = None if buffer is None or not length else buffer[:, :, :length]
-    if held is None:
-        kept = _kept_dtype(None, new) if rounds else new.dtype
-        return new.to(kept, copy=True, memory_format=torch.contiguous_format), new.dtype
-    alike = rounds and new.dtype == dtype
-    kept = _kept_dtype(held.dtype, new) if alike else torch.promote_types(held.dtype, new.dtype)
-    return torch.cat([held.to(kept), new.to(kept)], dim=2), torch.promote_types(dtype, new.dtype)
-
-
-def _kept_dtype(held: torch.dtype | None, new: Tensor) -> torch.dtype:
-    """Return the dtype in which to keep states, and those held: the finest of 16 bits whose range they fit.
-
-    Float16 has subnormals below 2^-14: where the largest state is one, its errors are no longer small beside it, and
-    bfloat16 has smaller ones. What is infinite, or no number, keeps its dtype.
-    """
-    if new.dtype.itemsize <= 2 or (held is not None and held.itemsize > 2):
-        return new.dtype
-    top = float(torch.linalg.vector_norm(new, torch.inf)) if new.numel() else 0.0
-    small = held is None and 0 < top < torch.finfo(torch.float16).tiny
-    if held != torch.bfloat16 and top <= torch.finfo(torch.float16).max and not small:
-        return torch.float16
-    return torch.bfloat16 if top <= torch.finfo(torch.bfloat16).max else new.dtype
-
-
-def _read(held: Tensor, own: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return held tokens in the dtype in which they are read, the last ones as the model made them."""
-    if own is None or held.dtype.itemsize >= own.dtype.itemsize:
-        return held.to(dtype)
-    if own.shape[2] == held.shape[2]:
-        return own
-    states = held.to(dtype, copy=True)  # faster for a step's one token than putting parts together
-    states[:, :, held.shape[2] - own.shape[2] :] = own
-    return states
+def _appended(buffer: Tensor | None, new: Tensor, length: int, room: int) -> Tensor:
+    """Write `new` behind `length` tokens of `buffer`, in place where there is room; the wider dtype holds both."""
+    end = length + new.shape[2]
+    dtype = new.dtype if buffer is None or not length else torch.promote_types(buffer.dtype, new.dtype)
+    if buffer is None or buffer.shape[2] < end or buffer.dtype != dtype:
+        larger = new.new_empty(*new.shape[:2], room, new.shape[3], dtype=dtype)
+        if buffer is not None:
+            larger[:, :, :length] = buffer[:, :, :length]
+        buffer = larger
+    buffer[:, :, length:end] = new
+    return buffer
 
 
 def _last(quantizer: Quantizer[Any], packed: TokenBuffer, count: int) -> Tensor:

@@ -183,10 +183,7 @@ def _can_replay(model: PreTrainedModel, cache: CompressedCache | RoomyCache, cal
 def _is_replayable(layer: Any, ids: Tensor) -> bool:
     if not layer.replayable or layer.device != ids.device or layer.exact_keys.shape[0] != ids.shape[0]:
         return False
-    if not layer.packed_length:
-        return True
-    # Tokens of a float32 model are kept in 16 bits, and its queries are none.
-    return layer.exact_keys.dtype == layer.dtype and why_no_kernels(layer.exact_keys, segment(layer)) is None
+    return not layer.packed_length or why_no_kernels(layer.exact_keys, segment(layer)) is None
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
