@@ -182,14 +182,7 @@ class QuantizedLayer(CompressedLayer):
     def keys(self, states: Tensor | None) -> None:
         """Pass over None, to which Hugging Face's base class sets it."""
 
-    @property
-    def values(self) -> Tensor | None:
-        """The exact values."""
-        return None if self.exact_values is None else self._exact(self.exact_values)
-
-    @values.setter
-    def values(self, states: Tensor | None) -> None:
-        """Pass over None, as for keys."""
+    values = property(lambda self: None if self.exact_values is None else self.exact()[1], lambda self, states: None)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""

@@ -230,7 +230,7 @@ class Generation:
         """
         started = time.perf_counter()
         try:
-            if self.recorder.cancelled():  # a step that is replayed asks nobody
+            if getattr(self.cache, "replay", None) is not None and self.recorder.cancelled():  # its layers ask nobody
                 raise CancelledError
             with observe_queries(self.recorder):
                 logits = step(self.loaded.model, self.cache, self.next_ids)

@@ -139,7 +139,7 @@ def test_layers_are_compared_as_a_loop_over_heads_would(tile: int, monkeypatch: 
     served = (keys + 0.4 * draw(2, 70, 16), values + 0.2 * draw(2, 70, 16))
     packed, needle = Span(4, 52), Span(20, 25)
     actual = compare_layer(query, (keys, values), served, Scoring(0.25), packed, needle)
-    expected = brute_force(query, (keys, values), served, Scoring(0.25), packed, needle)
+    expected = brute_force(query, (keys, values), served, 0.25, packed, needle)
     for side, figures in expected.items():
         assert set(actual[side]) == set(figures)
         for name, value in figures.items():

@@ -100,7 +100,7 @@ def spied_caches(monkeypatch: pytest.MonkeyPatch) -> list[Cache]:
         caches.append(build_cache(*args))
         return caches[-1]
 
-    monkeypatch.setattr(comparison, "build_cache", spy)
+    monkeypatch.setattr("turboquant.run.generate.build_cache", spy)
     return caches
 
 
