@@ -92,7 +92,7 @@ def hadamard(order: int) -> Float[Tensor, "order order"] | None:
     return skew + torch.eye(order, **_FLOAT64)
 
 
-@shared_table(maxsize=16)
+@shared_table(maxsize=1024)  # no fewer than rotations are kept: one that outlives its table would keep a second copy
 def _hadamard_table(dim: int, device: torch.device) -> Tensor | None:
     matrix = hadamard(dim)
     return None if matrix is None else (matrix / math.sqrt(dim)).float().to(device)
