@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import typer
+from typer import rich_utils
 from typer.testing import CliRunner
 
 import turboquant
@@ -41,7 +43,9 @@ def _commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 def help_texts() -> str:
     """The help of every command."""
     runner = CliRunner(env={"COLUMNS": "120", "TERMINAL_WIDTH": "120", "NO_COLOR": "1", "TERM": "dumb"})
-    found = [runner.invoke(cli.app, [*path, "--help"]).output for path in _commands(typer.main.get_command(cli.app))]
+    commands = list(_commands(typer.main.get_command(cli.app)))
+    with mock.patch.object(rich_utils, "MAX_WIDTH", 120):  # typer reads the variable when it is first imported
+        found = [runner.invoke(cli.app, [*path, "--help"]).output for path in commands]
     return "".join(line.rstrip() + "\n" for text in found for line in text.splitlines())
 
 
