@@ -78,26 +78,16 @@ class HybridLayer(LinearAttentionLayer, QuantizedLayer):  # type: ignore[misc, o
     """A layer with attention and a recurrence side by side (Falcon-H1, Zamba): packed keys and values, plain states.
 
     Args:
-        method: How to quantize.
-        layer_idx: Index of the layer in the model.
-        last_reader: As in `QuantizedLayer`.
-        config: As in `QuantizedLayer`.
         recurrent: Hugging Face's own layer, which says how many states there are.
+        packing: What `QuantizedLayer` takes.
     """
 
     is_compileable = False
 
-    def __init__(
-        self,
-        method: Packing,
-        layer_idx: int,
-        last_reader: int | None = None,
-        config: PreTrainedConfig | None = None,
-        recurrent: LinearAttentionLayer | None = None,
-    ) -> None:
+    def __init__(self, recurrent: LinearAttentionLayer, *packing: Any) -> None:
         count = getattr(recurrent, "number_of_states", None)  # always one before transformers 5.20
         LinearAttentionLayer.__init__(self, **({} if count is None else {"number_of_states": count}))
-        QuantizedLayer.__init__(self, method, layer_idx, last_reader, config)
+        QuantizedLayer.__init__(self, *packing)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepare for keys and values, given by position, or for states, given by name."""
@@ -159,6 +149,6 @@ def packed_layer(
 ) -> QuantizedLayer:
     """Return the layer that packs what one of Hugging Face's own layers would keep."""
     if isinstance(plain, LinearAttentionLayer):
-        return HybridLayer(method, layer_idx, last_reader, config, plain)
+        return HybridLayer(plain, method, layer_idx, last_reader, config)
     dense = config is not None and why_dense(config) is not None
     return (DenseLayer if dense else QuantizedLayer)(method, layer_idx, last_reader, config)

@@ -21,6 +21,7 @@ from numba.core import types
 from torch import Tensor
 
 from turboquant.kernels import openmp
+from turboquant.kernels.cpu.codes import add_plane
 from turboquant.kernels.cpu.intrinsics import PERMUTES, float_of, pointer, spread, take
 from turboquant.kernels.cpu.job import Job, numbers, prepare, readable
 from turboquant.kernels.scoring import Scoring
@@ -96,27 +97,6 @@ def _exp(x: Any) -> Any:
 
 
 @_jit
-def _add_plane(row: Any, width: int, shift: int, codes: Any) -> None:
-    """Or a plane's codes, shifted, into `codes`; constant shifts let the compiler vectorise."""
-    count = row.shape[0]
-    if width == 4:
-        for slot in range(2):
-            for j in range(count):
-                codes[slot * count + j] |= ((row[j] >> (4 * slot)) & 15) << shift
-    elif width == 2:
-        for slot in range(4):
-            for j in range(count):
-                codes[slot * count + j] |= ((row[j] >> (2 * slot)) & 3) << shift
-    elif width == 1:
-        for slot in range(8):
-            for j in range(count):
-                codes[slot * count + j] |= ((row[j] >> slot) & 1) << shift
-    else:
-        for j in range(count):
-            codes[j] = row[j]
-
-
-@_jit
 def _spread_row(low: int, high: int, size: int, magnitudes: int, levels: int, bits: int) -> None:
     """Write the levels of one token, eight bytes at a time; the last eight may overlap those before."""
     for j in range(0, size, 8):
@@ -154,7 +134,7 @@ def _unpack(held: Any, b: int, h: int, start: int, count: int, dim: int, codes: 
             if width:
                 place = b * held.strides[p][0] + h * held.strides[p][1] + (start + t) * held.strides[p][2]
                 row = numba.carray(pointer(held.planes[p] + place), (dim * width + 7) >> 3, np.uint8)
-                _add_plane(row, width, shift, codes)
+                add_plane(row, width, shift, codes)
                 shift += width
         for i in range(dim):
             levels[t, i] = table[codes[i]]

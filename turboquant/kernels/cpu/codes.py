@@ -44,7 +44,7 @@ def _look_up(row: Any, table: Any, slots: int, levels: Any) -> None:
 
 
 @_inline
-def _add_plane(row: Any, width: int, shift: int, codes: Any) -> None:
+def add_plane(row: Any, width: int, shift: int, codes: Any) -> None:
     """Or a plane's codes, shifted, into `codes`; constant shifts let the compiler vectorise."""
     count = row.shape[0]
     if width == 4:
@@ -70,11 +70,11 @@ def _put_together(
 ) -> None:
     """Write the levels of one row whose codes lie in up to three planes."""
     codes[:] = 0
-    _add_plane(planes[0][b, h, starts[0] + n], widths[0], 0, codes)
+    add_plane(planes[0][b, h, starts[0] + n], widths[0], 0, codes)
     if widths[1]:
-        _add_plane(planes[1][b, h, starts[1] + n], widths[1], widths[0], codes)
+        add_plane(planes[1][b, h, starts[1] + n], widths[1], widths[0], codes)
     if widths[2]:
-        _add_plane(planes[2][b, h, starts[2] + n], widths[2], widths[0] + widths[1], codes)
+        add_plane(planes[2][b, h, starts[2] + n], widths[2], widths[0] + widths[1], codes)
     for i in range(levels.shape[0]):
         levels[i] = table[codes[i], 0]
 
