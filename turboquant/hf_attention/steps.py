@@ -144,7 +144,7 @@ def _replay_of(
     """Return what replays a call, made anew where the last one does not fit; None where nothing can."""
     if _off.get() or torch.is_grad_enabled() or model in _failed or not _is_step(call) or clock() is not nullcontext:
         return None
-    if cache.replay is not None and cache.replay.fits(call, watched):
+    if cache.replay is not None and cache.replay.model is model and cache.replay.fits(call, watched):
         found: Replay = cache.replay
         return found
     cache.release()

@@ -122,6 +122,19 @@ def test_calls_by_position_and_modes_between_steps(model: Any) -> None:
         assert captured.get_seq_length() == plain.get_seq_length()
 
 
+@torch.no_grad()
+def test_another_model_that_goes_on_with_a_cache_is_asked_itself(model: Any) -> None:
+    other: Any = tiny_model("llama", seed=7, num_hidden_layers=1).to(DEVICE, DTYPE)
+    capture_steps(other)
+    token, captured, plain = prompt()[:, :1], started(model), started(model)
+    for turn in (model, other, model):
+        logits = turn(input_ids=token, past_key_values=captured).logits
+        assert captured.replay.model is turn
+        with no_graphs():
+            expected = turn(input_ids=token, past_key_values=plain).logits
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_beams_which_choose_rows_anew_are_soon_left_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     answers = []
