@@ -86,7 +86,7 @@ class CompressedCache(Replayable, Cache):
     def reset(self) -> None:
         """Forget all tokens in every layer; transformers before 5.23 only fills its own layers with zeros."""
         self.release()
-        self.given_up = 0
+        self.given_up = self.graph_bytes = 0
         for layer in self.layers:
             if isinstance(layer, DynamicLayer) and not isinstance(layer, CompressedLayer):
                 layer.keys = layer.values = None
@@ -231,8 +231,9 @@ def cache_report(cache: Cache) -> CacheReport:
     """Measure what a cache holds: tokens, and the bytes of every storage reachable from it.
 
     The 16-bit baseline counts 2 bytes for every value cached, whatever dtype the run uses; tables shared by layers
-    are counted once. `payload_ratio` is the methodology's formula (16 bits against the bits of codes and signs,
-    without norms, windows or tables) and stands beside the measured ratio, never in its place.
+    are counted once. What captured decode steps take on a GPU stands beside that, as `graph_bytes`. `payload_ratio` is
+    the methodology's formula (16 bits against the bits of codes and signs, without norms, windows or tables) and stands
+    beside the measured ratio, never in its place.
     """
     count = Count()
     for layer in cache.layers:
@@ -260,4 +261,5 @@ def cache_report(cache: Cache) -> CacheReport:
         compression_ratio=full / count.total if count.total else 1.0,
         payload_ratio=16 / payload if payload else None,
         misread_vectors=count.misread_vectors,
+        graph_bytes=getattr(cache, "graph_bytes", 0),
     )

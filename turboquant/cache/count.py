@@ -37,12 +37,12 @@ class Count:
         """All bytes."""
         return self.key + self.value + self.scale + self.exact + self.spare + self.shared + self.state
 
-    def add(self, purpose: Purpose, tensors: Iterable[Tensor]) -> None:
-        """Count tensors under one purpose, and what their storages hold beyond them as spare."""
+    def add(self, purpose: Purpose, tensors: Iterable[Tensor], holders: Iterable[Tensor] | None = None) -> None:
+        """Count tensors under one purpose, and what their storages, or those of `holders`, hold beyond as spare."""
         tensors = list(tensors)
         held = sum(tensor.nbytes for tensor in tensors)
         setattr(self, purpose, getattr(self, purpose) + held)
-        self.add_storages("spare", tensors)
+        self.add_storages("spare", tensors if holders is None else holders)
         self.spare -= held
 
     def add_storages(self, purpose: Purpose, tensors: Iterable[Tensor]) -> None:
@@ -90,7 +90,7 @@ def count_layer(layer: Any, count: Count) -> None:
     """Add what a layer holds; the plain tensors of Hugging Face's own layers are exact."""
     if not isinstance(layer, CompressedLayer):
         states = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-        count.add("exact", states)
+        count.add("exact", states, getattr(layer, "buffers", None) or states)
         count.add_storages("spare", (t for t in vars(layer).values() if isinstance(t, Tensor)))
         count.add_storages("state", state_tensors(layer))
         count.values += sum(t.numel() for t in states)

@@ -317,6 +317,8 @@ def _side_line(side: "SideResult", packed: bool) -> str:
         if report.compressed_tokens:
             parts.append(f"{report.compressed_tokens:,} of them packed")
             parts.append(cache_size(report))
+    if side.report.graph_bytes:
+        parts.append(f"{human_bytes(side.report.graph_bytes)} more for captured steps")
     return ", ".join(parts)
 
 

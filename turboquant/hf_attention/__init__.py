@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from turboquant.cache.layer import ATTENTION_NAME, CachedStates, QuantizedLayer
+from turboquant.cache.roomy import RollingLayer
 from turboquant.hf_attention import steps
 from turboquant.hf_attention.steps import QueryObserver, segment
 from turboquant.kernels.attention import PackedSegment, attend, attend_at_lengths, attend_exact
@@ -208,20 +209,24 @@ def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, s
     return output.transpose(1, 2).contiguous().to(query.dtype)
 
 
-def _replayed_forward(layer: QuantizedLayer, query: Tensor, scoring: Scoring) -> Tensor:
+def _replayed_forward(layer: QuantizedLayer | RollingLayer, query: Tensor, scoring: Scoring) -> Tensor:
     """Attend with the lengths read on the device; packing is left to `steps`."""
     assert layer.exact_keys is not None
     assert layer.exact_values is not None
     assert layer.lengths is not None
     exact, lengths = (layer.exact_keys, layer.exact_values), layer.lengths
-    if layer.packed_length:
+    if isinstance(layer, QuantizedLayer) and layer.packed_length:
         return attend_at_lengths(query, *exact, segment(layer), scoring, lengths, layer.padding).transpose(1, 2)
+    if isinstance(layer, RollingLayer):
+        mask = layer.in_window()[:, None, None]
+    else:
+        mask = (torch.arange(exact[0].shape[2], device=query.device) < lengths[1])[None, None, None]
     if not scoring.plain:
-        raise RuntimeError("sinks and caps are not computed over plain tensors in a captured step")
-    mask = torch.arange(exact[0].shape[2], device=query.device) < lengths[1]
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, *exact, attn_mask=mask[None, None, None], scale=scoring.scaling, enable_gqa=True
-    )
+        output = attend_exact(query, *exact, mask, scoring).to(query.dtype)
+    else:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, *exact, attn_mask=mask, scale=scoring.scaling, enable_gqa=True
+        )
     return output.transpose(1, 2).contiguous()
 
 

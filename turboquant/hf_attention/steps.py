@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from turboquant.cache.build import CompressedCache
+from turboquant.cache.build import CompressedCache, tokens_held
 from turboquant.cache.layer import ATTENTION_NAME, QuantizedLayer
-from turboquant.cache.roomy import RoomyCache, RoomyLayer
+from turboquant.cache.roomy import RollingLayer, RoomyCache, RoomyLayer
 from turboquant.kernels.attention import PackedSegment, why_no_kernels
 from turboquant.kernels.scoring import Scoring
 from turboquant.quant.modes import in_plain_modes
@@ -169,19 +169,21 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 def _can_replay(model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any]) -> bool:
     """Can all layers be read with their lengths on the device?"""
-    layers = [layer for layer in cache.layers if type(layer) in (QuantizedLayer, RoomyLayer)]
-    set_to = model.config.get_text_config(decoder=True)._attn_implementation
-    if len(layers) < len(cache.layers) or set_to != ATTENTION_NAME:
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
         return False
     if call.get("position_ids") is None and not _takes_positions(model):
         return False
     if any(_hooked(module) for module in model.modules()):
         return False
-    return all(_is_replayable(layer, call["input_ids"]) for layer in layers)
+    return all(_is_replayable(layer, call["input_ids"]) for layer in cache.layers)
 
 
 def _is_replayable(layer: Any, ids: Tensor) -> bool:
-    if not layer.replayable or layer.device != ids.device or layer.exact_keys.shape[0] != ids.shape[0]:
+    if RollingLayer.can_take(layer):
+        return bool(layer.device == ids.device and layer.keys.shape[0] == ids.shape[0])
+    if type(layer) not in (QuantizedLayer, RoomyLayer) or not layer.replayable:
+        return False
+    if layer.device != ids.device or layer.exact_keys.shape[0] != ids.shape[0]:
         return False
     return not layer.packed_length or why_no_kernels(layer.exact_keys, segment(layer)) is None
 
@@ -206,6 +208,13 @@ def segment(layer: QuantizedLayer) -> PackedSegment:
     return PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
 
 
+def _pool_bytes(graph: torch.cuda.CUDAGraph) -> int:
+    """Return the GPU memory that a graph's own pool has taken."""
+    pool = tuple(graph.pool())
+    segments = torch.cuda.memory_snapshot()
+    return sum(int(segment["total_size"]) for segment in segments if tuple(segment["segment_pool_id"]) == pool)
+
+
 class Replay:
     """A captured decode step of one cache.
 
@@ -221,35 +230,46 @@ class Replay:
         self, model: PreTrainedModel, cache: CompressedCache | RoomyCache, call: Mapping[str, Any], watched: bool
     ) -> None:
         self.model, self.cache, self.watched = model, cache, watched
-        self.layers: list[Any] = list(cache.layers)
         self.inputs = {name: call[name].clone() for name in INPUTS if isinstance(call.get(name), Tensor)}
         self.given = {name: tensor.shape for name, tensor in self.inputs.items()}
         if "position_ids" not in self.inputs:
             self.inputs["position_ids"] = torch.empty_like(self.inputs["input_ids"])
         self.told = {name: call.get(name, told) for name, told in TOLD.items()}
-        self.padding = getattr(self.layers[0], "padding", None)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.output: Any = None
         self.queries: dict[int, tuple[Tensor, Scoring]] = {}
         self.warm = self.runs = 0
         self.held_bytes: int | None = None  # of the cache, once somebody has counted; forgotten where that changes
+        self.held = tokens_held(cache)
+        room = self._room()
+        self.layers: list[Any] = [
+            RollingLayer(layer, room) if RollingLayer.can_take(layer) else layer for layer in cache.layers
+        ]
+        self.packing = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        self.padding = self.packing[0].padding if self.packing else None
         self._make_room()
         for layer in self.layers:
             counts = [layer.packed_length, layer.exact_length]
             layer.lengths = torch.tensor(counts, dtype=torch.int32, device=layer.device)
+            if isinstance(layer, RollingLayer):
+                layer.padding = self.padding
+        cache.layers = self.layers
         self._count()
 
     def _make_room(self) -> None:
-        held = self.layers[0].get_seq_length()
         for layer in self.layers:
-            layer.reserve(held + max(AHEAD, held // 8))
+            layer.reserve(self._room())
         self.graph, self.storages, self.held_bytes = None, self._storages(), None
+
+    def _room(self) -> int:
+        return self.held + max(AHEAD, self.held // 8)
 
     def _storages(self) -> list[object]:
         return [held for layer in self.layers for held in layer.storages()]
 
     def _count(self) -> None:
-        self.lengths = (self.layers[0].packed_length, self.layers[0].exact_length)
+        self.lengths = [(layer.packed_length, layer.exact_length) for layer in self.layers]
+        self.held = sum(self.lengths[0])
 
     def fits(self, call: Mapping[str, Any], watched: bool) -> bool:
         """Can this call be replayed: is the cache as the last step left it, and does the mask say nothing else?"""
@@ -257,7 +277,7 @@ class Replay:
             return False
         if {name: call[name].shape for name in INPUTS if isinstance(call.get(name), Tensor)} != self.given:
             return False
-        if any((layer.packed_length, layer.exact_length) != self.lengths for layer in self.layers):
+        if [(layer.packed_length, layer.exact_length) for layer in self.layers] != self.lengths:
             return False
         same = zip(self._storages(), self.storages, strict=True)
         return all(one is other for one, other in same) and self._hides_pads_alone(call.get("attention_mask"))
@@ -266,7 +286,7 @@ class Replay:
         """Does a 2D mask hide the pads in front of each row and nothing else?"""
         if mask is None:
             return self.padding is None
-        held = sum(self.lengths) + 1
+        held = self.held + 1
         if mask.dim() != 2 or mask.shape[1] != held:
             return False
         if self.padding is None:
@@ -280,7 +300,7 @@ class Replay:
             if name in self.given:
                 held.copy_(call[name])
             else:  # positions are those of the cache
-                held.fill_(sum(self.lengths))
+                held.fill_(self.held)
         if self.graph is None and not self._capture(forward):
             return None
         if self.graph is not None:
@@ -315,6 +335,7 @@ class Replay:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._forward(forward)
             self.graph = graph
+            self.cache.graph_bytes = max(self.cache.graph_bytes, _pool_bytes(graph))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model's own code does that no graph can hold
@@ -332,14 +353,16 @@ class Replay:
         """Count the token of a step, pack what has left the window, and see to room for the next one."""
         for layer in self.layers:
             layer.exact_length += 1
-        if self.layers[0].due:
-            if not self.layers[0].has_room:
+        self._count()
+        if self.packing and self.packing[0].due:
+            if not self.packing[0].has_room:
                 self._make_room()
-            for layer in self.layers:
+            for layer in self.packing:
                 layer.compress()
+                assert layer.lengths is not None
                 layer.lengths[0], layer.lengths[1] = layer.packed_length, layer.exact_length
             # Where that moved them, for the first time or into another format, `fits` sees it, and all begins anew.
             self.held_bytes = None
-        elif getattr(self.layers[0], "full", False):
+            self._count()
+        if any(getattr(layer, "full", False) for layer in self.layers):
             self._make_room()
-        self._count()

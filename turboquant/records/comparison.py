@@ -41,6 +41,8 @@ class CacheReport(Record):
     is the 16-bit baseline: 2 bytes a cached value whatever dtype the run uses, and the states. `bits_per_value` is all
     that is held but the states, divided by the number of cached values. `misread_vectors` are keys and
     values (of one head and token each) that are read back as something else, since an outlier shares their range.
+    `graph_bytes` is what captured decode steps take on a GPU beside the cache: their own tensors, for one step,
+    whatever the length of the context.
     """
 
     cache_class: str
@@ -62,6 +64,7 @@ class CacheReport(Record):
     compression_ratio: float
     payload_ratio: float | None
     misread_vectors: int = 0
+    graph_bytes: int = 0
 
 
 class SideResult(Record):

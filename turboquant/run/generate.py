@@ -252,8 +252,7 @@ class Generation:
     def _held_bytes(self) -> int:
         """Bytes of the cache; the room of an uncompressed one is left out, since Hugging Face's own has none."""
         if isinstance(self.cache, RoomyCache):
-            layers: list[Any] = self.cache.layers
-            return sum(int(state.nbytes) for layer in layers for state in (layer.keys, layer.values))
+            return self.cache.plain_bytes
         replay = getattr(self.cache, "replay", None)
         if replay is None:
             return cache_bytes(self.cache)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, FalconH1Config
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tests.support.models import tokens
 from turboquant.cache.build import build_cache, cache_report, layer_states
@@ -82,8 +83,11 @@ def test_room_grows_by_an_eighth_and_is_given_back(model: Any) -> None:
 
 def test_only_what_keeps_all_tokens_gets_room() -> None:
     sliding = tiny_model("gemma3").config
-    plain = build_cache(sliding, FULL)
-    assert roomy(plain, sliding) is plain
+    kinds = [type(layer) for layer in roomy(build_cache(sliding, FULL), sliding).layers]
+    assert kinds == [DynamicSlidingWindowLayer, DynamicSlidingWindowLayer, RoomyLayer]
+    recurrent = FalconH1Config(num_hidden_layers=1)
+    plain = build_cache(recurrent, FULL)
+    assert roomy(plain, recurrent) is plain
     llama = tiny_model("llama").config
     packed = build_cache(llama, parse_method("turboquant"))
     assert roomy(packed, llama) is packed

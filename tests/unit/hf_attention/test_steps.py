@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from turboquant import attach
 from turboquant.cache.build import build_cache, cache_report
-from turboquant.cache.roomy import roomy
+from turboquant.cache.roomy import RollingLayer, roomy
 from turboquant.hf_attention import observe_queries, steps
 from turboquant.hf_attention.steps import capture_steps, no_graphs
 from turboquant.methods import parse_method
@@ -271,6 +272,127 @@ def test_steps_before_anything_is_packed_and_of_an_uncompressed_cache_are_replay
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 70
     if kind == "unpacked":
         assert caches[0].layers[0].packed_length == caches[1].layers[0].packed_length == 32
+
+
+SLIDING = ["gemma3", "mistral", "sinks"]
+
+
+def sliding_model(kind: str, window: int = 40) -> Any:
+    """A layer with a window in front of one that keeps all tokens, all layers with a window, and learned sinks."""
+    if kind == "sinks":
+        config = GptOssConfig(
+            num_hidden_layers=2, sliding_window=window, hidden_size=64, intermediate_size=64,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+            vocab_size=256, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+            layer_types=["sliding_attention", "full_attention"],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        made: Any = GptOssForCausalLM(config).eval().requires_grad_(False)
+        made.config._experts_implementation = "eager"
+        for layer in made.model.layers:
+            layer.self_attn.sinks.fill_(2.0)
+        attach(made)
+    else:
+        made = tiny_model(kind, num_hidden_layers=2, sliding_window=window)
+    made = made.to(DEVICE, DTYPE)
+    capture_steps(made)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "uncompressed"])
+@pytest.mark.parametrize("kind", SLIDING)
+@pytest.mark.parametrize("held", [20, 131], ids=["filling", "full"])
+def test_steps_over_layers_with_a_window_are_replayed(
+    kind: str, compressed: bool, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the window is full to behind it, with room made anew on the way."""
+    monkeypatch.setattr(steps, "AHEAD", 8)
+    model = sliding_model(kind)
+    caches: list[Any] = []
+    for _ in range(2):
+        cache = build_cache(model.config, parse_method(SPEC if compressed and kind != "mistral" else "full"))
+        caches.append(roomy(cache, model.config) if type(cache) is DynamicCache else cache)
+        model(input_ids=prompt()[:, :held], past_key_values=caches[-1])
+    token = prompt()[:, :1]
+    for _ in range(26 if held < 40 else 4):
+        logits = model(input_ids=token, past_key_values=caches[0]).logits
+        with no_graphs():
+            expected = model(input_ids=token, past_key_values=caches[1]).logits
+        assert caches[0].replay is not None
+        assert any(isinstance(layer, RollingLayer) for layer in caches[0].layers)
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        token = expected[:, -1].argmax(dim=-1, keepdim=True)
+    assert cache_report(caches[0]).exact_bytes == cache_report(caches[1]).exact_bytes
+    caches[0].release()
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.get_seq_length() == other.get_seq_length()
+        if type(other) is DynamicSlidingWindowLayer:
+            assert type(one) is DynamicSlidingWindowLayer
+            assert one.get_mask_sizes(3) == other.get_mask_sizes(3)
+            torch.testing.assert_close(one.keys, other.keys, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(one.values, other.values, atol=TOLERANCE, rtol=TOLERANCE)
+    more = prompt()[:, :5]  # and several tokens at once behind them
+    found = [model(input_ids=more, past_key_values=cache).logits for cache in caches]
+    torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_generate_with_pads_over_a_window_says_the_same_as_call_by_call() -> None:
+    model = sliding_model("gemma3", window=120)
+    mask = torch.ones(2, PROMPT, dtype=torch.long, device=DEVICE)
+    mask[1, : PROMPT - 80] = 0  # the window still sees some
+    answers, blocks = list[Any](), list[Any]([no_graphs(), torch.no_grad()])
+    for block in blocks:
+        cache = build_cache(model.config, parse_method(SPEC))
+        with block:
+            answers.append(
+                model.generate(
+                    prompt(2), attention_mask=mask, past_key_values=cache, do_sample=False, output_logits=True,
+                    max_new_tokens=6, min_new_tokens=6, pad_token_id=0, return_dict_in_generate=True,
+                )
+            )  # fmt: skip
+    assert cache.replay is not None  # type: ignore[attr-defined]
+    assert torch.equal(answers[0].sequences, answers[1].sequences)
+    for one, other in zip(answers[0].logits, answers[1].logits, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["reorder", "repeat", "select", "reset", "copy"])
+def test_a_cache_with_windows_that_was_changed_between_steps_is_read_as_it_is(change: str) -> None:
+    model, found = sliding_model("gemma3"), []
+    changed = {
+        "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0], device=DEVICE)),
+        "repeat": lambda cache: cache.batch_repeat_interleave(2),
+        "select": lambda cache: cache.batch_select_indices(torch.tensor([1], device=DEVICE)),
+        "reset": lambda cache: (cache.reset(), model(input_ids=prompt(2), past_key_values=cache)),
+        "copy": copy.deepcopy,
+    }
+    rows = {"repeat": 4, "select": 1}.get(change, 2)
+    blocks: tuple[Any, ...] = (torch.no_grad(), no_graphs())
+    for block in blocks:
+        cache = started(model, 2)
+        with block:
+            model(input_ids=prompt(2)[:, :1], past_key_values=cache)
+            other = changed[change](cache)
+            used = other if change == "copy" else cache
+            found.append(model(input_ids=prompt(rows)[:, :1], past_key_values=used).logits)
+    torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no graph on a CPU")
+@torch.no_grad()
+def test_the_memory_of_a_captured_step_is_counted_beside_the_cache(model: Any) -> None:
+    cache = started(model)
+    assert cache_report(cache).graph_bytes == 0
+    held = cache_report(cache).bytes
+    for _ in range(3):
+        model(input_ids=prompt()[:, :1], past_key_values=cache)
+    assert cache.replay.graph is not None
+    assert 0 < cache_report(cache).graph_bytes < 2**26
+    assert cache_report(cache).bytes < held + 2**20
+    cache.reset()
+    assert cache_report(cache).graph_bytes == 0
 
 
 @torch.no_grad()
