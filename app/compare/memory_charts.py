@@ -110,6 +110,8 @@ def bytes_by_part(c: Comparison) -> Chart:
     figure.update_yaxes(categoryorder="array", categoryarray=["Compressed", "16-bit"])
     rows = [(PART_WORDS[name], held) for name, held in parts(report)]
     rows += [("everything held", report.bytes), (BASELINE_16, report.full_precision_bytes)]
+    if report.graph_bytes:
+        rows.append(("captured decode steps, beside the cache", report.graph_bytes))
     table = pd.DataFrame(rows, columns=["part", "bytes"])
     name, most = max(parts(report), key=lambda part: part[1])
     total, full = human_bytes(report.bytes), human_bytes(report.full_precision_bytes)
@@ -117,4 +119,6 @@ def bytes_by_part(c: Comparison) -> Chart:
         f"{total} held against {full} at 16 bit, {cache_size(report)}; "
         f"the largest part, {human_bytes(most)}, is {PART_WORDS[name]}."
     )
+    if report.graph_bytes:
+        alt += f" Its captured decode steps take {human_bytes(report.graph_bytes)} more, whatever the context."
     return Chart(figure, alt, table)

@@ -397,11 +397,8 @@ class QuantizedLayer(CompressedLayer):
             (self.key_quantizer, self._exact(self.exact_keys)[:, :, start:stop], self.packed_keys),
             (self.value_quantizer, self._exact(self.exact_values)[:, :, start:stop], self.packed_values),
         )
-        # Asked before, since packing overwrites what the question compares with; looked at afterwards, if at all.
-        suspect = [quantizer.may_misread(states, packed.storage) for quantizer, states, packed in sides]
-        encode(*sides, real)
-        for (quantizer, states, packed), asked in zip(sides, suspect, strict=True):
-            if asked:
+        for (quantizer, states, packed), suspect in zip(sides, encode(*sides, real), strict=True):
+            if suspect:
                 self.misread_vectors += misread(states, _last(quantizer, packed, count))
         self.exact_keys = self._without(self.exact_keys, start, stop)
         self.exact_values = self._without(self.exact_values, start, stop)

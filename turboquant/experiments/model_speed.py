@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
 )
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -192,9 +193,11 @@ def run_model(
     """Time decode steps after `context` tokens, called step by step or replayed as a CUDA graph.
 
     Raises:
-        ValueError: If the settings are of another device.
+        ValueError: If the settings are of another device, or a compressed cache is to be transformers' static one.
     """
     this_device(settings)
+    if settings.run == "static" and any(method.compresses for method in methods):
+        raise ValueError("the run 'static' is transformers' own cache, uncompressed: it takes the method full alone")
     model = random_model(settings.shape, settings.weights)
     for i, method in enumerate(methods):
         watch.check()
@@ -209,13 +212,18 @@ def _steps(model: Any, method: Method, settings: ModelSpeedSettings) -> Measurem
     graph = settings.run == "graph"
     exact = graph and not method.compresses
     cache: Any
-    if exact:
+    if settings.run == "static":
+        cache = StaticCache(config=model.config, max_cache_len=context + steps + WARM + 2)
+    elif exact:
         cache = Cache(layers=[_HeldLayer() for _ in range(model.config.num_hidden_layers)])
     else:
         cache = build_cache(model.config, method)
     fill(model.config, cache, batch, context)
     if settings.run == "generate":
         times = _generated(model, cache, batch, context, steps)
+    elif settings.run == "static":
+        with _untouched(model):
+            times = _generated(model, cache, batch, context, steps)
     elif exact:
         times = _timed(_FullGraph(model, cache, batch, context).graph.replay, steps)
         model.set_attn_implementation("turboquant")
@@ -228,7 +236,7 @@ def _steps(model: Any, method: Method, settings: ModelSpeedSettings) -> Measurem
             times = _timed(lambda: model(input_ids=ids, past_key_values=cache, logits_to_keep=1), steps)
     step_ms = timing_spread(times)
     # A block is packed now and then, which the median leaves out.
-    per_step = sum(times) / len(times) if settings.run == "generate" else step_ms.median
+    per_step = sum(times) / len(times) if settings.run in ("generate", "static") else step_ms.median
     return Measurement(
         metrics={
             **step_ms.metrics("step_ms"),
@@ -249,6 +257,19 @@ class _Clock(LogitsProcessor):
         torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         return scores
+
+
+@contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Give a model back the forward and the attention that it has without this package, while the block runs."""
+    hook = vars(model).pop("forward")
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("turboquant")
+        model.forward = hook
+        torch.compiler.reset()
 
 
 def _generated(model: Any, cache: Cache, batch: int, context: int, steps: int) -> list[float]:

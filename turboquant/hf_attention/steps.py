@@ -208,13 +208,6 @@ def segment(layer: QuantizedLayer) -> PackedSegment:
     return PackedSegment(keys, values, layer.key_quantizer, layer.value_quantizer)
 
 
-def _pool_bytes(graph: torch.cuda.CUDAGraph) -> int:
-    """Return the GPU memory that a graph's own pool has taken."""
-    pool = tuple(graph.pool())
-    segments = torch.cuda.memory_snapshot()
-    return sum(int(segment["total_size"]) for segment in segments if tuple(segment["segment_pool_id"]) == pool)
-
-
 class Replay:
     """A captured decode step of one cache.
 
@@ -333,9 +326,11 @@ class Replay:
                 graph = torch.cuda.CUDAGraph()
                 # Other threads may go on with their own work meanwhile (sessions of the app).
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    before = torch.cuda.memory_reserved()
                     self._forward(forward)
+                    own = torch.cuda.memory_reserved() - before  # a graph's tensors lie in a pool of its own
             self.graph = graph
-            self.cache.graph_bytes = max(self.cache.graph_bytes, _pool_bytes(graph))
+            self.cache.graph_bytes = max(self.cache.graph_bytes, own)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what a model's own code does that no graph can hold

@@ -25,19 +25,26 @@ class Room(Protocol):
 Side = tuple[Quantizer[Any], Tensor, Room]
 
 
-def encode(keys: Side, values: Side, valid: Tensor | None) -> None:
+def encode(keys: Side, values: Side, valid: Tensor | None) -> tuple[bool, bool]:
     """Quantize vectors behind those held.
 
     Args:
         keys: Quantizer, vectors (batch, kv_heads, tokens, dim) and where they go.
         values: The same for values.
         valid: (batch, tokens), False for pads; None where every token is real.
+
+    Returns:
+        Whether keys, and values, may be read back as something else: see `Quantizer.may_misread`.
     """
     # The kernel takes every token for real, so blocks with pads go to the quantizers.
-    if valid is None and _fused((keys, values)):
-        return
+    fused = _fused((keys, values)) if valid is None else None
+    if fused is not None:
+        return fused
+    # Asked before, since packing overwrites what the question compares with.
+    suspect = tuple(quantizer.may_misread(states, room.storage) for quantizer, states, room in (keys, values))
     for quantizer, states, room in (keys, values):
         room.append(quantizer.quantize(states, _held(room), valid))
+    return suspect[0], suspect[1]
 
 
 def _held(room: Room) -> Any:
@@ -45,27 +52,28 @@ def _held(room: Room) -> Any:
     return room.storage if room.length else None
 
 
-def _fused(sides: tuple[Side, Side]) -> bool:
-    """Quantize by a GPU kernel; False where it cannot serve the call, and then nothing has changed."""
+def _fused(sides: tuple[Side, Side]) -> tuple[bool, bool] | None:
+    """Quantize by a GPU kernel, as `encode` does; None where it cannot serve the call, and then nothing has changed."""
     kernels = usable(sides[0][1], "encode")
     if kernels is None:
-        return False
+        return None
     blanks: list[Any] = [quantizer.blank(states, _held(room)) for quantizer, states, room in sides]
     if None in blanks or kernels.unsupported(sides[0][1], *_views(sides, blanks)) is not None:
-        return False
+        return None
     before = [(room.storage, room.length) for *_, room in sides]
 
-    def run() -> bool:
+    def run() -> tuple[bool, bool]:
         targets = [room.extend(blank) for (*_, room), blank in zip(sides, blanks, strict=True)]
-        kernels.encode(sides[0][1], sides[1][1], *_views(sides, targets))
-        # What the kernel's format cannot hold (outliers) shows only afterwards; then the quantizers do it again.
-        return all(quantizer.fits(target) for (quantizer, *_), target in zip(sides, targets, strict=True))
+        found: tuple[bool, bool] = kernels.encode(sides[0][1], sides[1][1], *_views(sides, targets))
+        return found
 
-    if guarded("encode", run):
-        return True
+    held, far = guarded("encode", run) or (False, False)
+    # What the kernel's format cannot hold (outliers) shows only afterwards; then the quantizers do it again.
+    if held:
+        return far and before[0][0] is not None, False
     for (*_, room), (storage, length) in zip(sides, before, strict=True):
         room.storage, room.length = storage, length
-    return False
+    return None
 
 
 def _views(sides: tuple[Side, Side], packed: list[Any]) -> list[Any]:

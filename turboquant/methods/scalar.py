@@ -10,7 +10,7 @@ from torch import Tensor
 from turboquant.kernels.codes import code_combine, code_levels, code_scores, tile_tokens
 from turboquant.methods import check_choice
 from turboquant.quant.codebook import boundaries, check_bits, lloyd_max
-from turboquant.quant.grouping import FP16_MAX, OUTLIER, in_float16, median, stored
+from turboquant.quant.grouping import OUTLIER, in_float16, median, stored
 from turboquant.quant.modes import plain, shared_table
 from turboquant.quant.packing import Planes, pack_bits, plane_widths
 from turboquant.quant.quantizer import KernelView, PackedTensor, Quantizer, token_groups
@@ -279,17 +279,6 @@ class TurboQuantMSE(Quantizer[PackedMSE]):
         scales = torch.uint8 if self.group_size else torch.float16
         others = (packed.center, packed.tops, packed.mean_tops)
         return packed.scales.dtype == scales and all(x is None or x.dtype == torch.float16 for x in others)
-
-    def fits(self, packed: PackedMSE) -> bool:
-        """Return whether vectors that a kernel has packed are right, which they are but for outliers."""
-        tops = packed.scales if packed.tops is None else packed.tops
-        in_range = in_float16(tops) and not bool((tops >= FP16_MAX).any())
-        if packed.tops is None or not in_range:
-            return in_range
-        # The same limits as in `_stored_scales`, asked of the steps that the kernel wrote.
-        least = packed.scales.unflatten(2, (tops.shape[2], -1)).amin(dim=3)
-        means = packed.mean_tops is None or not bool((packed.mean_tops >= FP16_MAX).any())
-        return means and not bool(((least < 255 // OUTLIER + 1) & (tops > 0)).any())
 
     def view(self, packed: PackedMSE) -> KernelView:
         """Return what fused kernels read."""

@@ -231,10 +231,6 @@ class Quantizer(ABC, Generic[P]):
         """Return room for these vectors that a fused kernel can fill, or None where the method has no kernel."""
         return None
 
-    def fits(self, packed: P) -> bool:
-        """Return whether vectors that a fused kernel has just packed hold what `quantize` would have; waits for it."""
-        return True
-
     def view(self, packed: P) -> Any:
         """Return the `KernelView` of packed vectors that fused kernels read, or None where the method has no kernel."""
         return None

@@ -370,8 +370,9 @@ class ModelSpeedSettings(TimedSettings):
     """Tokens a row."""
     repeats: int = Field(64, ge=1, le=MOST_RUNS)
     """Timed decode steps."""
-    run: Literal["calls", "graph", "generate"] = "calls"
-    """generate: by `generate()`, as users call it; graph: one step replayed; calls: one forward call after another."""
+    run: Literal["calls", "graph", "generate", "static"] = "calls"
+    """generate: by `generate()`, as users call it; static: so too, with transformers' compiled StaticCache; graph: one
+    step replayed; calls: one forward call after another."""
 
 
 class LongestContextSettings(TimedSettings):

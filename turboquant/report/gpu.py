@@ -154,6 +154,15 @@ def encode_table(records: Records) -> Table:
     return Table("", names, rows, where(r.environment for r in chosen))
 
 
+RUNS = {
+    "calls": "step by step",
+    "graph": "CUDA graph",
+    "generate": "`generate()`",
+    "static": "`generate()`, compiled StaticCache",
+}
+"""What a run of `bench model` is called."""
+
+
 def _model(record: ExperimentRecord) -> str:
     return f"{record.cell.settings['shape']} shape, random weights, {record.cell.settings['weights']}"
 
@@ -173,7 +182,7 @@ def model_table(records: Records) -> Table:
             _device(r),
             _model(r),
             f"{r.cell.settings['batch']} x {r.cell.settings['context']:,}",
-            {"calls": "step by step", "graph": "CUDA graph", "generate": "`generate()`"}[r.cell.settings["run"]],
+            RUNS[r.cell.settings["run"]],
             code(r.cell.method),
             _figure(r, "step_ms", 2),
             metric("tokens_per_second").text(r.metrics.get("tokens_per_second")),

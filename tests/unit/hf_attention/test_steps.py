@@ -288,13 +288,13 @@ def sliding_model(kind: str, window: int = 40) -> Any:
         )  # fmt: skip
         torch.manual_seed(0)
         made: Any = GptOssForCausalLM(config).eval().requires_grad_(False)
-        made.config._experts_implementation = "eager"
         for layer in made.model.layers:
             layer.self_attn.sinks.fill_(2.0)
         attach(made)
     else:
         made = tiny_model(kind, num_hidden_layers=2, sliding_window=window)
-    made = made.to(DEVICE, DTYPE)
+    # On a GPU torch multiplies by a mixture of experts in bfloat16 without waiting for the device, and in nothing else.
+    made = made.to(DEVICE, torch.bfloat16 if kind == "sinks" and DEVICE == "cuda" else DTYPE)
     capture_steps(made)
     return made
 
@@ -309,6 +309,7 @@ def test_steps_over_layers_with_a_window_are_replayed(
     """From before the window is full to behind it, with room made anew on the way."""
     monkeypatch.setattr(steps, "AHEAD", 8)
     model = sliding_model(kind)
+    tolerance = 2.5 * TOLERANCE if model.dtype == torch.bfloat16 else TOLERANCE
     caches: list[Any] = []
     for _ in range(2):
         cache = build_cache(model.config, parse_method(SPEC if compressed and kind != "mistral" else "full"))
@@ -321,7 +322,7 @@ def test_steps_over_layers_with_a_window_are_replayed(
             expected = model(input_ids=token, past_key_values=caches[1]).logits
         assert caches[0].replay is not None
         assert any(isinstance(layer, RollingLayer) for layer in caches[0].layers)
-        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
         token = expected[:, -1].argmax(dim=-1, keepdim=True)
     assert cache_report(caches[0]).exact_bytes == cache_report(caches[1]).exact_bytes
     caches[0].release()
@@ -330,11 +331,11 @@ def test_steps_over_layers_with_a_window_are_replayed(
         if type(other) is DynamicSlidingWindowLayer:
             assert type(one) is DynamicSlidingWindowLayer
             assert one.get_mask_sizes(3) == other.get_mask_sizes(3)
-            torch.testing.assert_close(one.keys, other.keys, atol=TOLERANCE, rtol=TOLERANCE)
-            torch.testing.assert_close(one.values, other.values, atol=TOLERANCE, rtol=TOLERANCE)
+            torch.testing.assert_close(one.keys, other.keys, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(one.values, other.values, atol=tolerance, rtol=tolerance)
     more = prompt()[:, :5]  # and several tokens at once behind them
     found = [model(input_ids=more, past_key_values=cache).logits for cache in caches]
-    torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
 
 
 def test_generate_with_pads_over_a_window_says_the_same_as_call_by_call() -> None:

@@ -209,8 +209,7 @@ def test_what_the_encode_kernel_rounds_away_is_noticed(dtype: torch.dtype, monke
     rooms = TokenBuffer(), TokenBuffer()
     calm = torch.randn(2, 2, 128, 64, generator=generator).to(DEVICE, dtype)
     blank = keys.blank(calm, None)
-    encoder.encode(calm, calm, keys.view(blank), values.view(values.blank(calm, None)))
-    assert keys.fits(blank)
+    assert encoder.encode(calm, calm, keys.view(blank), values.view(values.blank(calm, None))) == (True, False)
     blocks = [calm]
     for factor in (1.0, 1000.0, 1.0):
         block = torch.randn(2, 2, 128, 64, generator=generator).to(DEVICE, dtype)
@@ -223,6 +222,36 @@ def test_what_the_encode_kernel_rounds_away_is_noticed(dtype: torch.dtype, monke
         read, true = quantizer.dequantize(room.view()), torch.cat(blocks, dim=2).float()
         error_of_each = (read - true).norm(dim=-1) / true.norm(dim=-1)
         assert error_of_each.max() < 0.25
+
+
+@pytest.mark.parametrize("group_size", [64, 0])
+def test_the_encode_kernel_says_what_its_format_does_not_hold(group_size: int) -> None:
+    keys, values = quantizers(f"turboquant:bits=4,group_size={group_size}", 64)
+    generator = torch.Generator().manual_seed(0)
+    usual = torch.randn(2, 2, 128, 64, generator=generator).to(DEVICE, torch.float16)
+
+    def said(key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[bool, bool]:
+        blanks = keys.blank(key_states, None), values.blank(value_states, None)
+        return encoder.encode(key_states, value_states, keys.view(blanks[0]), values.view(blanks[1]))
+
+    assert said(usual, usual) == (True, False)
+    one = usual.clone()
+    one[1, 1, 70] = 0  # a zero vector is held as it is
+    assert said(usual, one) == (True, False)
+    one[1, 1, 70] = usual[1, 1, 70] / 100  # as a scale of its own it is, and as a share of the longest one not
+    assert said(usual, one) == (group_size == 0, False)
+    for factor in (2.0**-20, 1e4):  # lengths below and above float16
+        assert said(usual, usual * factor) == (False, False)
+        assert not said(usual * factor, usual)[0]
+    # Keys far shorter than the center, which is that of the first block.
+    keys, values = quantizers("turboquant:bits=4,group_size=0", 64)
+    first = usual + 8
+    blank = keys.blank(first, None)
+    room = values.blank(usual, None)
+    assert encoder.encode(first, usual, keys.view(blank), values.view(room)) == (True, False)
+    assert encoder.encode(usual / 100, usual, keys.view(blank), values.view(room))[1]
+    assert keys.may_misread(usual / 100, blank)
+    assert not keys.may_misread(first, blank)
 
 
 def test_scales_beyond_float16_are_left_to_the_reference() -> None:
@@ -337,7 +366,7 @@ def test_zero_vectors_are_encoded_as_zero() -> None:
     keys, values = quantizers("turboquant:bits=3", 64)
     zeros = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=DEVICE)
     blanks = keys.blank(zeros, None), values.blank(zeros, None)
-    encoder.encode(zeros, zeros, keys.view(blanks[0]), values.view(blanks[1]))
+    assert encoder.encode(zeros, zeros, keys.view(blanks[0]), values.view(blanks[1])) == (True, False)
     for quantizer, own in zip((keys, values), blanks, strict=True):
         assert not quantizer.dequantize(own).any()
 

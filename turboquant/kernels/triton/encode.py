@@ -17,12 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant.kernels.triton.rotations import parts
+from turboquant.quant.grouping import FP16_MAX, FP16_TINY, OUTLIER
 from turboquant.quant.quantizer import KernelView
 
 SCALES = {"norm": 0, "matched": 1, "unbiased": 2}
 UNGROUPED_TOKENS = 64
 WARPS = 4
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+GREATEST, LEAST, FAR = tl.constexpr(FP16_MAX), tl.constexpr(FP16_TINY), tl.constexpr(float(OUTLIER))
+LEAST_STEP = tl.constexpr(255 // OUTLIER + 1)
+"""Of 255, the least scale in a group: as in `_stored_scales` of the quantizers."""
 
 
 def _search_assembly(steps: int) -> str:
@@ -95,6 +99,8 @@ def _encode(
     tokens, first, head, batch, kv_head,
     # Written, each with its strides over batch and KV heads: planes, scales, tops, means and their tops.
     P0, p0_b, p0_h, P1, p1_b, p1_h, S, s_b, s_h, TOPS, t_b, t_h, MEANS, m_b, m_h, MEAN_TOPS, mt_b, mt_h,
+    # Two flags: the format does not hold this group; the center is far longer than most of its vectors.
+    FLAGS,
     # Of the rotation's parts.
     factor,
     # head_dim, tokens of this program, bits, tokens a group (0: none), a number of SCALES; then switches.
@@ -109,14 +115,20 @@ def _encode(
     if not EXACT:
         y += tl.dot(x, tl.load(MATRIX_LOW + d[None, :] * D + d[:, None]))
     y *= factor
+    unfit = first < 0
     if CENTERED:
-        y -= tl.load(CENTER + head * D + d)[None, :].to(tl.float32)
+        center = tl.load(CENTER + head * D + d).to(tl.float32)
+        short = tl.sqrt(tl.sum(y * y, 1)) * FAR < tl.sqrt(tl.sum(center * center, 0))
+        held = tl.sum(there.to(tl.int32), 0)
+        tl.atomic_or(FLAGS + 1, 1, mask=2 * tl.sum((short & there).to(tl.int32), 0) >= held)
+        y -= center[None, :]
     if GROUP_MEANS:
         mean = tl.sum(y, 0) / T  # groups are whole and without pads, as `encode` asks
         top = _half(tl.max(tl.abs(mean), 0))
         wide = top.to(tl.float32)
         steps = tl.floor(mean * tl.where(wide > 0, 127 / tl.maximum(wide, 1e-30), 0.0) + 0.5)
         steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)  # a top beyond fp16 was cut
+        unfit |= wide >= GREATEST
         group = first // GROUP
         tl.store(MEANS + batch * m_b + kv_head * m_h + group * D + d, steps.to(tl.int8))
         tl.store(MEAN_TOPS + batch * mt_b + kv_head * mt_h + group, top)
@@ -135,13 +147,20 @@ def _encode(
         norm = norm / tl.maximum(tl.sum(tl.abs(unit) * level, 1), 1e-6)
     scales = S + batch * s_b + kv_head * s_h + n
     if GROUP:
-        top = _half(tl.max(norm, 0))
+        longest = tl.max(norm, 0)
+        top = _half(longest)
         wide = top.to(tl.float32)
         steps = tl.floor(tl.where(wide > 0, norm / tl.maximum(wide, 1e-30) * 255, 0.0) + 0.5)
         tl.store(scales, tl.minimum(steps, 255.0).to(tl.uint8), mask=there)
         tl.store(TOPS + batch * t_b + kv_head * t_h + first // GROUP, top)
+        least = tl.min(tl.where(norm > 0, steps, 255.0), 0)
+        unfit |= (wide >= GREATEST) | ((longest > 0) & ((longest < LEAST) | (least < LEAST_STEP)))
     else:
-        tl.store(scales, _half(norm), mask=there)
+        scale = _half(norm)
+        tl.store(scales, scale, mask=there)
+        outside = (scale.to(tl.float32) >= GREATEST) | ((norm > 0) & (norm < LEAST))
+        unfit |= tl.sum((outside & there).to(tl.int32), 0) > 0
+    tl.atomic_or(FLAGS, 1, mask=unfit)
 
     # Layout of `quant.packing`: slice s of a row is shifted by s widths. The slices do not overlap, so a sum is an or.
     WIDTH: tl.constexpr = BITS if BITS != 3 else 2
@@ -171,7 +190,7 @@ def encode_pair(
     tokens, key_factor, value_factor,
     # Written, each with its strides over batch and KV heads, as in `_encode`: keys, then values.
     K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-    V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h,
+    V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h, FLAGS,
     # As in `_encode`, for keys and values.
     KV_HEADS: tl.constexpr, D: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
@@ -186,14 +205,14 @@ def encode_pair(
             K + batch * k_b + kv_head * k_h, k_t, KEY_MATRIX, KEY_LOW, CENTER, KEY_BOUNDS, KEY_LEVELS,
             tokens, first, head, batch, kv_head,
             K0, k0_b, k0_h, K1, k1_b, k1_h, KS, ks_b, ks_h, KT, kt_b, kt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_EXACT, CENTERED, GROUP_MEANS, ASM,
+            FLAGS, key_factor, D, T, KEY_BITS, GROUP, KEY_SCALE, KEY_EXACT, CENTERED, GROUP_MEANS, ASM,
         )  # fmt: skip
     else:
         _encode(
             V + batch * v_b + kv_head * v_h, v_t, VALUE_MATRIX, VALUE_LOW, CENTER, VALUE_BOUNDS,
             VALUE_LEVELS, tokens, first, head, batch, kv_head,
             V0, v0_b, v0_h, V1, v1_b, v1_h, VS, vs_b, vs_h, VT, vt_b, vt_h, KM, km_b, km_h, KMT, kmt_b, kmt_h,
-            value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_EXACT, False, False, ASM,
+            FLAGS, value_factor, D, T, VALUE_BITS, GROUP, VALUE_SCALE, VALUE_EXACT, False, False, ASM,
         )  # fmt: skip
 
 
@@ -224,10 +243,14 @@ def encode(
     value_states: Tensor,
     keys: KernelView,
     values: KernelView,
-) -> None:
+) -> tuple[bool, bool]:
     """Quantize vectors (batch, kv_heads, tokens, dim) into the storage that `keys` and `values` show.
 
     The center is read, not computed. Tokens are whole groups, all of them real.
+
+    Returns:
+        Whether the format holds all of them, as it does but for outliers; whether the center is far longer than most
+        keys of some group, which may then be misread. The device is waited for.
     """
     batch, heads, tokens, dim = key_states.shape
     group = keys.group_size
@@ -239,6 +262,8 @@ def encode(
         arguments += [matrix.high, matrix.low]
     none = key_states  # stands where a kernel reads nothing
 
+    flags = torch.zeros(2, dtype=torch.int32, device=key_states.device)
+
     def place(tensor: Tensor | None) -> list[Tensor | int | float]:
         return [none, 0, 0] if tensor is None else [tensor, tensor.stride(0), tensor.stride(1)]
 
@@ -249,9 +274,11 @@ def encode(
         key_matrix.factor, value_matrix.factor,
         *place(keys.planes[0]), *place(keys.planes[-1]), *place(keys.scales), *place(keys.tops),
         *place(keys.means), *place(keys.mean_tops),
-        *place(values.planes[0]), *place(values.planes[-1]), *place(values.scales), *place(values.tops),
+        *place(values.planes[0]), *place(values.planes[-1]), *place(values.scales), *place(values.tops), flags,
         KV_HEADS=heads, D=dim, T=each, GROUP=group, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
         KEY_SCALE=SCALES[keys.scale], VALUE_SCALE=SCALES[values.scale],
         KEY_EXACT=key_matrix.exact, VALUE_EXACT=value_matrix.exact, CENTERED=keys.center is not None,
         GROUP_MEANS=keys.means is not None, ASM=not INTERPRETED, num_warps=WARPS,
     )  # fmt: skip
+    unfit, far = flags.tolist()
+    return not unfit, bool(far)
