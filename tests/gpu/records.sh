@@ -31,12 +31,21 @@ kernels)
     bench encode --bits 4 3 2 --repeats "$repeats" --output "$out/bench-encode.jsonl"
     ;;
 model)
-    bench model --model mistral-7b --weights bf16 --context 8192 32768 131072 --run generate --steps 128 \
-        --method full turboquant:bits=4 turboquant:bits=3 turboquant:bits=2 --output "$out/bench-model.jsonl"
-    bench model --model mistral-7b --weights bf16 --batch 8 32 --context 4096 --run generate --steps 128 \
-        --output "$out/bench-model.jsonl"
-    bench model --model smollm2-135m --weights bf16 --context 640 8192 --run generate --steps 128 \
-        --output "$out/bench-model.jsonl"
+    # All sides of a case one after another: stock generate() with DynamicCache, with transformers' compiled StaticCache,
+    # and with packed tokens.
+    generate() {
+        bench model "$@" --run static --steps 128 --method full --output "$out/bench-model.jsonl"
+        bench model "$@" --run generate --steps 128 --output "$out/bench-model.jsonl" \
+            --method full turboquant:bits=4 turboquant:bits=3 turboquant:bits=2
+    }
+    for context in 8192 32768 131072; do
+        generate --model mistral-7b --weights bf16 --context "$context"
+    done
+    for batch in 8 32; do
+        generate --model mistral-7b --weights bf16 --batch "$batch" --context 4096
+    done
+    generate --model smollm2-135m --weights bf16 --context 640
+    generate --model mistral-7b --weights 4bit --context 8192  # needs bitsandbytes
     for batch in 1 2 4 8 16 32; do
         bench model --model mistral-7b --weights bf16 --batch "$batch" --context 4096 --steps "$repeats" \
             --output "$out/bench-model.jsonl"

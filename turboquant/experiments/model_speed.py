@@ -181,6 +181,14 @@ def check_gpu(methods: Sequence[Method], settings: TimedSettings) -> None:
         raise ValueError("this benchmark needs a CUDA device; `bench decode` and `bench attention` run without one")
 
 
+def check_model(methods: Sequence[Method], settings: ModelSpeedSettings) -> None:
+    """Raise ValueError where there is no CUDA device, or a compressed cache is to be transformers' static one."""
+    packing = [str(method) for method in methods if method.compresses]
+    if settings.run == "static" and packing:
+        raise ValueError(f"the run 'static' takes transformers' own cache, the method full alone, got {packing[0]}")
+    check_gpu(methods, settings)
+
+
 def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -193,11 +201,9 @@ def run_model(
     """Time decode steps after `context` tokens, called step by step or replayed as a CUDA graph.
 
     Raises:
-        ValueError: If the settings are of another device, or a compressed cache is to be transformers' static one.
+        ValueError: If the settings are of another device.
     """
     this_device(settings)
-    if settings.run == "static" and any(method.compresses for method in methods):
-        raise ValueError("the run 'static' is transformers' own cache, uncompressed: it takes the method full alone")
     model = random_model(settings.shape, settings.weights)
     for i, method in enumerate(methods):
         watch.check()
@@ -342,7 +348,9 @@ def _longest(model: Any, method: Method, steps: int) -> tuple[int, float, int]:
     return best
 
 
-MODEL_SPEED = Experiment("model-speed", ModelSpeedSettings, run_model, check_methods=check_gpu, model=False, timed=True)
+MODEL_SPEED = Experiment(
+    "model-speed", ModelSpeedSettings, run_model, check_methods=check_model, model=False, timed=True
+)
 LONGEST_CONTEXT = Experiment(
     "longest-context", LongestContextSettings, run_longest, check_methods=check_gpu, model=False, timed=True
 )

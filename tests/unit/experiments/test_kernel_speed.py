@@ -96,6 +96,7 @@ def test_a_copy_has_a_speed() -> None:
         (["encode", "--shape", SMALL, "--tokens", "0"], "--tokens should be greater than or equal to 1, got '0'"),
         (["scores", "--shape", "gpt-9"], "got 'gpt-9'"),
         (["encode", "--shape", SMALL, "--method", "full"], "no packed tokens"),
+        (["model", "--run", "static"], "the method full alone, got turboquant:bits=4"),
     ],
 )
 def test_wrong_use_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
