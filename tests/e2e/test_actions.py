@@ -185,6 +185,7 @@ def test_runs_compares_two_and_heads_explains_one(address: str, browser: Browser
     page.close()
 
 
+@pytest.mark.nightly
 def test_two_visitors_with_two_models(address: str, browser: Browser, tiny_folder: str) -> None:
     """They take turns, each gets the own answer, and neither sees the other's run."""
     prompts = {"smollm2-135m": f"First visitor. {LONG}", tiny_folder: f"Second visitor. {LONG}"}
@@ -202,6 +203,7 @@ def test_two_visitors_with_two_models(address: str, browser: Browser, tiny_folde
         page.close()
 
 
+@pytest.mark.nightly
 def test_long_work_lets_a_short_run_go_first(address: str, browser: Browser) -> None:
     """A set of prompts is at work; another visitor's Compare is answered before the set ends."""
     busy = visit(browser, f"{address}/prompts?tokens=8&prompts_source=Typed")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.conftest import IN_A_BROWSER, SECONDS, main, no_sideways_scroll, shot, visit, wait_until
@@ -106,6 +107,7 @@ def test_stop_keeps_the_partial_text(address: str, browser: Browser) -> None:
     page.close()
 
 
+@pytest.mark.nightly
 def test_a_closed_tab_frees_the_engine(address: str, browser: Browser) -> None:
     gone = visit(browser, f"{address}/?tokens=500&temperature=1.0")
     gone.get_by_label("Prompt").fill("Tell a very long story about the sea, with many chapters.")

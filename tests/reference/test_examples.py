@@ -56,6 +56,7 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
     assert figures(r"([\d.]+) bits$", out)[0] == 1.25  # 1 + 16 / 64
 
 
+@pytest.mark.nightly
 def test_from_a_limit_to_a_setting_in_use(tmp_path: Path) -> None:
     out = printed("recommend.py", tmp_path)
     (found,) = re.findall(r"^(\S+) stays within the limits", out, flags=re.MULTILINE)

@@ -9,7 +9,10 @@ from turboquant.models.embedded import is_available
 from turboquant.models.load import load_model
 from turboquant.records.settings import SeedsSettings
 
-pytestmark = pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed")
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(not is_available(), reason="the built-in model's package is not installed"),
+]
 
 LOW, HIGH = (parse_method(f"turboquant:bits={bits},residual_length=32") for bits in (2, 4))
 SETTINGS = SeedsSettings(texts=("persuasion",), context=224, prefill=128, prompts=1, prompt_tokens=128, new_tokens=6)

@@ -51,6 +51,7 @@ async def ask(server: Server, prompt: str, tokens: int) -> Tab:
     return tab
 
 
+@pytest.mark.nightly
 def test_log_metrics_and_a_stop_that_lets_the_run_end(server: Server) -> None:
     async def visit() -> None:
         tab = await ask(server, PROMPT, 8)

@@ -25,6 +25,7 @@ def small() -> Iterator[Engine]:
     engine.close()
 
 
+@pytest.mark.nightly
 def test_two_hundred_runs_leave_memory_flat(small: Engine) -> None:
     record = measure(small, 200)
     assert record.growth_mib_per_1000_runs < MAX_GROWTH_MIB, record.rss_mib

@@ -343,6 +343,7 @@ print(before, status("VmHWM"))
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_16k_tokens_take_model_and_full_cache_and_a_quarter() -> None:
     """And the workspace that `check_context` reckons with; a square of scores alone would be 1 GiB a head."""

@@ -307,6 +307,7 @@ def test_without_ray_the_ray_engine_says_what_to_install(experiments, tmp_path: 
     assert "pip install 'turboquant-lab[ray]'" in result.stderr
 
 
+@pytest.mark.nightly
 def test_a_sweep_killed_then_interrupted_goes_on_where_it_stopped(experiments, tiny: str, tmp_path: Path) -> None:
     output = tmp_path / "sweep.jsonl"
     words = arguments(tiny, output, "--workers", "1", "--set", "seconds=0.4")
@@ -368,7 +369,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator:
         cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(180)
 def test_a_ray_cluster_that_loses_a_node_loses_no_cell(cluster, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from turboquant.experiments.cluster import run_ray

@@ -101,6 +101,7 @@ def save_config(config: object, folder: Path) -> Path:
 
 
 class TestBuiltIn:
+    @pytest.mark.nightly
     @needs_wheel
     def test_two_processes_at_once_repair_a_damaged_copy_once(self, cache: Path) -> None:
         report = json.loads((cache / "report.json").read_text())
