@@ -163,7 +163,8 @@ class QuantizedLayer(CompressedLayer):
     @in_plain_modes
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the quantizers once dims and device are known."""
-        self.dtype, self.value_dtype, self.device = key_states.dtype, value_states.dtype, key_states.device
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.read_as = key_states.dtype, value_states.dtype  # of the model; a hybrid's states have a say in `dtype`
         quantizers = self.method.quantizers(
             key_states.shape[-1], value_states.shape[-1], self.layer_idx, key_states.device
         )
@@ -254,10 +255,17 @@ class QuantizedLayer(CompressedLayer):
         if self.lengths is not None:
             self._append_at_length(key_states, value_states)
             return
-        self.dtype = torch.promote_types(self.dtype, key_states.dtype)
-        self.value_dtype = torch.promote_types(self.value_dtype, value_states.dtype)
+        self._widen(key_states.dtype, value_states.dtype)
         self._keep(key_states, value_states)
         self.added, self.marked = self.added + key_states.shape[2], False
+
+    def _widen(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+        """Where a call comes in another dtype than those before, read all in the wider one."""
+        before = self.read_as
+        self.read_as = torch.promote_types(before[0], key_dtype), torch.promote_types(before[1], value_dtype)
+        self.dtype = self.read_as[0]
+        if self.read_as != before and self.exact_keys is not None:
+            self.exact_keys, self.exact_values = self.exact()
 
     def _keep(self, key_states: Tensor, value_states: Tensor) -> None:
         """Write states behind the exact ones."""
@@ -442,7 +450,7 @@ class QuantizedLayer(CompressedLayer):
     def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:
         """Return keys and values held exactly, in the model's dtype: sinks, then window."""
         keys, values = self.kept()
-        return keys.to(self.dtype), values.to(self.value_dtype)
+        return keys.to(self.read_as[0]), values.to(self.read_as[1])
 
     def kept(self) -> tuple[Tensor, Tensor]:
         """Return the same in the dtype in which they are kept."""
@@ -511,7 +519,7 @@ class QuantizedLayer(CompressedLayer):
         group = self._token_group
         keys = self.key_quantizer.dequantize(self.packed_keys.view().narrow(start, group))
         values = self.value_quantizer.dequantize(self.packed_values.view().narrow(start, group))
-        self._keep(keys[:, :, :count].to(self.dtype), values[:, :, :count].to(self.value_dtype))
+        self._keep(keys[:, :, :count].to(self.read_as[0]), values[:, :, :count].to(self.read_as[1]))
 
     @in_plain_modes
     def _map(self, fn: Any) -> None:

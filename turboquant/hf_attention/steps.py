@@ -186,7 +186,7 @@ def _is_replayable(layer: Any, ids: Tensor) -> bool:
     if not layer.packed_length:
         return True
     # Packed layers of float32 models, whose exact tokens are kept in 16 bits, are not read by GPU kernels.
-    return layer.exact_keys.dtype == layer.dtype and why_no_kernels(layer.exact_keys, segment(layer)) is None
+    return layer.exact_keys.dtype == layer.read_as[0] and why_no_kernels(layer.exact_keys, segment(layer)) is None
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
