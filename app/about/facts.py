@@ -42,10 +42,9 @@ NOT_SHOWN = (
         "that packed nothing gets no quality or memory figure, and one that packed little says little.",
     ),
     (
-        "The bytes of a 16-bit run, in a float32 run.",
-        "The baseline counts 2 bytes a value whatever the run's dtype, but in float32 the exact tokens really take "
-        "4. A short compressed cache can then be larger than the baseline; in a 16-bit run the exact part is half as "
-        "large.",
+        "The bytes of an uncompressed float32 cache.",
+        "The baseline counts 2 bytes a value whatever the run's dtype; uncompressed, a float32 run really takes 4. "
+        "Compressed caches keep exact tokens in 16 bits there too, but runs recorded before December 2026 in 32.",
     ),
     (
         "The speed of a GPU.",

@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How values that stay exact are held (32-bit weights make 32-bit values), and what spare room counts."""
+        """Bytes of a value of the model (32-bit weights make 32-bit values), and what spare room counts."""
         return {"value_bytes": 4 if self.weight_bits == 32 else 2, "growing": self.growing}
 
     @property

@@ -84,8 +84,8 @@ def _more(gpu: str) -> None:
         required=True,
         key="mem_weights",
         bind="query-params",
-        help="Parameters times bits; scales of quantized weights are not counted. With 32-bit weights the values that "
-        "stay exact take 4 bytes as well.",
+        help="Parameters times bits; scales of quantized weights are not counted. With 32-bit weights an uncompressed "
+        "cache takes 4 bytes a value as well.",
     )
     row.number_input(
         "Kept free (GiB)",
@@ -202,10 +202,10 @@ def show_charts(made: Plan, measured: list[Measured]) -> None:
         help=definitions.GROWTH,
         tag="estimated",
     )
-    if any(point.dtype == "float32" for point in measured) and made.weight_bits != 32:
+    if any(point.dtype == "float32" for point in measured):
         st.caption(
-            "Runs measured in float32 hold 4 bytes for every value that is not packed, the lines count 2: set the bits "
-            "of weights to 32 to compare like with like."
+            "Runs recorded in float32 before December 2026 hold 4 bytes for every value that is not packed; the lines "
+            "count 2, as caches of today do. An uncompressed cache holds 4 with 32-bit weights."
         )
     figures.show(
         f"Parts of the cache at {made.tokens:,} tokens",

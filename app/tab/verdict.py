@@ -65,6 +65,7 @@ def facts(c: Comparison) -> list[tuple[str, str]]:
         ("Tokens packed / exact", f"{report.compressed_tokens:,} / {report.exact_tokens:,}"),
         *([("Beside the baseline", cache_size(report))] if report.compressed_tokens else []),
     ]
-    return rows + [
-        (metric(name).heading, metric(name).said(value)) for name, value in measured(c).items() if value is not None
-    ]
+    found = {name: value for name, value in measured(c).items() if value is not None}
+    if found.get("compression_ratio", 1) < 1:  # said in words above
+        del found["compression_ratio"]
+    return rows + [(metric(name).heading, metric(name).said(value)) for name, value in found.items()]

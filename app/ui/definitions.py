@@ -81,8 +81,8 @@ METHODS_TABLE = (
     "Each method with the chosen bits and its own defaults. What they do to quality stands on the Methods page."
 )
 ROOM_TO_GROW = (
-    "A cache that grows token by token keeps up to a sixteenth more room behind its codes. Off: the context is read in "
-    "one call, which leaves none."
+    "A cache that grows token by token keeps up to a sixteenth more room behind its codes, and held up to one block "
+    "more exact tokens before it last packed. Off: the context is read in one call, which leaves none."
 )
 
 # --- Theory

@@ -32,13 +32,17 @@ class TokenBuffer:
         new.copy_into(self.extend(new), 0)
 
     def extend(self, like: PackedTensor) -> PackedTensor:
-        """Make room for as many tokens as `like` has, behind those held, and return it; grow by a sixteenth."""
+        """Make room for as many tokens as `like` has, behind those held, and return it.
+
+        Storage that is full grows by a sixteenth, in whole groups.
+        """
         start, count = self.length, like.tokens
         end = start + count
         if self.storage is None:
             self.storage = like.empty(end)
         elif end > self.storage.tokens:
-            self.reserve(round_up(end + max(count, end // 16), like.token_group))
+            group = like.token_group
+            self.reserve(end + end // 16 // group * group)
         self.length = end
         return self.storage.narrow(start, count)
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from turboquant.cache.count import Count, state_tensors
 from turboquant.cache.layer import Packing, QuantizedLayer
 from turboquant.cache.roomy import RoomyLayer
-from turboquant.quant.modes import gradients_wanted, without_gradients
+from turboquant.quant.modes import without_gradients
 
 WORK_ON_STATES = {"diffllama", "doge", "jetmoe"}
 """Model types whose layers use the interface, and change keys and values before it."""
@@ -65,12 +65,10 @@ class DenseLayer(QuantizedLayer):
         """
         first = not self.get_seq_length()
         self._append(key_states.detach(), value_states.detach())
-        keys, values = self.dense()
-        if not self.packed_length:  # they lie in the storage, where packing moves them
-            keys, values = keys.clone(), values.clone()
+        keys, values = (key_states, value_states) if first else self.dense()
         self.compress()
-        if first and gradients_wanted(key_states, value_states):
-            return key_states, value_states
+        if first:
+            return keys, values
         return without_gradients(keys, key_states), without_gradients(values, value_states)
 
 

@@ -2,11 +2,14 @@
 
 How a layer behaves:
 
-1. The tokens of the current forward call attend to themselves exactly; older ones are read from packed codes, but for
-   the first `sink_length` real tokens of each row and the most recent ones.
+1. The tokens of the current forward call are not packed before attention has read them; older ones are read from packed
+   codes, but for the first `sink_length` real tokens of each row and the most recent ones.
 2. After each call all but the sinks and the last `residual_length` tokens are packed, in blocks of the method's
    `block_length`. No full-precision copy of a packed token is kept, and nothing is quantized twice.
-3. Codes are written into preallocated storage that grows by a sixteenth at a time.
+3. Exact tokens of float32 models are kept in 16 bits (`cache.exact`), and codes are made from what is kept. A call that
+   finds the layer empty is read as the model made it. While steps are replayed they are kept in float32.
+4. Codes are written into preallocated storage that grows by a sixteenth at a time. Exact tokens have no spare room but
+   while steps are replayed.
 
 A layer stores the tokens of a row as: sinks, packed, exact window. In a left-padded row the sinks are the first real
 tokens, which stand behind the pads; `slots` gives that order, so that masks can follow it. Pads have no say in the
@@ -27,9 +30,10 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from turboquant.cache.buffer import TokenBuffer, round_up
 from turboquant.cache.count import CompressedLayer, Count, Purpose
+from turboquant.cache.exact import appended
 from turboquant.kernels.encode import encode
 from turboquant.quant.grouping import misread
-from turboquant.quant.modes import gradients_wanted, in_plain_modes
+from turboquant.quant.modes import in_plain_modes
 from turboquant.quant.quantizer import Quantizer
 
 ATTENTION_NAME = "turboquant"
@@ -46,6 +50,8 @@ class Packing(Protocol):
     def residual_length(self) -> int: ...  # noqa: D102
     @property
     def block_length(self) -> int: ...  # noqa: D102
+    @property
+    def rounds_exact(self) -> bool: ...  # noqa: D102
 
     def packed_length(self, tokens: int) -> int:
         """Return how many of `tokens` tokens are packed once they have been processed."""
@@ -62,7 +68,7 @@ class CachedStates:
     Attributes:
         layer: Holds the states of all tokens, those of the call too.
         added: Tokens of the call.
-        own: Keys and values of the call as the model made them, where gradients are wanted of them; otherwise None.
+        own: Keys and values of the call as the model made them, until the layer has packed.
         spent: Has the layer packed since? Then the states of the call are not exact any more.
         on_unread: Called once where something else than our attention function wants to read.
     """
@@ -142,7 +148,7 @@ class QuantizedLayer(CompressedLayer):
         """Forget all tokens."""
         self.is_initialized = False
         self.packed_keys, self.packed_values = TokenBuffer(), TokenBuffer()
-        self.exact_keys: Tensor | None = None  # (batch, kv_heads, room, dim): sinks first, then the exact window
+        self.exact_keys: Tensor | None = None  # (batch, kv_heads, tokens, dim): sinks first, then the exact window
         self.exact_values: Tensor | None = None
         self.exact_length = 0
         self.added = 0  # tokens of the call at work, which its attention has not finished reading
@@ -158,6 +164,7 @@ class QuantizedLayer(CompressedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Build the quantizers once dims and device are known."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.read_as = key_states.dtype, value_states.dtype  # of the model; a hybrid's states have a say in `dtype`
         quantizers = self.method.quantizers(
             key_states.shape[-1], value_states.shape[-1], self.layer_idx, key_states.device
         )
@@ -176,7 +183,7 @@ class QuantizedLayer(CompressedLayer):
     @property
     def keys(self) -> Tensor | None:
         """The exact keys: transformers' own code asks whether a layer has any (Llama 3.2 Vision)."""
-        return None if self.exact_keys is None else self._exact(self.exact_keys)
+        return None if self.exact_keys is None else self.exact()[0]
 
     @keys.setter
     def keys(self, states: Tensor | None) -> None:
@@ -219,7 +226,7 @@ class QuantizedLayer(CompressedLayer):
                 count.add(purpose, codes)
                 count.add("scale", (tensor for tensor in used.tensors() if not any(tensor is code for code in codes)))
         if self.exact_keys is not None:
-            count.add("exact", self.exact())
+            count.add("exact", self.kept())
         count.add_storages("scale", (notes for notes in (self.padding, self.seen) if notes is not None))
         if hasattr(self, "key_quantizer"):
             count.add_storages("shared", (*self.key_quantizer.tables(), *self.value_quantizer.tables()))
@@ -235,8 +242,7 @@ class QuantizedLayer(CompressedLayer):
             ValueError: If the call has another number of rows than the cache holds.
         """
         # The call's own tokens stay in the graph for `backward`; what is kept beyond the call is cut off from it.
-        own = (key_states, value_states) if gradients_wanted(key_states, value_states) else None
-        states = CachedStates(self, key_states.shape[2], own)
+        states = CachedStates(self, key_states.shape[2], (key_states, value_states))
         self._append(key_states.detach(), value_states.detach())
         return states, states
 
@@ -249,12 +255,24 @@ class QuantizedLayer(CompressedLayer):
         if self.lengths is not None:
             self._append_at_length(key_states, value_states)
             return
-        added = key_states.shape[2]
-        self.exact_keys = _appended(self.exact_keys, key_states, self.exact_length, self._room(added))
-        self.exact_values = _appended(self.exact_values, value_states, self.exact_length, self._room(added))
-        self.dtype = self.exact_keys.dtype
-        self.exact_length += added
-        self.added, self.marked = self.added + added, False
+        self._widen(key_states.dtype, value_states.dtype)
+        self._keep(key_states, value_states)
+        self.added, self.marked = self.added + key_states.shape[2], False
+
+    def _widen(self, key_dtype: torch.dtype, value_dtype: torch.dtype) -> None:
+        """Where a call comes in another dtype than those before, read all in the wider one."""
+        before = self.read_as
+        self.read_as = torch.promote_types(before[0], key_dtype), torch.promote_types(before[1], value_dtype)
+        self.dtype = self.read_as[0]
+        if self.read_as != before and self.exact_keys is not None:
+            self.exact_keys, self.exact_values = self.exact()
+
+    def _keep(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write states behind the exact ones."""
+        keys, values = (None, None) if self.exact_keys is None else self.kept()
+        self.exact_keys = appended(keys, key_states, self.method.rounds_exact)
+        self.exact_values = appended(values, value_states, self.method.rounds_exact)
+        self.exact_length += key_states.shape[2]
 
     def take_back(self, count: int) -> None:
         """Forget the last `count` tokens, which `update` has taken and nothing has packed."""
@@ -276,9 +294,10 @@ class QuantizedLayer(CompressedLayer):
     @in_plain_modes
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens in all, so that no later step or packing moves the storage."""
-        room = max(self._steady_room, self.exact_length)
-        self.exact_keys = _grown(self._exact(self.exact_keys), room)
-        self.exact_values = _grown(self._exact(self.exact_values), room)
+        steady = self.method.sink_length + self.method.residual_length + self.method.block_length
+        keys, values = self.exact()  # in the model's dtype: to ask whether a token fits 16 bits is to wait for it
+        self.exact_keys = _grown(keys, max(steady, self.exact_length))
+        self.exact_values = _grown(values, max(steady, self.exact_length))
         for buffer in (self.packed_keys, self.packed_values):
             if buffer.storage is not None:
                 buffer.reserve(round_up(tokens, self._token_group))
@@ -304,19 +323,6 @@ class QuantizedLayer(CompressedLayer):
         """Whether a block of tokens has left the window (rows without padding)."""
         window = self.exact_length - (self.sink_length if self.packed_length else self.method.sink_length)
         return window >= self.method.residual_length + self.method.block_length
-
-    @property
-    def _steady_room(self) -> int:
-        """Exact tokens held between two packings, at most."""
-        return self.method.sink_length + self.method.residual_length + self.method.block_length
-
-    def _room(self, added: int) -> int:
-        """Exact tokens to make room for: single steps should rarely need new storage, a long call shrinks anyway."""
-        end = self.exact_length + added
-        if added > self.method.block_length:
-            return end
-        grown = end + max(self.method.block_length, end // 8)
-        return min(grown, self._steady_room) if end <= self._steady_room else grown
 
     @in_plain_modes
     def compress(self, visible: Bool[Tensor, "batch tokens"] | None = None, pads: bool = True) -> None:
@@ -409,21 +415,17 @@ class QuantizedLayer(CompressedLayer):
 
     def _exact(self, exact: Tensor | None) -> Tensor:
         assert exact is not None
-        return exact[:, :, : self.exact_length]
+        return exact if exact.shape[2] == self.exact_length else exact[:, :, : self.exact_length]
 
     def _without(self, exact: Tensor | None, start: int, stop: int) -> Tensor:
-        """Drop tokens start..stop; the storage shrinks back to its steady size once a long call is packed."""
+        """Drop tokens start..stop: in storage of just the size that is left, or in place while steps are replayed."""
         held = self._exact(exact)
         assert exact is not None
+        if self.lengths is None:
+            return torch.cat([held[:, :, :start], held[:, :, stop:]], dim=2)
         tail = held[:, :, stop:].clone()  # source and target may overlap
-        room = max(self._steady_room, start + tail.shape[2])
-        if exact.shape[2] <= room:
-            target = exact
-        else:
-            target = exact.new_empty(*exact.shape[:2], room, exact.shape[3])
-            target[:, :, :start] = held[:, :, :start]
-        target[:, :, start : start + tail.shape[2]] = tail
-        return target
+        exact[:, :, start : start + tail.shape[2]] = tail
+        return exact
 
     def slots(self, tokens: int, sinks: int | None = None) -> Int[Tensor, "batch tokens"]:
         """Return the position (in the order of the attention mask) of the token in each stored place.
@@ -443,7 +445,12 @@ class QuantizedLayer(CompressedLayer):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:
-        """Return keys and values held exactly: sinks, then window."""
+        """Return keys and values held exactly, in the model's dtype: sinks, then window."""
+        keys, values = self.kept()
+        return keys.to(self.read_as[0]), values.to(self.read_as[1])
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Return the same in the dtype in which they are kept."""
         return self._exact(self.exact_keys), self._exact(self.exact_values)
 
     @in_plain_modes
@@ -485,11 +492,11 @@ class QuantizedLayer(CompressedLayer):
         group = self._token_group
         if self.packed_length and (kept - self.sink_length) // group * group <= self._padded_front:
             # No whole group is left behind sinks and pads: give up the packed order.
-            keys, values = (states[:, :, :kept].clone() for states in self.dense())
+            keys, values = (states[:, :, :kept] for states in self.dense())
             padding = self.padding
             self.reset()
             self.is_initialized = True
-            self.exact_keys, self.exact_values, self.exact_length = keys, values, kept
+            self._keep(keys, values)
             if padding is not None:
                 self.seen = torch.arange(kept, device=padding.device) >= padding[:, None]
             return
@@ -506,15 +513,10 @@ class QuantizedLayer(CompressedLayer):
 
     def _unpack(self, start: int, count: int) -> None:
         """Take `count` tokens of the group at `start` back to the (empty) exact window, dequantized."""
-        pair = []
-        for quantizer, packed, exact in (
-            (self.key_quantizer, self.packed_keys, self.exact_keys),
-            (self.value_quantizer, self.packed_values, self.exact_values),
-        ):
-            group = quantizer.dequantize(packed.view().narrow(start, self._token_group))[:, :, :count]
-            pair.append(_appended(exact, group.to(self.dtype), self.exact_length, self._room(count)))
-        self.exact_keys, self.exact_values = pair
-        self.exact_length += count
+        group = self._token_group
+        keys = self.key_quantizer.dequantize(self.packed_keys.view().narrow(start, group))
+        values = self.value_quantizer.dequantize(self.packed_values.view().narrow(start, group))
+        self._keep(keys[:, :, :count].to(self.read_as[0]), values[:, :, :count].to(self.read_as[1]))
 
     @in_plain_modes
     def _map(self, fn: Any) -> None:
@@ -547,19 +549,6 @@ class QuantizedLayer(CompressedLayer):
         """Bring the layer back to its device."""
         if self.is_initialized:
             self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-
-def _appended(buffer: Tensor | None, new: Tensor, length: int, room: int) -> Tensor:
-    """Write `new` behind `length` tokens of `buffer`, in place where there is room; the wider dtype holds both."""
-    end = length + new.shape[2]
-    dtype = new.dtype if buffer is None or not length else torch.promote_types(buffer.dtype, new.dtype)
-    if buffer is None or buffer.shape[2] < end or buffer.dtype != dtype:
-        larger = new.new_empty(*new.shape[:2], room, new.shape[3], dtype=dtype)
-        if buffer is not None:
-            larger[:, :, :length] = buffer[:, :, :length]
-        buffer = larger
-    buffer[:, :, length:end] = new
-    return buffer
 
 
 def _last(quantizer: Quantizer[Any], packed: TokenBuffer, count: int) -> Tensor:

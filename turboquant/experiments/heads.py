@@ -2,7 +2,8 @@
 
 The context is a needle prompt of exact length. Its last `queries` tokens (the question and the beginning of the answer)
 ask the cache about everything before them, which stands packed as one forward call would have packed it; they
-themselves are exact, as the tokens of a forward call are. Three things are measured for each method:
+themselves are exact, as the tokens of a forward call are, in 16 bits where a cache keeps them so (float32 models).
+Three things are measured for each method:
 
 1. Attention of the model's own queries over the keys and values that the cache serves, against the full ones: in every
    full-attention layer and query head, as served (all tokens) and over the packed tokens only.
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from turboquant.cache.build import NothingCompressedError, cache_report, layer_states
+from turboquant.cache.build import NothingCompressedError, QuantizedLayer, cache_report, layer_states
+from turboquant.cache.exact import rounded
 from turboquant.cache.kinds import why_dense
 from turboquant.experiments.base import Experiment, Measurement, Watch
 from turboquant.experiments.capture import Captured, capture
@@ -37,9 +39,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _served(captured: Captured, cache: Cache, layer_idx: int) -> Pair:
-    """Keys and values that a filled cache serves to the last chunk: what it holds, then the chunk itself."""
+    """Keys and values that a filled cache serves to the last chunk: what it holds, then the chunk as it keeps it."""
     held = layer_states(cache, layer_idx)
     own = [states[:, :, captured.before :] for states in captured.states(layer_idx)]
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, QuantizedLayer):
+        rounds = layer.method.rounds_exact
+        own = [rounded(states, kept, rounds) for states, kept in zip(own, layer.kept(), strict=True)]
     keys, values = (torch.cat([a.float(), b.float()], dim=2)[0] for a, b in zip(held, own, strict=True))
     return keys, values
 

@@ -162,7 +162,7 @@ class _Search:
         self.steps, self.reused, self.before = 0, 0, frozenset(self.known)
 
     def sized(self, method: Method, tokens: int) -> KVBytes:
-        """Estimate a cache of so many tokens; exact tokens are held in the model's own number format."""
+        """Estimate a cache of so many tokens."""
         return kv_bytes(self.shape, method, tokens, value_bytes=self.loaded.model.dtype.itemsize)
 
     def size(self, method: Method) -> int:

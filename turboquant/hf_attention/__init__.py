@@ -95,7 +95,7 @@ def attention_forward(
         output = _attend(module, query, states, attention_mask, scoring, kwargs).to(home)
     if layer.last_reader is None or layer.last_reader == module.layer_idx:
         layer.compress(*_visible(attention_mask))
-        states.spent = True
+        states.spent, states.own = True, None
     else:
         layer.mark(*_visible(attention_mask))
     return output, None
@@ -109,7 +109,10 @@ def _attend(
     scoring: Scoring,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """Attend to a layer's tokens; gradients reach the tokens of a call that found the layer empty, and no others."""
+    """Attend to a layer's tokens.
+
+    Those of a call that found the layer empty are read as the model made them, and gradients reach them and no others.
+    """
     layer = states.layer
     exact = states.own if states.added == layer.get_seq_length() else None
     if not layer.packed_length:
@@ -192,7 +195,7 @@ def _is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
 
 
 def _packed_forward(layer: QuantizedLayer, query: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
-    keys, values = layer.exact()
+    keys, values = layer.kept()
     segment = PackedSegment(
         layer.packed_keys.view(), layer.packed_values.view(), layer.key_quantizer, layer.value_quantizer
     )

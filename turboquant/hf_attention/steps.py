@@ -185,7 +185,10 @@ def _is_replayable(layer: Any, ids: Tensor) -> bool:
         return False
     if layer.device != ids.device or layer.exact_keys.shape[0] != ids.shape[0]:
         return False
-    return not layer.packed_length or why_no_kernels(layer.exact_keys, segment(layer)) is None
+    if not layer.packed_length:
+        return True
+    # Packed layers of float32 models, whose exact tokens are kept in 16 bits, are not read by GPU kernels.
+    return layer.exact_keys.dtype == layer.read_as[0] and why_no_kernels(layer.exact_keys, segment(layer)) is None
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:

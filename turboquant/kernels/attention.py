@@ -110,7 +110,7 @@ def attend(
 
     Args:
         query: Queries after rotary embedding; heads are grouped by KV head as in Hugging Face's `repeat_kv`.
-        exact_keys: Sinks, then the exact window, which ends with the tokens of the present call.
+        exact_keys: Sinks, then the exact window, which ends with the tokens of the present call; float32, or 16 bits.
         exact_values: The same for values.
         packed: The packed tokens, which stand between the sinks and the window.
         sink_length: How many of the exact tokens are sinks.
@@ -195,6 +195,7 @@ def _fused(
     views = packed.key_quantizer.view(packed.keys), packed.value_quantizer.view(packed.values)
     if kernels.unsupported(query, *views) is not None:
         return None
+    exact = exact[0].to(query.dtype), exact[1].to(query.dtype)
     if kernels.few_rows(query, exact[0].shape[1]):
         return guarded("attention", lambda: kernels.attend(query, *exact, *views, scoring, starts))
     prefill = usable(query, "prefill")

@@ -69,6 +69,8 @@ class Method(ABC):
     sink_length = 0
     block_length: ClassVar[int] = 32
     """Tokens leave the exact window in blocks of this size, so the window may be up to one block longer."""
+    rounds_exact: ClassVar[bool] = True
+    """May exact tokens of float32 models be kept in 16 bits?"""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -61,6 +61,7 @@ class Lossless(Method):
 
     title: ClassVar[str] = "lossless"
     block_length: ClassVar[int] = 1
+    rounds_exact: ClassVar[bool] = False
     residual_length: int = 0
     sink_length: int = 1
 

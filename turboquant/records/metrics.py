@@ -160,8 +160,7 @@ METRICS: dict[str, Metric] = {
         short="bits held",
         definition=(
             "Everything the cache holds at the end, in bits, divided by the cached values: codes, scales, exact "
-            "tokens in the model's own number format, spare room, tables. The 16-bit baseline holds 16, a full cache "
-            "in float32 32."
+            "tokens in 16 bits, spare room, tables. The 16-bit baseline holds 16, a full cache in float32 32."
         ),
     ),
     "packed_bits_per_value": Metric(

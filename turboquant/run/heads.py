@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from turboquant.cache.build import build_cache
+from turboquant.cache.exact import appended
 from turboquant.cache.kinds import keeps_all
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
@@ -32,18 +33,21 @@ Progress = Callable[[float], None]
 
 
 class _LayerKeys:
-    """The keys of one layer, packed as a cache would have packed them after a given number of tokens."""
+    """The keys of one layer, kept and packed as a cache would have done after a given number of tokens."""
 
     def __init__(self, keys: Tensor, quantizer: Quantizer[Any], method: Method, scoring: Scoring) -> None:
         self.keys, self.quantizer, self.method, self.scoring = keys, quantizer, method, scoring
+        self.kept = keys[:, :, :0]
         self.packed: list[Any] = []
         self.packed_length = 0
 
     def pack(self, tokens: int) -> None:
-        """Pack what is due after a forward call that ended with `tokens` tokens."""
+        """Take the keys of calls up to one that ended with `tokens` tokens, and pack what is due then."""
         sinks = self.method.sink_length
+        if (held := self.kept.shape[2]) < tokens:
+            self.kept = appended(self.kept, self.keys[:, :, held:tokens], self.method.rounds_exact)
         if self.packed_length < (due := self.method.packed_length(tokens)):
-            block = self.keys[:, :, sinks + self.packed_length : sinks + due]
+            block = self.kept[:, :, sinks + self.packed_length : sinks + due].float()
             self.packed.append(self.quantizer.quantize(block, like=self.packed[0] if self.packed else None))
             self.packed_length = due
 
@@ -53,8 +57,8 @@ class _LayerKeys:
         self.pack(tokens)
         kv_heads = self.keys.shape[1]
         grouped = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        full = grouped @ self.keys[:, :, :tokens].mT
-        compressed = full.clone()
+        full = grouped @ self.keys[:, :, :tokens].float().mT
+        compressed = grouped @ self.kept[:, :, :tokens].float().mT
         if self.packed:
             projected = self.quantizer.project(grouped)
             parts = [self.quantizer.scores(projected, part) for part in self.packed]
@@ -160,7 +164,7 @@ def head_metrics(
         pair = method.quantizers(keys.shape[-1], values.shape[-1], layer_idx, torch.device("cpu"))
         assert pair is not None, "a method that packs has quantizers"
         query = torch.cat(recorder.queries[layer_idx], dim=2).float().cpu()
-        layer_keys = _LayerKeys(keys.float().cpu(), pair[0], method, recorder.scoring[layer_idx])
+        layer_keys = _LayerKeys(keys.cpu(), pair[0], method, recorder.scoring[layer_idx])
         for tokens in earlier:
             layer_keys.pack(tokens)
         agreement = _layer_agreement(layer_keys, query, prompt_tokens, collector)

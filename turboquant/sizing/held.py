@@ -3,11 +3,9 @@
 What a vector costs is not written down here: the method's own quantizers pack one group of zeros and the result is
 weighed. So the figures follow a method when its layout changes.
 
-Spare room is counted as `cache.layer` keeps it after a context that was read in one call: none behind the codes,
-and an exact window as large as it ever gets between two packings (sinks, residual window and one block). A context that
-is too short to be packed is counted as plain tensors without room, though one of at most a block has room for a second
-one. A cache that grows token by token has room for its window from
-the start, and keeps up to a sixteenth more behind its codes; `growing` counts that.
+Exact tokens of packed layers take 16 bits, in float32 models too. A context that was read in one call leaves no spare
+room. A cache that grows token by token keeps up to a sixteenth more behind its codes, and held up to a block more
+exact tokens before it last packed; `growing` counts both.
 """
 
 from bisect import bisect_right
@@ -151,8 +149,8 @@ def kv_bytes(
         method: From `parse_method`; not one of those whose layers belong to Hugging Face.
         tokens: Tokens in each row.
         batch: Rows, none of them padded.
-        value_bytes: Bytes of a value that stays exact: 2 for 16 bits, 4 where the model runs in float32.
-        growing: Count the most room that a cache keeps behind its codes when it grew token by token.
+        value_bytes: Bytes of a value of the model: 2 for 16 bits, 4 in float32, of which packed layers keep 2.
+        growing: Count the most that a cache held when it grew token by token.
 
     Raises:
         SizingError: The method cannot be estimated for that shape, or a number is out of range.
@@ -170,23 +168,24 @@ def kv_bytes(
             raise SizingError(f"{name} must be a whole number from 0 to {most:,}, got {number!r}")
     check_method(method)
     held = dict.fromkeys(("key", "value", "scale", "spare", "shared"), 0)
-    packed_tokens, room = 0, tokens
+    packed_tokens = longer = 0
     if method.compresses and shape.packed_layers and tokens and batch:
         packed_tokens = method.packed_length(tokens)
         try:
             layout = _layout(method, shape.layers)
         except ValueError as error:  # the method's own rule about dims
             raise SizingError(f"{method.name} cannot hold this model's cache: {error}.") from None
-        held = _packed_bytes(layout, method, packed_tokens, batch, growing)
-        if packed_tokens or growing:
-            room = method.sink_length + method.residual_length + method.block_length
-    values = exact = allotted = 0
+        held = _packed_bytes(layout, packed_tokens, batch, growing)
+        if packed_tokens and growing:
+            window = method.sink_length + method.residual_length + method.block_length
+            longer = window - (tokens - packed_tokens)
+    values = exact = spare = 0
     for layer, count in Counter(shape.layers).items():
-        kept = layer.tokens_kept(tokens)
-        seen = room if layer.packed else min(tokens, layer.window or tokens)
+        kept, packs = layer.tokens_kept(tokens), layer.packed and method.compresses
+        token_bytes = batch * count * layer.token_values * (min(2, value_bytes) if packs else value_bytes)
         values += count * layer.token_values * kept
-        exact += count * layer.token_values * (kept - packed_tokens * layer.packed)
-        allotted += count * layer.token_values * seen
+        exact += token_bytes * (kept - packed_tokens * layer.packed)
+        spare += token_bytes * (longer if layer.packed else min(tokens, layer.window or tokens) - kept)
     state = sum(layer.state_values * value_bytes + layer.state_bytes for layer in shape.layers) if tokens else 0
     return KVBytes(
         tokens=tokens,
@@ -195,8 +194,8 @@ def kv_bytes(
         key_bytes=held["key"],
         value_bytes=held["value"],
         scale_bytes=held["scale"],
-        exact_bytes=value_bytes * batch * exact,
-        spare_bytes=value_bytes * batch * (allotted - exact) + held["spare"],
+        exact_bytes=exact,
+        spare_bytes=spare + held["spare"],
         shared_bytes=held["shared"],
         state_bytes=batch * state,
         full_precision_bytes=batch * (2 * values + state),
@@ -216,19 +215,16 @@ def check_method(method: "Method") -> None:
         )
 
 
-def _packed_bytes(layout: _Layout, method: "Method", tokens: int, batch: int, growing: bool) -> dict[str, int]:
+def _packed_bytes(layout: _Layout, tokens: int, batch: int, growing: bool) -> dict[str, int]:
     """Return bytes of codes, scales and tables of all packed layers, and of the room behind the codes."""
     held = {"key": 0, "value": 0, "scale": 0, "spare": 0, "shared": layout.table_bytes}
     for group in layout.groups:
         rows, pair = group.count * batch * group.kv_heads, (group.keys, group.values)
-        unit = max(packed.group for packed in pair)
-        more = max(method.block_length, tokens // 16) if growing and tokens else 0
-        more = -(-more // unit) * unit
         for name, packed in zip(("key", "value"), pair, strict=True):
             parts = tokens // packed.group
             held[name] += rows * parts * packed.codes
             held["scale"] += rows * (parts * packed.scales + (packed.once if tokens else 0))
-            held["spare"] += rows * (more // packed.group) * (packed.codes + packed.scales)
+            held["spare"] += rows * (growing * tokens // 16 // packed.group) * (packed.codes + packed.scales)
     return held
 
 
@@ -237,9 +233,10 @@ def weight_bytes(parameters: int, bits: int) -> int:
     return -(-parameters * bits // 8)
 
 
-def _most(held: Callable[[int], int], room: int, limit: int) -> int:
-    """Return the greatest number, at most `limit`, for which `held` (which never falls) does not exceed `room`."""
-    return bisect_right(range(1, limit + 1), room, key=held) if room >= 0 else 0
+def _most(held: Callable[[int], int], room: int, numbers: range) -> int:
+    """Return the greatest of the numbers for which `held` (which never falls) does not exceed `room`, or 0."""
+    count = bisect_right(numbers, room, key=held) if room >= 0 else 0
+    return numbers[count - 1] if count else 0
 
 
 def longest_context(
@@ -252,7 +249,7 @@ def longest_context(
     reserve_bytes: int = RESERVE_BYTES,
     **options: Any,
 ) -> int:
-    """Return the most tokens a row whose cache fits beside the weights, found by bisection on `kv_bytes`.
+    """Return the most tokens a row, read in one call, whose cache fits beside the weights, found by bisection.
 
     0 where the weights and the reserve alone do not fit, `MOST_TOKENS` where nothing limits it. It may be more than
     the model has positions for.
@@ -271,7 +268,16 @@ def longest_context(
     """
     kv_bytes(shape, method, 1, batch)  # what cannot be estimated is refused even where nothing fits
     room = gpu_bytes - weight_bytes - reserve_bytes
-    return _most(lambda tokens: kv_bytes(shape, method, tokens, batch, **options).bytes, room, MOST_TOKENS)
+
+    def held(tokens: int) -> int:
+        return kv_bytes(shape, method, tokens, batch, **options).bytes
+
+    # Bytes fall where a block is packed, and rise from one such place to the next.
+    block = method.block_length
+    first = method.sink_length + method.residual_length + block
+    packed = _most(held, room, range(first, MOST_TOKENS + 1, block))
+    end = packed + block if packed else first
+    return max(packed, _most(held, room, range(packed + 1, min(end, MOST_TOKENS + 1))))
 
 
 def largest_batch(
@@ -290,4 +296,4 @@ def largest_batch(
     """
     kv_bytes(shape, method, tokens, 1)
     room = gpu_bytes - weight_bytes - reserve_bytes
-    return _most(lambda rows: kv_bytes(shape, method, tokens, rows, **options).bytes, room, MOST_ROWS)
+    return _most(lambda rows: kv_bytes(shape, method, tokens, rows, **options).bytes, room, range(1, MOST_ROWS + 1))

@@ -12,7 +12,7 @@ from tests.support.models import reachable_storages
 from turboquant.cache.build import CompressedCache, QuantizedLayer, build_cache, cache_report
 from turboquant.methods import parse_method
 from turboquant.models.load import tiny_model
-from turboquant.models.tiny import ARCHITECTURES
+from turboquant.models.tiny import ARCHITECTURES, tiny_config
 
 TINY_WINDOW = "residual_length=8,sink_length=2"
 EIGHT = f"turboquant:bits=8,{TINY_WINDOW}"
@@ -59,11 +59,23 @@ def test_full_is_exactly_the_plain_cache(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "phi", "gemma3"])
 def test_until_something_is_packed_the_result_is_exact(architecture: str) -> None:
+    """The first call bit for bit, later ones but for the 16 bits in which earlier tokens are kept."""
     model = tiny_model(architecture)
     ids = tokens(2, 90)
-    cache = build_cache(model.config, parse_method("turboquant:bits=2,residual_length=200"))
-    assert torch.equal(logits(model, ids, cache, 16), logits(model, ids, DynamicCache(config=model.config), 16))
+    specs = ("turboquant:bits=2,residual_length=200", "full")
+    cache, full = (build_cache(model.config, parse_method(spec)) for spec in specs)
+    assert torch.equal(logits(model, ids[:, :60], cache, 60), logits(model, ids[:, :60], full, 60))
+    later, expected = logits(model, ids[:, 60:], cache, 7), logits(model, ids[:, 60:], full, 7)
+    assert 0 < (later - expected).square().mean().sqrt() < 1e-3 * expected.std()
     assert cache_report(cache).compressed_tokens == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gemma3"])
+def test_until_something_is_packed_16_bit_models_say_the_same(architecture: str) -> None:
+    model = tiny_model(architecture).to(torch.bfloat16)
+    specs = ("turboquant:bits=2,residual_length=200", "full")
+    cache, full = (build_cache(model.config, parse_method(spec)) for spec in specs)
+    assert torch.equal(logits(model, tokens(2, 90), cache, 16), logits(model, tokens(2, 90), full, 16))
 
 
 def test_layers_that_are_not_full_attention_keep_their_own_kind() -> None:
@@ -105,11 +117,53 @@ def test_exact_tokens_are_exact_and_packed_ones_are_not() -> None:
         layer.update(keys[:, :, start : start + 50], values[:, :, start : start + 50])
         layer.compress()
     packed = layer.packed_length
-    for dense, true in zip(layer.dense(), (keys, values), strict=True):
+    for dense, true in zip(layer.dense(), (keys.half().float(), values.half().float()), strict=True):
         assert torch.equal(dense[:, :, :4], true[:, :, :4])
         assert torch.equal(dense[:, :, 4 + packed :], true[:, :, 4 + packed :])
         error = (dense - true)[:, :, 4 : 4 + packed].square().sum() / true[:, :, 4 : 4 + packed].square().sum()
         assert 0.005 < error < 0.012
+
+
+def put(layer: QuantizedLayer, *states: torch.Tensor) -> None:
+    layer.update(*states)
+    layer.compress()
+
+
+def test_codes_of_values_do_not_depend_on_how_tokens_came() -> None:
+    keys, values = torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+    once, singly = (QuantizedLayer(parse_method("turboquant:bits=4"), 0) for _ in range(2))
+    put(once, keys, values)
+    for i in range(200):
+        put(singly, keys[:, :, i : i + 1], values[:, :, i : i + 1])
+    assert torch.equal(once.dense()[1], singly.dense()[1])
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 6.0), (3, 5.1), (2, 4.2)])
+def test_a_cache_is_never_much_larger_than_one_in_16_bits(bits: int, most: float) -> None:
+    """In the shape of the built-in model, everything counted, from a prompt of 36 tokens on."""
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    cache = build_cache(tiny_config("llama", **shape), parse_method(f"turboquant:bits={bits}"))
+    reports = {}
+    for count in (36, *[1] * 130, 634 - 166, 1024 - 634):
+        for layer in cache.layers:
+            put(layer, torch.randn(1, 3, count, 64), torch.randn(1, 3, count, 64))
+        report = cache_report(cache)
+        reports[report.tokens] = report
+    assert all(report.bytes <= 1.05 * report.full_precision_bytes for report in reports.values())
+    assert reports[166].compressed_tokens == 64
+    assert reports[634].compression_ratio > 2.4
+    assert reports[1024].bits_per_value <= most
+
+
+def test_room_is_given_in_the_dtype_of_the_model() -> None:
+    """While steps are replayed, states are written as they come."""
+    layer = QuantizedLayer(parse_method("turboquant:bits=4"), 0)
+    put(layer, torch.randn(1, 2, 150, 64), torch.randn(1, 2, 150, 64))
+    before = layer.exact()
+    layer.reserve(300)
+    assert layer.exact_keys.dtype == torch.float32
+    assert layer.exact_keys.shape[2] == 4 + 64 + 64
+    assert all(torch.equal(*pair) for pair in zip(before, layer.exact(), strict=True))
 
 
 def test_nothing_is_quantized_twice() -> None:

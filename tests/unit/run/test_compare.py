@@ -131,7 +131,11 @@ def test_cache_bytes_grow_step_by_step(loaded: LoadedModel) -> None:
     full, compressed = result.original.cache_bytes, result.compressed.cache_bytes
     assert len(full) == len(compressed) == 80
     assert {b - a for a, b in pairwise(full)} == {3 * 2 * 2 * 64 * 4}
-    assert all(b >= a for a, b in pairwise(compressed))
+    # Half of that a step, and less than before where a block is packed
+    changes = [b - a for a, b in pairwise(compressed)]
+    assert max(changes) == 3 * 2 * 2 * 64 * 2
+    assert 1 <= sum(change < max(changes) for change in changes) <= 2
+    assert min(changes) < 0
     assert compressed[-1] > compressed[0]
     assert compressed[-1] - compressed[0] < 0.5 * (full[-1] - full[0])
 
