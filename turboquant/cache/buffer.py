@@ -54,6 +54,13 @@ class TokenBuffer:
             self.view().copy_into(larger, 0)
             self.storage = larger
 
+    def shrink(self) -> None:
+        """Give the spare room back."""
+        if self.storage is not None and self.storage.tokens > self.length:
+            held, self.storage = self.view(), self.storage.empty(self.length)
+            held.copy_into(self.storage, 0)
+            self._view = None
+
     def view(self) -> PackedTensor:
         """Return the tokens held, without the spare room: the same object until tokens come or go."""
         assert self.storage is not None

@@ -442,6 +442,16 @@ class QuantizedLayer(CompressedLayer):
         behind = torch.where(place < padding + sinks, place - sinks, place)
         return torch.where(place < sinks, padding + place, behind)
 
+    @in_plain_modes
+    def shrink(self) -> None:
+        """Give back the room that replayed steps needed, and keep exact tokens of float32 models in 16 bits again."""
+        if self.exact_keys is not None and self.exact_values is not None:
+            keys, values = self.kept()
+            self.exact_keys, self.exact_values, self.exact_length = None, None, 0
+            self._keep(keys, values)
+        self.packed_keys.shrink()
+        self.packed_values.shrink()
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def exact(self) -> tuple[Float[Tensor, "rows kv_heads tokens dim"], Float[Tensor, "rows kv_heads tokens vdim"]]:

@@ -243,6 +243,17 @@ class Replayable:
             if hasattr(layer, "lengths"):
                 layer.lengths = None
 
+    def shrink(self) -> None:
+        """Give back the room that captured steps needed, once no more are to come for now."""
+        if self.replay is None:
+            return
+        tries = self.given_up
+        self.release()
+        self.given_up = tries  # a short answer is no step that failed to last
+        for layer in self.layers:
+            if hasattr(layer, "shrink"):
+                layer.shrink()
+
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens, as Hugging Face's caches do."""
         self.release()

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from turboquant.cache.build import build_cache, cache_bytes
-from turboquant.cache.roomy import RoomyCache, roomy
+from turboquant.cache.roomy import Replayable, RoomyCache, roomy
 from turboquant.hf_attention import observe_queries
 from turboquant.kernels.scoring import Scoring
 from turboquant.methods import Method
@@ -246,7 +246,7 @@ class Generation:
         if self.measure_bytes:
             self.cache_bytes.append(self._held_bytes())
         self._take(token)
-        if self.finish is not None and isinstance(self.cache, RoomyCache):
+        if self.finish is not None and isinstance(self.cache, Replayable):
             self.cache.shrink()
 
     def _held_bytes(self) -> int:

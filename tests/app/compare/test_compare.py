@@ -19,6 +19,7 @@ from tests.app.compare.test_page import ask, request, texts
 from tests.support.asked import prompts_asked
 from tests.support.bench import MAIN, Bench, until
 from tests.support.factory import comparison
+from turboquant.cli.compare import _side_line
 
 
 @pytest.fixture
@@ -124,6 +125,18 @@ def test_a_cache_that_is_larger_is_said_to_be(page: AppTest, bench: Bench) -> No
 def test_a_cache_that_is_smaller_is_said_to_be(two: AppTest) -> None:
     assert [metric.value for metric in two.metric if metric.label == "Times smaller"] == ["4.00", "4.00"]
     assert "4.00 times smaller than a 16-bit cache, everything counted" in bytes_by_part(comparison()).alt
+
+
+def test_what_captured_steps_take_stands_beside_the_cache() -> None:
+    """In the words and the table, on the page and on the command line; without a GPU there is nothing to say."""
+    found = comparison()
+    report = found.compressed.report.model_copy(update={"graph_bytes": 3 * 2**20})
+    side = found.compressed.model_copy(update={"report": report})
+    chart = bytes_by_part(found.model_copy(update={"compressed": side}))
+    assert "captured decode steps take 3.00 MiB more" in chart.alt
+    assert list(chart.table["bytes"])[-3:] == [report.bytes, report.full_precision_bytes, 3 * 2**20]
+    assert _side_line(side, True).endswith("3.00 MiB more for captured steps")
+    assert "captured" not in bytes_by_part(found).alt + _side_line(found.compressed, True)
 
 
 def test_a_link_names_the_run_to_show(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:

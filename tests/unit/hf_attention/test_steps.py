@@ -381,6 +381,33 @@ def test_a_cache_with_windows_that_was_changed_between_steps_is_read_as_it_is(ch
     torch.testing.assert_close(*found, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("held", [60, PROMPT], ids=["unpacked", "packed"])
+def test_the_room_of_captured_steps_is_given_back(model: Any, held: int) -> None:
+    captured, plain = (build_cache(model.config, parse_method(SPEC)) for _ in range(2))
+    for cache in (captured, plain):
+        model(input_ids=prompt()[:, :held], past_key_values=cache)
+    token = prompt()[:, :1]
+    model(input_ids=token, past_key_values=captured)
+    with no_graphs():
+        model(input_ids=token, past_key_values=plain)
+    roomy_report, expected = cache_report(captured), cache_report(plain)
+    assert roomy_report.spare_bytes > 2 * expected.spare_bytes
+    captured.shrink()  # type: ignore[attr-defined]
+    assert captured.replay is None  # type: ignore[attr-defined]
+    assert captured.given_up == 0  # type: ignore[attr-defined]
+    report = cache_report(captured)
+    assert report.spare_bytes == 0
+    assert report.bytes <= expected.bytes
+    assert (report.compressed_tokens, report.exact_bytes) == (expected.compressed_tokens, expected.exact_bytes)
+    for count in (1, 5):
+        more = prompt()[:, :count]
+        logits = model(input_ids=more, past_key_values=captured).logits
+        with no_graphs():
+            again = model(input_ids=more, past_key_values=plain).logits
+        torch.testing.assert_close(logits, again, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no graph on a CPU")
 @torch.no_grad()
 def test_the_memory_of_a_captured_step_is_counted_beside_the_cache(model: Any) -> None:
