@@ -42,6 +42,7 @@ class LosslessGroups(Method):
     """Keys in groups of eight tokens, values one by one; not registered."""
 
     title: ClassVar[str] = "lossless groups"
+    rounds_exact: ClassVar[bool] = False
     residual_length: int = 8
     sink_length: int = 2
 
@@ -89,7 +90,8 @@ def test_a_crop_into_a_group_keeps_whole_groups_and_what_they_held() -> None:
     layer.crop(-30)
     assert (layer.packed_length, layer.exact_length) == (128, 12)
     for one, two in zip(layer.dense(), before, strict=True):
-        assert torch.equal(one, two[:, :, :140])
+        assert torch.equal(one[:, :, :128], two[:, :, :128])
+        assert torch.equal(one[:, :, 128:], two[:, :, 128:140].half().float())  # exact tokens are kept in 16 bits
     layer.update(*(torch.full((2, 2, 60, 64), 9.0),) * 2)
     layer.compress()
     assert (layer.packed_length, layer.exact_length) == (192, 8)
@@ -103,7 +105,7 @@ def test_a_crop_that_leaves_no_whole_group_gives_up_packing(spec: str) -> None:
     before = layer.dense()[0]
     layer.crop(-150)
     assert (layer.packed_length, layer.exact_length) == (0, 20)
-    assert torch.equal(layer.dense()[0], before[:, :, :20])
+    assert torch.equal(layer.dense()[0], before[:, :, :20].half().float())
     assert layer.batch_size == 2
 
 
