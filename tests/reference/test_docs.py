@@ -256,7 +256,6 @@ def test_the_guide_quotes_recorded_figures() -> None:
     assert f"the mean KL is {run.tokens.mean_kl:.3f}" in guide
 
 
-@pytest.mark.xfail(reason="searched when exact tokens took 32 bits; sizes decide what is tried", strict=True)
 def test_the_recorded_recommendations_follow_from_their_records() -> None:
     """The searches are gone through again on the records alone; nothing is measured."""
     from turboquant.experiments.recommend import recommend
